@@ -1,0 +1,260 @@
+"""`deformable_conv2d`: check the arguments, choose an implementation, call it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from keras import KerasTensor, ops
+
+from keras_das.ops import native, reference
+from keras_das.ops.geometry import (
+    Geometry,
+    Padding,
+    make_windows,
+    standardize_data_format,
+    standardize_padding,
+    standardize_pair,
+)
+
+IMPLEMENTATIONS = ("auto", "native", "reference")
+
+Tensor = Any
+Shape = tuple[int | None, ...]
+
+
+def deformable_conv2d(
+    inputs: Tensor,
+    kernel: Tensor,
+    offsets: Tensor,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    strides: int | Sequence[int] = 1,
+    padding: Padding = "valid",
+    dilation_rate: int | Sequence[int] = 1,
+    offset_groups: int = 1,
+    data_format: str | None = None,
+    implementation: str = "auto",
+) -> Tensor:
+    """2-D convolution whose taps read the feature map at given offsets, by bilinear interpolation.
+
+    Tap `(ky, kx)` of output `(i, j)` reads `inputs` at
+
+        y = i * stride + ky * dilation - pad_top + dy
+        x = j * stride + kx * dilation - pad_left + dx
+
+    A sample with `y <= -1`, `y >= H`, `x <= -1` or `x >= W` is 0 and passes no gradient. Inside, corners
+    that lie off the image count as 0. A NaN in an offset gives NaN at that output position. At whole pixels
+    the gradient is that of the cell to the lower right. Zero offsets without a mask give `keras.ops.conv`.
+
+    With `data_format="channels_first"` every 4-D tensor, offsets and mask too, is channels first, which is
+    the layout of torchvision's `deform_conv2d` and ONNX's `DeformConv`.
+
+    Args:
+        inputs: Floating tensor `(N, H, W, C)`.
+        kernel: Floating tensor `(kh, kw, C / groups, filters)`. The number of groups follows from it;
+            `C` groups give the depthwise form.
+        offsets: Floating tensor `(N, Ho, Wo, offset_groups * kh * kw * 2)`, in input pixels: per offset
+            group, per tap (row-major), `dy` then `dx`.
+        mask: Floating tensor `(N, Ho, Wo, offset_groups * kh * kw)` that multiplies the samples, or `None`
+            for all ones.
+        bias: Floating tensor `(filters,)`, or `None`.
+        strides: Step between output positions, in input pixels; an integer or `(rows, columns)`.
+        padding: `"valid"`, `"same"` (as TensorFlow pads, the odd pixel at the end) or
+            `((top, bottom), (left, right))`.
+        dilation_rate: Distance between taps, in input pixels; an integer or `(rows, columns)`.
+        offset_groups: How many groups of neighbouring channels have offsets and masks of their own.
+        data_format: `"channels_last"`, `"channels_first"` or `None` for Keras' default.
+        implementation: `"auto"` takes the fused kernel where there is one for this call, else the
+            reference; `"native"` raises an error where there is none; `"reference"` never uses it.
+
+    Returns:
+        Tensor `(N, Ho, Wo, filters)` in the result type of `inputs` and `kernel`. Positions, weights and
+        sums are float32, float64 for float64.
+
+    Raises:
+        ValueError: If a shape, dtype or argument does not fit; the message names it.
+        RuntimeError: If `implementation="native"` and there is no fused kernel for this call.
+
+    Example:
+
+    >>> x = keras.random.normal((2, 32, 32, 8))
+    >>> kernel = keras.random.normal((3, 3, 8, 16))
+    >>> offsets = keras.random.normal((2, 32, 32, 3 * 3 * 2))
+    >>> mask = keras.random.uniform((2, 32, 32, 3 * 3))
+    >>> keras_das.ops.deformable_conv2d(x, kernel, offsets, mask, padding="same").shape
+    (2, 32, 32, 16)
+
+    Reference:
+        - [Dai et al., 2017](https://arxiv.org/abs/1703.06211), equations 2 and 3 (offsets)
+        - [Zhu et al., 2018](https://arxiv.org/abs/1811.11168), equation 1 (mask)
+    """
+    operation = DeformableConv2DOperation(
+        strides, padding, dilation_rate, offset_groups, data_format, implementation
+    )
+    tensors = (inputs, kernel, offsets, mask, bias)
+    if any(isinstance(t, KerasTensor) for t in tensors):
+        return operation.symbolic_call(*tensors)
+    return operation.call(*tensors)
+
+
+@keras.saving.register_keras_serializable("keras_das")
+class DeformableConv2DOperation(keras.Operation):
+    """`deformable_conv2d` with its settings: the node that a functional model holds and saves."""
+
+    def __init__(
+        self,
+        strides: int | Sequence[int] = 1,
+        padding: Padding = "valid",
+        dilation_rate: int | Sequence[int] = 1,
+        offset_groups: int = 1,
+        data_format: str | None = None,
+        implementation: str = "auto",
+        *,
+        name: str | None = None,
+    ):
+        """Checks and keeps the settings; see `deformable_conv2d` for what they mean."""
+        super().__init__(name=name)
+        self.strides = standardize_pair(strides, "strides")
+        self.padding = standardize_padding(padding)
+        self.dilation_rate = standardize_pair(dilation_rate, "dilation_rate")
+        self.offset_groups = standardize_count(offset_groups, "offset_groups")
+        self.data_format = standardize_data_format(data_format)
+        self.implementation = standardize_implementation(implementation)
+
+    def call(
+        self,
+        inputs: Tensor,
+        kernel: Tensor,
+        offsets: Tensor,
+        mask: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """Computes the convolution."""
+        tensors = [
+            None if t is None else ops.convert_to_tensor(t) for t in (inputs, kernel, offsets, mask, bias)
+        ]
+        geometry, _ = self._check(*tensors)
+        if self.implementation == "native":
+            native.can_use(raise_error=True)
+        inputs, kernel, offsets, mask, bias = tensors
+        if self.data_format == "channels_last":
+            return reference.deformable_conv2d(inputs, kernel, offsets, mask, bias, geometry)
+        last = (0, 2, 3, 1)
+        output = reference.deformable_conv2d(
+            ops.transpose(inputs, last),
+            kernel,
+            ops.transpose(offsets, last),
+            None if mask is None else ops.transpose(mask, last),
+            bias,
+            geometry,
+        )
+        return ops.transpose(output, (0, 3, 1, 2))
+
+    def compute_output_spec(
+        self,
+        inputs: Tensor,
+        kernel: Tensor,
+        offsets: Tensor,
+        mask: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> KerasTensor:
+        """Infers the output's shape and dtype; sizes may be unknown."""
+        _, (batch, height, width, filters) = self._check(inputs, kernel, offsets, mask, bias)
+        last = self.data_format == "channels_last"
+        shape = (batch, height, width, filters) if last else (batch, filters, height, width)
+        return KerasTensor(shape, dtype=keras.backend.result_type(inputs.dtype, kernel.dtype))
+
+    def _check(
+        self, inputs: Tensor, kernel: Tensor, offsets: Tensor, mask: Tensor | None, bias: Tensor | None
+    ) -> tuple[Geometry, Shape]:
+        """Checks the tensors against one another. Returns the geometry and the channels-last output shape."""
+        named = {"inputs": inputs, "kernel": kernel, "offsets": offsets, "mask": mask, "bias": bias}
+        for name, tensor in named.items():
+            if tensor is not None:
+                _check_tensor(name, tensor)
+        batch, height, width, channels = self._channels_last(inputs)
+        kernel_rows, kernel_columns, depth, filters = tuple(kernel.shape)
+        groups = _count_groups(channels, depth, filters, kernel)
+        if channels % self.offset_groups:
+            raise ValueError(
+                f"`offset_groups` must divide the channels of `inputs` ({channels}). "
+                f"Received: offset_groups={self.offset_groups}"
+            )
+        windows = make_windows((kernel_rows, kernel_columns), self.strides, self.dilation_rate, self.padding)
+        geometry = Geometry(*windows, groups, self.offset_groups)
+        out = [window.output_size(size) for window, size in zip(windows, (height, width), strict=True)]
+        if any(size is not None and size < 1 for size in out):
+            raise ValueError(
+                "`kernel` with its dilation must not be larger than the padded `inputs`. Received: "
+                f"kernel.shape={tuple(kernel.shape)}, dilation_rate={self.dilation_rate}, "
+                f"padding={self.padding!r}, inputs.shape={tuple(inputs.shape)}"
+            )
+        samples = self.offset_groups * geometry.taps
+        self._check_field("offsets", offsets, (batch, *out, samples * 2))
+        if mask is not None:
+            self._check_field("mask", mask, (batch, *out, samples))
+        if bias is not None and tuple(bias.shape) != (filters,):
+            raise ValueError(
+                f"`bias` must have shape (filters,) = ({filters},). Received: bias.shape={tuple(bias.shape)}"
+            )
+        return geometry, (batch, *out, filters)
+
+    def _check_field(self, name: str, tensor: Tensor, expected: Shape) -> None:
+        found = self._channels_last(tensor)
+        if any(f is not None and e is not None and f != e for f, e in zip(found, expected, strict=True)):
+            n, h, w, c = expected
+            shape = expected if self.data_format == "channels_last" else (n, c, h, w)
+            raise ValueError(
+                f"`{name}` must have shape {shape} for these `inputs` and `kernel` "
+                f"(data_format={self.data_format!r}, offset_groups={self.offset_groups}). "
+                f"Received: {name}.shape={tuple(tensor.shape)}"
+            )
+
+    def _channels_last(self, tensor: Tensor) -> Shape:
+        if self.data_format == "channels_last":
+            return tuple(tensor.shape)
+        n, c, h, w = tensor.shape
+        return n, h, w, c
+
+
+def standardize_count(value: int, name: str) -> int:
+    """Returns `value` if it is a positive integer, or raises an error that names the argument."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
+    return value
+
+
+def standardize_implementation(implementation: str) -> str:
+    """Returns the name of an implementation, or raises a ValueError."""
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"`implementation` must be one of {IMPLEMENTATIONS}. Received: implementation={implementation!r}"
+        )
+    return implementation
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    rank = 1 if name == "bias" else 4
+    if len(tensor.shape) != rank:
+        raise ValueError(f"`{name}` must have rank {rank}. Received: {name}.shape={tuple(tensor.shape)}")
+    dtype = keras.backend.standardize_dtype(tensor.dtype)
+    if dtype not in ("float16", "bfloat16", "float32", "float64"):
+        raise ValueError(
+            f"`{name}` must be float16, bfloat16, float32 or float64. Received: {name}.dtype={dtype}"
+        )
+
+
+def _count_groups(channels: int | None, depth: int | None, filters: int | None, kernel: Tensor) -> int:
+    if channels is None:
+        raise ValueError("`inputs` must have a known number of channels. Received: None")
+    if None in tuple(kernel.shape) or 0 in tuple(kernel.shape):
+        raise ValueError(
+            f"`kernel` must have a known shape without zeros. Received: kernel.shape={tuple(kernel.shape)}"
+        )
+    assert depth and filters  # said by the check above
+    if channels < 1 or channels % depth or filters % (channels // depth):
+        raise ValueError(
+            "`kernel` must have shape (kh, kw, C / groups, filters) with groups dividing both the channels C "
+            f"of `inputs` ({channels}) and the filters. Received: kernel.shape={tuple(kernel.shape)}"
+        )
+    return channels // depth

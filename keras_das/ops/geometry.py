@@ -1,0 +1,104 @@
+"""The arithmetic of windows: how arguments are standardised and where a kernel's taps lie."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import keras
+from keras import ops
+
+Padding = str | tuple[tuple[int, int], tuple[int, int]]
+
+
+def standardize_pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
+    """Returns `value` as a pair of positive integers, or raises an error that names the argument."""
+    pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()
+    if len(pair) != 2 or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in pair):
+        raise ValueError(f"`{name}` must be a positive integer or a pair of them. Received: {name}={value!r}")
+    return pair[0], pair[1]
+
+
+def standardize_padding(padding: Any) -> Padding:
+    """Returns "valid", "same" or a pair of pairs of non-negative integers, or raises a ValueError."""
+    if isinstance(padding, str) and padding.lower() in ("valid", "same"):
+        return padding.lower()
+    try:
+        (top, bottom), (left, right) = padding
+        pads = (top, bottom, left, right)
+        if not isinstance(padding, str) and all(type(p) is int and p >= 0 for p in pads):
+            return (top, bottom), (left, right)
+    except (TypeError, ValueError):
+        pass  # Not a pair of pairs: the error below says what was expected.
+    raise ValueError(
+        '`padding` must be "valid", "same" or ((top, bottom), (left, right)) with non-negative integers. '
+        f"Received: padding={padding!r}"
+    )
+
+
+def standardize_data_format(data_format: str | None) -> str:
+    """Returns "channels_last" or "channels_first"; `None` means Keras' own default."""
+    value = keras.config.image_data_format() if data_format is None else str(data_format).lower()
+    if value not in ("channels_last", "channels_first"):
+        raise ValueError(
+            '`data_format` must be "channels_last", "channels_first" or None. '
+            f"Received: data_format={data_format!r}"
+        )
+    return value
+
+
+class Window(NamedTuple):
+    """One spatial axis of a convolution: kernel size, stride, dilation and padding (before, after) or "same"."""
+
+    kernel: int
+    stride: int
+    dilation: int
+    padding: str | tuple[int, int]
+
+    @property
+    def extent(self) -> int:
+        """Input pixels from the first tap to the last."""
+        return (self.kernel - 1) * self.dilation + 1
+
+    def output_size(self, size: Any) -> Any:
+        """Output positions along this axis; `size` is an int, a scalar tensor or None."""
+        if size is None:
+            return None
+        if self.padding == "same":
+            return (size + self.stride - 1) // self.stride
+        before, after = self.padding
+        return (size + before + after - self.extent) // self.stride + 1
+
+    def pad_before(self, size: Any) -> Any:
+        """Zero pixels ahead of the first input pixel. "same" puts the odd one at the end, as TensorFlow does."""
+        if self.padding != "same":
+            return self.padding[0]
+        total = (self.output_size(size) - 1) * self.stride + self.extent - size
+        return (max(total, 0) if isinstance(total, int) else ops.maximum(total, 0)) // 2
+
+
+class Geometry(NamedTuple):
+    """The two windows of a 2-D convolution and how its channels are grouped."""
+
+    rows: Window
+    columns: Window
+    groups: int
+    offset_groups: int
+
+    @property
+    def taps(self) -> int:
+        """Kernel positions."""
+        return self.rows.kernel * self.columns.kernel
+
+
+def make_windows(
+    kernel_size: tuple[int, int],
+    strides: tuple[int, int],
+    dilation_rate: tuple[int, int],
+    padding: Padding,
+) -> tuple[Window, Window]:
+    """Returns the windows over rows and columns for arguments that are standardised already."""
+    words: dict[Any, Any] = {"valid": ((0, 0), (0, 0)), "same": ("same", "same")}
+    per_axis = words.get(padding, padding)
+    rows, columns = (
+        Window(*axis) for axis in zip(kernel_size, strides, dilation_rate, per_axis, strict=True)
+    )
+    return rows, columns
