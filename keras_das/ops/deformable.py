@@ -173,9 +173,9 @@ class DeformableConv2DOperation(keras.Operation):
             if tensor is not None:
                 _check_tensor(name, tensor)
         batch, height, width, channels = self._channels_last(inputs)
+        groups = _count_groups(channels, kernel)
         kernel_rows, kernel_columns, depth, filters = tuple(kernel.shape)
-        groups = _count_groups(channels, depth, filters, kernel)
-        if channels % self.offset_groups:
+        if depth * groups % self.offset_groups:
             raise ValueError(
                 f"`offset_groups` must divide the channels of `inputs` ({channels}). "
                 f"Received: offset_groups={self.offset_groups}"
@@ -244,17 +244,16 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
         )
 
 
-def _count_groups(channels: int | None, depth: int | None, filters: int | None, kernel: Tensor) -> int:
-    if channels is None:
-        raise ValueError("`inputs` must have a known number of channels. Received: None")
-    if None in tuple(kernel.shape) or 0 in tuple(kernel.shape):
-        raise ValueError(
-            f"`kernel` must have a known shape without zeros. Received: kernel.shape={tuple(kernel.shape)}"
-        )
-    assert depth and filters  # said by the check above
-    if channels < 1 or channels % depth or filters % (channels // depth):
+def _count_groups(channels: int | None, kernel: Tensor) -> int:
+    shape = tuple(kernel.shape)
+    if channels is None or channels < 1:
+        raise ValueError(f"`inputs` must have a known, positive number of channels. Received: {channels}")
+    if None in shape or 0 in shape:
+        raise ValueError(f"`kernel` must have a known shape without zeros. Received: kernel.shape={shape}")
+    _, _, depth, filters = shape
+    if channels % depth or filters % (channels // depth):
         raise ValueError(
             "`kernel` must have shape (kh, kw, C / groups, filters) with groups dividing both the channels C "
-            f"of `inputs` ({channels}) and the filters. Received: kernel.shape={tuple(kernel.shape)}"
+            f"of `inputs` ({channels}) and the filters. Received: kernel.shape={shape}"
         )
     return channels // depth

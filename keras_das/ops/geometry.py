@@ -1,7 +1,7 @@
 """The arithmetic of windows: how arguments are standardised and where a kernel's taps lie."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import keras
 from keras import ops
@@ -46,7 +46,7 @@ def standardize_data_format(data_format: str | None) -> str:
 
 
 class Window(NamedTuple):
-    """One spatial axis of a convolution: kernel size, stride, dilation and padding (before, after) or "same"."""
+    """One spatial axis of a convolution; `padding` is (before, after) or "same"."""
 
     kernel: int
     stride: int
@@ -64,11 +64,11 @@ class Window(NamedTuple):
             return None
         if self.padding == "same":
             return (size + self.stride - 1) // self.stride
-        before, after = self.padding
+        before, after = cast(tuple[int, int], self.padding)
         return (size + before + after - self.extent) // self.stride + 1
 
     def pad_before(self, size: Any) -> Any:
-        """Zero pixels ahead of the first input pixel. "same" puts the odd one at the end, as TensorFlow does."""
+        """Zero pixels ahead of the first input pixel; "same" puts the odd one at the end."""
         if self.padding != "same":
             return self.padding[0]
         total = (self.output_size(size) - 1) * self.stride + self.extent - size

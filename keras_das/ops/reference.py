@@ -44,32 +44,58 @@ def deformable_conv2d(
     Returns:
         `(N, Ho, Wo, filters)` in the result type of `inputs` and `kernel`.
     """
-    inputs, kernel = ops.convert_to_tensor(inputs), ops.convert_to_tensor(kernel)
     result_dtype = keras.backend.result_type(inputs.dtype, kernel.dtype)
-    compute_dtype = "float64" if keras.backend.standardize_dtype(result_dtype) == "float64" else "float32"
+    frame = _Frame(inputs, geometry, "float64" if result_dtype == "float64" else "float32")
+    tensors = [
+        frame.pad(inputs),
+        ops.reshape(kernel, (geometry.taps, *kernel.shape[2:])),
+        ops.reshape(offsets, (*frame.grid, geometry.taps, 2)),
+    ]
+    if mask is not None:
+        tensors.append(ops.reshape(mask, (*frame.grid, geometry.taps)))
 
     @ops.custom_gradient
     def accumulate(*tensors: Tensor) -> tuple[Tensor, Any]:
         # The forward pass must leave nothing on the tape: the gradient computes afresh what it needs.
-        output = _forward(_Taps(geometry, compute_dtype, *map(ops.stop_gradient, tensors)))
+        output = _forward(_Taps(frame, *map(ops.stop_gradient, tensors)))
 
         def gradient(*args: Tensor, upstream: Tensor | None = None) -> tuple[Tensor, ...]:
             grad_output = args[0] if upstream is None else upstream
-            return _backward(_Taps(geometry, compute_dtype, *tensors), grad_output)
+            gradients = _backward(_Taps(frame, *tensors), grad_output)
+            return tuple(ops.cast(g, of.dtype) for g, of in zip(gradients, tensors, strict=True))
 
         return output, gradient
 
-    tensors = (inputs, kernel, offsets) if mask is None else (inputs, kernel, offsets, mask)
-    output = accumulate(*map(ops.convert_to_tensor, tensors))
+    output = accumulate(*tensors)
     if bias is not None:
-        output = output + ops.cast(bias, compute_dtype)
+        output = output + ops.cast(bias, frame.dtype)
     return ops.cast(output, result_dtype)
+
+
+class _Frame:
+    """The sizes of one call: the image, the zeros around it, and the grid of output positions."""
+
+    def __init__(self, inputs: Tensor, geometry: Geometry, dtype: str):
+        self.geometry, self.dtype = geometry, dtype
+        self.batch, self.height, self.width, self.channels = ops.shape(inputs)
+        out_height = geometry.rows.output_size(self.height)
+        out_width = geometry.columns.output_size(self.width)
+        self.grid = (self.batch, out_height, out_width, geometry.offset_groups)
+        self.depth = self.channels // geometry.offset_groups  # channels that are read together
+        self.padded_height = self.height + _TOP + _BOTTOM
+        self.padded_width = self.width + _LEFT + _RIGHT
+        self.table_rows = self.batch * self.padded_height * self.padded_width * geometry.offset_groups
+
+    def pad(self, inputs: Tensor) -> Tensor:
+        """The image among its zeros, as a table `(rows, depth)` with one row for each read."""
+        padded = ops.pad(inputs, ((0, 0), (_TOP, _BOTTOM), (_LEFT, _RIGHT), (0, 0)))
+        return ops.reshape(padded, (self.table_rows, self.depth))
 
 
 class _Sample(NamedTuple):
     """Where one tap reads: for each of the four corners its rows in the padded image and its weight."""
 
-    rows: tuple[Tensor, ...]  # 4 x (N, Ho, Wo, offset_groups), rows of `_Taps.table`
+    rows: tuple[Tensor, ...]  # 4 x (N, Ho, Wo, offset_groups), rows of the table
     weights: tuple[Tensor, ...]  # 4 x (N, Ho, Wo, offset_groups)
     fraction_y: Tensor
     fraction_x: Tensor
@@ -79,56 +105,33 @@ class _Taps:
     """The tensors of one call, and what each tap sees of them."""
 
     def __init__(
-        self,
-        geometry: Geometry,
-        compute_dtype: str,
-        inputs: Tensor,
-        kernel: Tensor,
-        offsets: Tensor,
-        mask: Tensor | None = None,
+        self, frame: _Frame, table: Tensor, kernel: Tensor, offsets: Tensor, mask: Tensor | None = None
     ):
-        self.geometry, self.compute_dtype = geometry, compute_dtype
-        self.inputs, self.kernel, self.offsets, self.mask = inputs, kernel, offsets, mask
-        self.batch, self.height, self.width, self.channels = ops.shape(inputs)
-        self.filters = kernel.shape[-1]
-        self.out_height = geometry.rows.output_size(self.height)
-        self.out_width = geometry.columns.output_size(self.width)
-        self.depth = self.channels // geometry.offset_groups  # channels that move together
-        self.padded_height = self.height + _TOP + _BOTTOM
-        self.padded_width = self.width + _LEFT + _RIGHT
-        self.table_rows = self.batch * self.padded_height * self.padded_width * geometry.offset_groups
-        self.table = ops.reshape(
-            ops.pad(inputs, ((0, 0), (_TOP, _BOTTOM), (_LEFT, _RIGHT), (0, 0))),
-            (self.table_rows, self.depth),
-        )
-        taps = geometry.taps
-        grid = (self.batch, self.out_height, self.out_width, geometry.offset_groups)
-        self.offsets_by_tap = ops.reshape(offsets, (*grid, taps, 2))
-        self.mask_by_tap = None if mask is None else ops.reshape(mask, (*grid, taps))
-        self.kernel_by_tap = ops.reshape(kernel, (taps, *kernel.shape[2:]))
-        self.grid = grid
+        self.frame, self.table, self.kernel, self.offsets, self.mask = frame, table, kernel, offsets, mask
+        self.geometry = frame.geometry
 
     def __len__(self) -> int:
         return self.geometry.taps
 
     def offset(self, tap: int) -> Tensor:
-        return ops.cast(self.offsets_by_tap[..., tap, :], self.compute_dtype)
+        """`(N, Ho, Wo, offset_groups, 2)`."""
+        return ops.cast(self.offsets[..., tap, :], self.frame.dtype)
 
     def weights(self, tap: int) -> Tensor:
         """The kernel at one tap: `(C / groups, filters)`."""
-        return ops.cast(self.kernel_by_tap[tap], self.compute_dtype)
+        return ops.cast(self.kernel[tap], self.frame.dtype)
 
     def modulation(self, tap: int) -> Tensor | None:
         """The mask at one tap: `(N, Ho, Wo, offset_groups)`."""
-        return None if self.mask_by_tap is None else ops.cast(self.mask_by_tap[..., tap], self.compute_dtype)
+        return None if self.mask is None else ops.cast(self.mask[..., tap], self.frame.dtype)
 
     def locate(self, tap: int, offset: Tensor) -> _Sample:
         """Turns one tap's offsets into the corners to read and their bilinear weights."""
         ky, kx = divmod(tap, self.geometry.columns.kernel)
-        y, fraction_y = self._split(self.geometry.rows, ky, self.height, offset[..., 0], axis=1)
-        x, fraction_x = self._split(self.geometry.columns, kx, self.width, offset[..., 1], axis=2)
+        y, fraction_y = self._split(self.geometry.rows, ky, self.frame.height, offset[..., 0], axis=1)
+        x, fraction_x = self._split(self.geometry.columns, kx, self.frame.width, offset[..., 1], axis=2)
         inside = ops.logical_and(
-            _on_image(y, fraction_y, self.height), _on_image(x, fraction_x, self.width)
+            _on_image(y, fraction_y, self.frame.height), _on_image(x, fraction_x, self.frame.width)
         )  # False for a NaN
         # Off the image all corners are zeros, and the fraction is 0, or NaN where the offset was.
         is_nan = ops.logical_or(ops.isnan(offset[..., 0]), ops.isnan(offset[..., 1]))
@@ -148,18 +151,17 @@ class _Taps:
 
     def read(self, rows: Tensor) -> Tensor:
         """The pixels at `rows`: `(N, Ho, Wo, offset_groups, depth)`."""
-        return ops.cast(ops.take(self.table, rows, axis=0), self.compute_dtype)
+        return ops.cast(ops.take(self.table, rows, axis=0), self.frame.dtype)
 
     def spread(self, rows: Tensor, values: Tensor) -> Tensor:
         """The transpose of `read`: adds `values` up where they were read from, in the table's shape."""
-        count = self.batch * self.out_height * self.out_width * self.geometry.offset_groups
-        flat_values = ops.reshape(values, (count, self.depth))
-        return ops.segment_sum(flat_values, ops.reshape(rows, (count,)), num_segments=self.table_rows)
-
-    def crop(self, table: Tensor) -> Tensor:
-        """Takes the padding off a table: `(N, H, W, C)`."""
-        padded = ops.reshape(table, (self.batch, self.padded_height, self.padded_width, self.channels))
-        return padded[:, _TOP : _TOP + self.height, _LEFT : _LEFT + self.width, :]
+        batch, height, width, groups = self.frame.grid
+        count = batch * height * width * groups
+        return ops.segment_sum(
+            ops.reshape(values, (count, self.frame.depth)),
+            ops.reshape(rows, (count,)),
+            num_segments=self.frame.table_rows,
+        )
 
     def _split(self, window: Any, k: int, size: Any, offset: Tensor, axis: int) -> tuple[Tensor, Tensor]:
         """A tap's coordinate along one axis, as a whole pixel (still a float) and a fraction in [0, 1]."""
@@ -167,18 +169,19 @@ class _Taps:
         shape = [1, 1, 1, 1]
         shape[axis] = count
         first = k * window.dilation - window.pad_before(size)
-        base = ops.cast(ops.arange(count, dtype="int32") * window.stride + first, self.compute_dtype)
+        base = ops.cast(ops.arange(count, dtype="int32") * window.stride + first, self.frame.dtype)
         whole = ops.floor(offset)
         return whole + ops.reshape(base, shape), offset - whole
 
     def _table_rows(self, y: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-        dtype = _index_dtype(self.table_rows)
-        groups = self.geometry.offset_groups
-        image = ops.reshape(ops.arange(self.batch, dtype=dtype), (self.batch, 1, 1, 1))
+        frame = self.frame
+        dtype = _index_dtype(frame.table_rows)
+        batch, _, _, groups = frame.grid
+        image = ops.reshape(ops.arange(batch, dtype=dtype), (batch, 1, 1, 1))
         group = ops.reshape(ops.arange(groups, dtype=dtype), (1, 1, 1, groups))
-        row = image * self.padded_height + ops.cast(y, dtype) + _TOP
-        first = (row * self.padded_width + ops.cast(x, dtype) + _LEFT) * groups + group
-        below = first + self.padded_width * groups
+        row = image * frame.padded_height + ops.cast(y, dtype) + _TOP
+        first = (row * frame.padded_width + ops.cast(x, dtype) + _LEFT) * groups + group
+        below = first + frame.padded_width * groups
         return first, first + groups, below, below + groups
 
 
@@ -200,11 +203,11 @@ def _interpolate(taps: _Taps, sample: _Sample, modulation: Tensor | None) -> Ten
         if modulation is not None:
             weight = weight * modulation
         columns = columns + taps.read(rows) * weight[..., None]
-    return ops.reshape(columns, (*taps.grid[:3], taps.channels))
+    return ops.reshape(columns, (*taps.frame.grid[:3], taps.frame.channels))
 
 
-def _backward(taps: _Taps, grad_output: Tensor) -> tuple[Tensor, ...]:
-    grad_table = ops.zeros((taps.table_rows, taps.depth), dtype=taps.compute_dtype)
+def _backward(taps: _Taps, grad_output: Tensor) -> list[Tensor]:
+    grad_table = ops.zeros((taps.frame.table_rows, taps.frame.depth), dtype=taps.frame.dtype)
     grad_kernel, grad_offsets, grad_mask = [], [], []
     for tap in range(len(taps)):
         offset, upstream = _after(taps.offset(tap), grad_table), _after(grad_output, grad_table)
@@ -212,14 +215,10 @@ def _backward(taps: _Taps, grad_output: Tensor) -> tuple[Tensor, ...]:
         grad_kernel.append(by_kernel)
         grad_offsets.append(by_offset)
         grad_mask.append(by_mask)
-    gradients = [
-        (taps.inputs, taps.crop(grad_table)),
-        (taps.kernel, ops.stack(grad_kernel)),
-        (taps.offsets, ops.stack(grad_offsets, axis=-2)),
-    ]
+    gradients = [grad_table, ops.stack(grad_kernel), ops.stack(grad_offsets, axis=-2)]
     if taps.mask is not None:
-        gradients.append((taps.mask, ops.stack(grad_mask, axis=-1)))
-    return tuple(ops.cast(ops.reshape(g, ops.shape(of)), of.dtype) for of, g in gradients)
+        gradients.append(ops.stack(grad_mask, axis=-1))
+    return gradients
 
 
 def _backward_tap(
@@ -230,7 +229,7 @@ def _backward_tap(
     groups = taps.geometry.groups
     # What the loss would gain from each sampled value, ahead of the mask.
     grad_columns = ops.reshape(
-        _apply_kernel_transposed(grad_output, taps.weights(tap), groups), (*taps.grid, taps.depth)
+        _apply_kernel_transposed(grad_output, taps.weights(tap), groups), (*taps.frame.grid, taps.frame.depth)
     )
     columns, products = 0.0, []
     for rows, weight in zip(sample.rows, sample.weights, strict=True):
@@ -239,7 +238,7 @@ def _backward_tap(
         masked = weight if modulation is None else weight * modulation
         columns = columns + pixels * masked[..., None]
         grad_table = grad_table + taps.spread(rows, grad_columns * masked[..., None])
-    columns = ops.reshape(columns, (*taps.grid[:3], taps.channels))
+    columns = ops.reshape(columns, (*taps.frame.grid[:3], taps.frame.channels))
     by_kernel = _kernel_gradient(columns, grad_output, groups)
     by_mask = sum(weight * product for weight, product in zip(sample.weights, products, strict=True))
     p00, p01, p10, p11 = products

@@ -1,0 +1,6 @@
+"""The layers: the attention gate, and the deformable convolution below it."""
+
+from keras_das.layers.das import DASLayer
+from keras_das.layers.deformable_conv2d import DeformableConv2D
+
+__all__ = ["DASLayer", "DeformableConv2D"]

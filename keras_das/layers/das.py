@@ -1,0 +1,279 @@
+"""`DASLayer`: the deformable attention gate."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from keras import constraints, initializers, ops, regularizers
+
+from keras_das.layers.deformable_conv2d import DeformableConv2D, Identifier, Shape, Tensor
+from keras_das.ops.deformable import standardize_count, standardize_implementation
+from keras_das.ops.geometry import standardize_data_format, standardize_pair
+
+# Those of PyTorch's norms. Keras' own 1e-3 would flatten feature maps of small variance.
+_EPSILON = 1e-5
+
+
+@keras.saving.register_keras_serializable("keras_das")
+class DASLayer(keras.layers.Layer):
+    """Deformable attention gate: multiplies a feature map by how much each of its values matters.
+
+    The gate sees beyond a convolution's window, for it reads the feature map at positions it has learnt, at
+    a cost linear in the number of pixels:
+
+        X_c = GELU(InstanceNorm(X W1))                       (1)  W1: depthwise-separable, C -> C' = alpha C
+        deform(p) = sum_k w_k * m_k * X_c(p + p_k + dp_k)    (2)  dp_k and m_k in (0, 1) predicted from X_c
+        A = sigmoid(LayerNorm(deform(X_c)))                  (3)  C' -> C channels
+        X_out = X * A                                        (4)
+
+    Args:
+        reduction: alpha, the share of the channels that the gate works on: `C' = max(1, round(alpha C))`.
+        kernel_size: Size of both of the gate's spatial kernels, an integer or `(rows, columns)`.
+        dilation_rate: Distance between the deformable kernel's taps in pixels.
+        offset_groups: Groups of neighbouring channels of `C'` with offsets and masks of their own.
+        modulated: Whether to predict the masks m_k; without them they are 1.
+        deformable: `"separable"`: a depthwise deformable convolution, then a pointwise one from C' to C.
+            `"dense"`: one deformable convolution from C' to C, with `9 alpha C^2` weights.
+        identity_init: `True`: the gate is `2 * sigmoid`, with a norm whose scale starts at 0, so that it
+            starts at exactly 1 and the layer changes nothing until training moves it. `False`: the paper's
+            gate.
+        data_format: `"channels_last"`, `"channels_first"` or `None` for Keras' default.
+        implementation: `"auto"`, `"native"` or `"reference"`; see `keras_das.ops.deformable_conv2d`.
+        kernel_initializer: Initializer of the convolutions' kernels.
+        offset_initializer: Initializer of the kernel that predicts offsets and masks.
+        kernel_regularizer: Regularizer of the convolutions' kernels.
+        offset_regularizer: Regularizer of the kernel that predicts offsets and masks.
+        activity_regularizer: Regularizer of the output.
+        kernel_constraint: Constraint on the convolutions' kernels.
+        offset_constraint: Constraint on the kernel that predicts offsets and masks.
+        **kwargs: `name`, `dtype`, `trainable`, as for every Keras layer.
+
+    Input shape:
+        `(N, H, W, C)`, or `(N, C, H, W)` with `data_format="channels_first"`. Floating.
+
+    Output shape:
+        The input's.
+
+    Raises:
+        ValueError: If an argument is invalid or does not fit the input; the message names it.
+
+    Example:
+
+    >>> model = keras.Sequential([
+    ...     keras.Input((32, 32, 3)),
+    ...     keras.layers.Conv2D(64, 3, activation="relu"),
+    ...     keras_das.DASLayer(),
+    ...     keras.layers.GlobalAveragePooling2D(),
+    ...     keras.layers.Dense(10),
+    ... ])
+
+    Reference:
+        - [Salajegheh et al., 2023](https://arxiv.org/abs/2311.12091), section 3
+    """
+
+    def __init__(
+        self,
+        reduction: float = 0.2,
+        kernel_size: int | Sequence[int] = 3,
+        dilation_rate: int | Sequence[int] = 1,
+        offset_groups: int = 1,
+        modulated: bool = True,
+        deformable: str = "separable",
+        identity_init: bool = False,
+        data_format: str | None = None,
+        implementation: str = "auto",
+        kernel_initializer: Identifier = "glorot_uniform",
+        offset_initializer: Identifier = "zeros",
+        kernel_regularizer: Identifier = None,
+        offset_regularizer: Identifier = None,
+        activity_regularizer: Identifier = None,
+        kernel_constraint: Identifier = None,
+        offset_constraint: Identifier = None,
+        **kwargs: Any,
+    ):
+        """Checks and keeps the arguments; the weights are made by `build`."""
+        super().__init__(activity_regularizer=activity_regularizer, **kwargs)
+        if isinstance(reduction, bool) or not isinstance(reduction, int | float) or not reduction > 0:
+            raise ValueError(f"`reduction` must be a positive number. Received: reduction={reduction!r}")
+        if deformable not in ("separable", "dense"):
+            raise ValueError(
+                f'`deformable` must be "separable" or "dense". Received: deformable={deformable!r}'
+            )
+        self.reduction = reduction
+        self.kernel_size = standardize_pair(kernel_size, "kernel_size")
+        self.dilation_rate = standardize_pair(dilation_rate, "dilation_rate")
+        self.offset_groups = standardize_count(offset_groups, "offset_groups")
+        self.modulated = modulated
+        self.deformable = deformable
+        self.identity_init = identity_init
+        self.data_format = standardize_data_format(data_format)
+        self.implementation = standardize_implementation(implementation)
+        self.kernel_initializer = initializers.get(kernel_initializer)
+        self.offset_initializer = initializers.get(offset_initializer)
+        self.kernel_regularizer = regularizers.get(kernel_regularizer)
+        self.offset_regularizer = regularizers.get(offset_regularizer)
+        self.kernel_constraint = constraints.get(kernel_constraint)
+        self.offset_constraint = constraints.get(offset_constraint)
+        self.input_spec = keras.layers.InputSpec(ndim=4)
+        self.supports_masking = True  # the output's pixels are the input's: a mask passes through
+
+    def build(self, input_shape: Shape) -> None:
+        """Creates the gate's layers for inputs of this shape."""
+        channel_axis = 3 if self.data_format == "channels_last" else 1
+        channels = input_shape[channel_axis]
+        if channels is None:
+            raise ValueError(f"The number of channels must be known. Received: input_shape={input_shape}")
+        width = max(1, round(self.reduction * channels))
+        if width % self.offset_groups:
+            raise ValueError(
+                f"`offset_groups` must divide the gate's channels, round({self.reduction} * {channels}) = "
+                f"{width}. Received: offset_groups={self.offset_groups}"
+            )
+        self.input_spec = keras.layers.InputSpec(ndim=4, axes={channel_axis: channels})
+        self._create_layers(channels, width)
+        last = input_shape if channel_axis == 3 else (*input_shape[:1], *input_shape[2:], channels)
+        shape = tuple(last)
+        for layer in self._gate_layers():
+            layer.build(shape)
+            shape = layer.compute_output_shape(shape)
+
+    def _create_layers(self, channels: int, width: int) -> None:
+        separable = self.deformable == "separable"
+        common = {"data_format": "channels_last", "dtype": self.dtype_policy}
+        self.reduce = keras.layers.SeparableConv2D(
+            width,
+            self.kernel_size,
+            padding="same",
+            use_bias=False,  # the norm takes it away again
+            depthwise_initializer=_fresh(self.kernel_initializer),
+            pointwise_initializer=_fresh(self.kernel_initializer),
+            depthwise_regularizer=self.kernel_regularizer,
+            pointwise_regularizer=self.kernel_regularizer,
+            depthwise_constraint=self.kernel_constraint,
+            pointwise_constraint=self.kernel_constraint,
+            name="reduce",
+            **common,
+        )
+        self.instance_norm = keras.layers.GroupNormalization(
+            groups=-1, axis=-1, epsilon=_EPSILON, name="instance_norm", dtype=self.dtype_policy
+        )
+        self.deform = DeformableConv2D(
+            width if separable else channels,
+            self.kernel_size,
+            padding="same",
+            dilation_rate=self.dilation_rate,
+            groups=width if separable else 1,
+            offset_groups=self.offset_groups,
+            modulated=self.modulated,
+            use_bias=not separable,
+            kernel_initializer=_fresh(self.kernel_initializer),
+            offset_initializer=_fresh(self.offset_initializer),
+            kernel_regularizer=self.kernel_regularizer,
+            offset_regularizer=self.offset_regularizer,
+            kernel_constraint=self.kernel_constraint,
+            offset_constraint=self.offset_constraint,
+            implementation=self.implementation,
+            name="deform",
+            **common,
+        )
+        self.expand = None
+        if separable:
+            self.expand = keras.layers.Conv2D(
+                channels,
+                1,
+                kernel_initializer=_fresh(self.kernel_initializer),
+                kernel_regularizer=self.kernel_regularizer,
+                kernel_constraint=self.kernel_constraint,
+                name="expand",
+                **common,
+            )
+        self.layer_norm = keras.layers.LayerNormalization(
+            axis=-1,
+            epsilon=_EPSILON,
+            gamma_initializer="zeros" if self.identity_init else "ones",
+            name="layer_norm",
+            dtype=self.dtype_policy,
+        )
+
+    def _gate_layers(self) -> list[keras.layers.Layer]:
+        """The layers between the input and the sigmoid, in the order of equations 1 to 3."""
+        layers = (self.reduce, self.instance_norm, self.deform, self.expand, self.layer_norm)
+        return [layer for layer in layers if layer is not None]
+
+    def gate(self, inputs: Tensor) -> Tensor:
+        """The attention map A of equation 3.
+
+        Args:
+            inputs: Tensor of the layer's input shape.
+
+        Returns:
+            Tensor of the input's shape, in (0, 1), or in (0, 2) with `identity_init`.
+        """
+        if not self.built:
+            self.build(tuple(inputs.shape))
+        x = ops.cast(inputs, self.compute_dtype)
+        if self.data_format == "channels_first":
+            x = ops.transpose(x, (0, 2, 3, 1))
+        x = self._deformable_input(x)
+        x = self.deform(x)
+        if self.expand is not None:
+            x = self.expand(x)
+        gate = ops.sigmoid(self.layer_norm(x))
+        if self.identity_init:
+            gate = 2 * gate
+        return ops.transpose(gate, (0, 3, 1, 2)) if self.data_format == "channels_first" else gate
+
+    def _deformable_input(self, x: Tensor) -> Tensor:
+        """X_c of equation 1, channels last."""
+        return ops.gelu(self.instance_norm(self.reduce(x)), approximate=False)
+
+    def call(self, inputs: Tensor) -> Tensor:
+        """Multiplies the feature map by its gate."""
+        return inputs * self.gate(inputs)
+
+    def predict_offsets(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Where the gate reads the feature map; see `DeformableConv2D.predict_offsets`.
+
+        Args:
+            inputs: Tensor of the layer's input shape.
+
+        Returns:
+            `(offsets, mask)`, channels last.
+        """
+        if not self.built:
+            self.build(tuple(inputs.shape))
+        x = ops.cast(inputs, self.compute_dtype)
+        if self.data_format == "channels_first":
+            x = ops.transpose(x, (0, 2, 3, 1))
+        return self.deform.predict_offsets(self._deformable_input(x))
+
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
+        """The input's shape."""
+        return tuple(input_shape)
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments, serialized."""
+        config = {
+            "reduction": self.reduction,
+            "kernel_size": self.kernel_size,
+            "dilation_rate": self.dilation_rate,
+            "offset_groups": self.offset_groups,
+            "modulated": self.modulated,
+            "deformable": self.deformable,
+            "identity_init": self.identity_init,
+            "data_format": self.data_format,
+            "implementation": self.implementation,
+            "kernel_initializer": initializers.serialize(self.kernel_initializer),
+            "offset_initializer": initializers.serialize(self.offset_initializer),
+            "kernel_regularizer": regularizers.serialize(self.kernel_regularizer),
+            "offset_regularizer": regularizers.serialize(self.offset_regularizer),
+            "activity_regularizer": regularizers.serialize(self.activity_regularizer),
+            "kernel_constraint": constraints.serialize(self.kernel_constraint),
+            "offset_constraint": constraints.serialize(self.offset_constraint),
+        }
+        return {**super().get_config(), **config}
+
+
+def _fresh(initializer: Any) -> Any:
+    """A copy to hand to one weight: a Keras initializer used twice gives the same numbers twice."""
+    return initializer.clone() if isinstance(initializer, initializers.Initializer) else initializer
