@@ -6,7 +6,7 @@ from typing import Any
 import keras
 from keras import constraints, initializers, ops, regularizers
 
-from keras_das.layers.deformable_conv2d import DeformableConv2D, Identifier, Shape, Tensor
+from keras_das.layers.deformable_conv2d import DeformableConv2D, Identifier, Shape, Tensor, with_shape
 from keras_das.ops.deformable import standardize_count, standardize_implementation
 from keras_das.ops.geometry import standardize_data_format, standardize_pair
 
@@ -181,6 +181,7 @@ class DASLayer(keras.layers.Layer):
             self.expand = keras.layers.Conv2D(
                 channels,
                 1,
+                use_bias=False,
                 kernel_initializer=_fresh(self.kernel_initializer),
                 kernel_regularizer=self.kernel_regularizer,
                 kernel_constraint=self.kernel_constraint,
@@ -211,13 +212,10 @@ class DASLayer(keras.layers.Layer):
         """
         if not self.built:
             self.build(tuple(inputs.shape))
-        x = ops.cast(inputs, self.compute_dtype)
-        if self.data_format == "channels_first":
-            x = ops.transpose(x, (0, 2, 3, 1))
-        x = self._deformable_input(x)
-        x = self.deform(x)
+        inputs = self._channels_last(inputs)
+        x = self.deform(self._deformable_input(inputs))
         if self.expand is not None:
-            x = self.expand(x)
+            x = with_shape(self.expand(x), ops.shape(inputs))
         gate = ops.sigmoid(self.layer_norm(x))
         if self.identity_init:
             gate = 2 * gate
@@ -225,7 +223,12 @@ class DASLayer(keras.layers.Layer):
 
     def _deformable_input(self, x: Tensor) -> Tensor:
         """X_c of equation 1, channels last."""
-        return ops.gelu(self.instance_norm(self.reduce(x)), approximate=False)
+        reduced = with_shape(self.reduce(x), (*ops.shape(x)[:3], self.reduce.filters))
+        return ops.gelu(self.instance_norm(reduced), approximate=False)
+
+    def _channels_last(self, inputs: Tensor) -> Tensor:
+        x = ops.cast(inputs, self.compute_dtype)
+        return ops.transpose(x, (0, 2, 3, 1)) if self.data_format == "channels_first" else x
 
     def call(self, inputs: Tensor) -> Tensor:
         """Multiplies the feature map by its gate."""
@@ -242,10 +245,7 @@ class DASLayer(keras.layers.Layer):
         """
         if not self.built:
             self.build(tuple(inputs.shape))
-        x = ops.cast(inputs, self.compute_dtype)
-        if self.data_format == "channels_first":
-            x = ops.transpose(x, (0, 2, 3, 1))
-        return self.deform.predict_offsets(self._deformable_input(x))
+        return self.deform.predict_offsets(self._deformable_input(self._channels_last(inputs)))
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         """The input's shape."""

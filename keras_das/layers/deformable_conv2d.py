@@ -10,6 +10,7 @@ from keras_das.ops import deformable_conv2d
 from keras_das.ops.deformable import standardize_count, standardize_implementation
 from keras_das.ops.geometry import (
     Padding,
+    Window,
     make_windows,
     standardize_data_format,
     standardize_padding,
@@ -226,6 +227,9 @@ class DeformableConv2D(keras.layers.Layer):
         return self._predict(inputs)
 
     def _predict(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+        batch, height, width, _ = ops.shape(inputs)
+        rows, columns = self._windows()
+        sizes = (batch, rows.output_size(height), columns.output_size(width))
         padding = self.padding
         if not isinstance(padding, str):
             inputs, padding = ops.pad(inputs, ((0, 0), *padding, (0, 0))), "valid"
@@ -236,18 +240,22 @@ class DeformableConv2D(keras.layers.Layer):
             padding=padding,
             data_format="channels_last",
             dilation_rate=self.dilation_rate,
-        ) + ops.cast(self.offset_bias, inputs.dtype)
+        )
+        predictions = with_shape(predictions, (*sizes, self.offset_bias.shape[0]))
+        predictions = predictions + ops.cast(self.offset_bias, inputs.dtype)
         if not self.modulated:
             return predictions, None
         offsets, logits = ops.split(predictions, [self.offset_groups * self.taps * 2], axis=-1)
         return offsets, ops.sigmoid(logits)
 
+    def _windows(self) -> tuple[Window, Window]:
+        return make_windows(self.kernel_size, self.strides, self.dilation_rate, self.padding)
+
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         """Output shape for inputs of this shape; raises a ValueError if the kernel does not fit."""
         last = self.data_format == "channels_last"
         sizes = input_shape[1:3] if last else input_shape[2:4]
-        windows = make_windows(self.kernel_size, self.strides, self.dilation_rate, self.padding)
-        out = tuple(window.output_size(size) for window, size in zip(windows, sizes, strict=True))
+        out = tuple(window.output_size(size) for window, size in zip(self._windows(), sizes, strict=True))
         if any(size is not None and size < 1 for size in out):
             raise ValueError(
                 "`kernel_size` with its dilation must not be larger than the padded input. Received: "
@@ -287,3 +295,11 @@ class DeformableConv2D(keras.layers.Layer):
             "implementation": self.implementation,
         }
         return {**super().get_config(), **config}
+
+
+def with_shape(outputs: Tensor, shape: tuple[Any, ...]) -> Tensor:
+    """`outputs` of a convolution in the shape they have anyway, but for an empty batch.
+
+    TensorFlow's oneDNN convolutions give an empty batch the input's shape (seen in TensorFlow 2.21).
+    """
+    return ops.reshape(outputs, shape)

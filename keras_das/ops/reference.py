@@ -77,7 +77,8 @@ class _Frame:
 
     def __init__(self, inputs: Tensor, geometry: Geometry, dtype: str):
         self.geometry, self.dtype = geometry, dtype
-        self.batch, self.height, self.width, self.channels = ops.shape(inputs)
+        batch, height, width, self.channels = ops.shape(inputs)
+        self.batch, self.height, self.width = map(_wide, (batch, height, width))
         out_height = geometry.rows.output_size(self.height)
         out_width = geometry.columns.output_size(self.width)
         self.grid = (self.batch, out_height, out_width, geometry.offset_groups)
@@ -169,7 +170,7 @@ class _Taps:
         shape = [1, 1, 1, 1]
         shape[axis] = count
         first = k * window.dilation - window.pad_before(size)
-        base = ops.cast(ops.arange(count, dtype="int32") * window.stride + first, self.frame.dtype)
+        base = ops.cast(ops.arange(count) * window.stride + first, self.frame.dtype)
         whole = ops.floor(offset)
         return whole + ops.reshape(base, shape), offset - whole
 
@@ -177,8 +178,8 @@ class _Taps:
         frame = self.frame
         dtype = _index_dtype(frame.table_rows)
         batch, _, _, groups = frame.grid
-        image = ops.reshape(ops.arange(batch, dtype=dtype), (batch, 1, 1, 1))
-        group = ops.reshape(ops.arange(groups, dtype=dtype), (1, 1, 1, groups))
+        image = ops.reshape(ops.cast(ops.arange(batch), dtype), (batch, 1, 1, 1))
+        group = ops.reshape(ops.cast(ops.arange(groups), dtype), (1, 1, 1, groups))
         row = image * frame.padded_height + ops.cast(y, dtype) + _TOP
         first = (row * frame.padded_width + ops.cast(x, dtype) + _LEFT) * groups + group
         below = first + frame.padded_width * groups
@@ -305,6 +306,11 @@ def _on_image(whole: Tensor, fraction: Tensor, size: Any) -> Tensor:
     size = ops.cast(size, whole.dtype)
     above = ops.logical_or(whole >= 0, ops.logical_and(whole == -1, fraction > 0))
     return ops.logical_and(above, whole < size)
+
+
+def _wide(size: Any) -> Any:
+    """A size that can be multiplied safely: an int, or 64-bit where the graph leaves it open."""
+    return size if isinstance(size, int) else ops.cast(size, "int64")
 
 
 def _index_dtype(rows: Any) -> str:
