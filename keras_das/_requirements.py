@@ -1,0 +1,27 @@
+"""What must be there before anything else of the package is imported."""
+
+_TENSORFLOW_MINIMUM = (2, 18)
+_INSTALL = (
+    "pip install 'keras-das[tf]' (NVIDIA GPUs: also 'tensorflow[and-cuda]') or 'keras-das[tf-cpu]'; "
+    "another Keras backend is chosen with the environment variable KERAS_BACKEND"
+)
+
+
+def check_backend() -> None:
+    """Raises one clear ImportError where Keras' TensorFlow backend is missing or too old."""
+    try:
+        import keras
+    except ModuleNotFoundError as error:
+        if error.name != "tensorflow":
+            raise
+        raise ImportError(f"keras_das needs TensorFlow, and it is not installed: {_INSTALL}.") from None
+    if keras.backend.backend() != "tensorflow":
+        return
+    import tensorflow as tf
+
+    found = tuple(int(part) for part in tf.__version__.split(".")[:2])
+    if found < _TENSORFLOW_MINIMUM:
+        minimum = ".".join(map(str, _TENSORFLOW_MINIMUM))
+        raise ImportError(
+            f"keras_das needs TensorFlow {minimum} or newer, and found {tf.__version__}: {_INSTALL}."
+        )
