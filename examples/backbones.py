@@ -1,0 +1,135 @@
+"""Backbones by name: keras.applications, a small ResNet-18, and presets of KerasCV and KerasHub."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+
+from examples.common import UserError, first_line
+
+NAMES = ("resnet18", "resnet50", "mobilenet_v2")
+LIBRARIES = ("keras_cv", "keras_hub")
+CAFFE_MEAN = (103.939, 116.779, 123.68)
+"""The blue, green and red that the ImageNet weights of keras.applications' ResNets expect as zero."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """A functional CNN without a head, and what turns pixels of 0..255 into its inputs."""
+
+    model: keras.Model
+    preprocess: Callable[[Any], Any]
+    stages: Sequence[str] | None = None
+    """The layers that end the stages; None if `keras_das.attach_das` finds them on its own."""
+
+
+def build(spec: str, image_size: int, pretrained: bool, small_stem: bool = False) -> Backbone:
+    """The backbone `spec` names, with the weights that come with it or with random ones.
+
+    `small_stem` gives `resnet18` a first layer without stride, for images of about 32 pixels.
+    """
+    if small_stem and spec != "resnet18":
+        raise UserError("--small-stem goes with --backbone resnet18 only")
+    library, _, preset = spec.partition(":")
+    if spec not in NAMES and not (library in LIBRARIES and preset):
+        choices = ", ".join([*NAMES, *(f"{name}:PRESET" for name in LIBRARIES)])
+        raise UserError(f"--backbone must be one of {choices}, not {spec!r}")
+    if spec == "resnet18":
+        if pretrained:
+            raise UserError("resnet18 has no ImageNet weights; name a weights file or take resnet50")
+        stages = [f"stage{number}" for number in range(1, 5)]
+        return Backbone(resnet18(image_size, small_stem), _to_unit_range, stages)
+    try:
+        if spec in NAMES:
+            return _application(spec, image_size, pretrained)
+        return {"keras_cv": _keras_cv, "keras_hub": _keras_hub}[library](preset, pretrained)
+    # Whatever the library raises: no network, a preset or folder it does not know, a file it cannot read.
+    except Exception as error:
+        raise UserError(f"cannot load backbone {spec}: {first_line(error)}") from error
+
+
+def _to_unit_range(pixels: Any) -> Any:
+    return keras.layers.Rescaling(1 / 127.5, -1)(pixels)
+
+
+def _to_caffe_range(pixels: Any) -> Any:
+    return keras.layers.Normalization(mean=CAFFE_MEAN, variance=(1, 1, 1))(keras.ops.flip(pixels, axis=-1))
+
+
+def _application(name: str, image_size: int, pretrained: bool) -> Backbone:
+    applications = {"resnet50": keras.applications.ResNet50, "mobilenet_v2": keras.applications.MobileNetV2}
+    model = applications[name](
+        include_top=False,
+        weights="imagenet" if pretrained else None,
+        input_shape=(image_size, image_size, 3),
+    )
+    caffe = pretrained and name == "resnet50"
+    return Backbone(model, _to_caffe_range if caffe else _to_unit_range)
+
+
+def _keras_cv(preset: str, pretrained: bool) -> Backbone:
+    library = _import_library("keras_cv", "cv")
+    model = library.models.backbones.backbone.Backbone.from_preset(preset, load_weights=pretrained)
+    # Its presets scale pixels themselves, unless they were made not to.
+    scales = getattr(model, "include_rescaling", False)
+    return Backbone(model, (lambda pixels: pixels) if scales else keras.layers.Rescaling(1 / 255))
+
+
+def _keras_hub(preset: str, pretrained: bool) -> Backbone:
+    library = _import_library("keras_hub", "hub")
+    policy = keras.config.dtype_policy()
+    model = library.models.Backbone.from_preset(preset, load_weights=pretrained, dtype=policy)
+    try:
+        converter = library.layers.ImageConverter.from_preset(preset)
+    except (OSError, ValueError):  # a folder of a backbone alone says nothing about its inputs' range
+        return Backbone(model, _to_unit_range)
+    scale, offset = converter.scale, converter.offset
+    return Backbone(
+        model, keras.layers.Rescaling(1 if scale is None else scale, 0 if offset is None else offset)
+    )
+
+
+def _import_library(name: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(
+            f"{name} cannot be imported ({first_line(error)}): pip install keras-das[{extra}]"
+        ) from error
+
+
+def resnet18(image_size: int, small_stem: bool = False) -> keras.Model:
+    """ResNet-18 (He et al., 2015, arXiv 1512.03385) with random weights; stage `i` ends in `stage{i}`."""
+    inputs = keras.Input((image_size, image_size, 3))
+    if small_stem:
+        x = _convolution(inputs, 64, 3, 1, "stem")
+    else:
+        x = _convolution(inputs, 64, 7, 2, "stem")
+        x = keras.layers.MaxPooling2D(3, 2, padding="same", name="stem_pool")(x)
+    for number, filters in enumerate((64, 128, 256, 512), start=1):
+        x = _basic_block(x, filters, 1 if number == 1 else 2, f"stage{number}_block1", None)
+        x = _basic_block(x, filters, 1, f"stage{number}_block2", f"stage{number}")
+    return keras.Model(inputs, x, name="resnet18")
+
+
+def _basic_block(x: Any, filters: int, stride: int, name: str, output_name: str | None) -> Any:
+    shortcut = x
+    if stride != 1 or x.shape[-1] != filters:
+        shortcut = _convolution(x, filters, 1, stride, f"{name}_shortcut", relu=False)
+    x = _convolution(x, filters, 3, stride, f"{name}_1")
+    x = _convolution(x, filters, 3, 1, f"{name}_2", relu=False)
+    x = keras.layers.Add(name=f"{name}_add")([x, shortcut])
+    return keras.layers.ReLU(name=output_name or f"{name}_relu")(x)
+
+
+def _convolution(x: Any, filters: int, size: int, stride: int, name: str, relu: bool = True) -> Any:
+    """A convolution without bias, batch normalisation and, as a rule, a ReLU."""
+    x = keras.layers.Conv2D(
+        filters, size, stride, "same", use_bias=False, kernel_initializer="he_normal", name=f"{name}_conv"
+    )(x)
+    x = keras.layers.BatchNormalization(name=f"{name}_norm")(x)
+    return keras.layers.ReLU(name=f"{name}_relu")(x) if relu else x

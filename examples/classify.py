@@ -1,0 +1,533 @@
+"""Train or fine-tune an image classifier, with or without DAS gates.
+
+    python examples/classify.py --backbone resnet50 --attention das --data trees
+    python examples/classify.py --help
+
+`train` is the whole run as a function; it returns what `results.json` holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script: find `examples` and a keras_das that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import keras_das
+from examples import backbones, common, data, training
+from examples.common import RunError, UserError
+from examples.data import pipeline
+
+
+@dataclasses.dataclass
+class Config:
+    """The arguments of a run; the defaults train the demonstration on `trees`."""
+
+    data: str = "trees"
+    data_dir: str | None = None
+    image_size: int = 64
+    augment: str = "aerial"
+    backbone: str = "resnet50"
+    small_stem: bool = False
+    weights: str = "none"
+    attention: str = "das"
+    identity_init: str = "auto"
+    das: dict[str, Any] = dataclasses.field(default_factory=dict)
+    norm_momentum: float | None = 0.9
+    dropout: float = 0.0
+    epochs: int = 12
+    batch_size: int = 16
+    optimizer: str = "adamw"
+    learning_rate: float = 1e-3
+    schedule: str = "cosine"
+    warmup_epochs: float = 1.0
+    weight_decay: float = 0.05
+    label_smoothing: float = 0.1
+    mixed_precision: str = "none"
+    jit: str = "auto"
+    seed: int = 0
+    deterministic: bool = False
+    output: str | None = None
+    resume: str | None = None
+    export: str | None = None
+    progress: str = "auto"
+
+
+# `None` keeps the momentum 0.99 of Keras's batch normalisation: right for long runs, while over a few
+# hundred steps the moving averages would still remember their first values.
+_PAPER: dict[str, Any] = {
+    "backbone": "resnet50",
+    "image_size": 224,
+    "norm_momentum": None,
+    "optimizer": "sgd",
+    "learning_rate": 0.1,
+    # The paper's 1e-4 goes through the momentum of 0.9, where it acts ten times. Keras decays weights
+    # apart from the gradient.
+    "weight_decay": 1e-3,
+    "warmup_epochs": 0.0,
+    "label_smoothing": 0.0,
+}
+RECIPES: dict[str, dict[str, Any]] = {
+    "imagenet": {
+        **_PAPER,
+        "data": "tfds:imagenet2012",
+        "augment": "zoom",
+        "epochs": 100,
+        "batch_size": 256,
+        "schedule": "steps",
+    },
+    "stanford_dogs": {
+        **_PAPER,
+        "data": "tfds:stanford_dogs",
+        "augment": "crop",
+        "epochs": 300,
+        "batch_size": 32,
+        "schedule": "cosine",
+    },
+}
+"""Arguments of the paper's experiments; what a user names on the command line wins over them."""
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "augment": ("none", "flip", "aerial", "crop", "zoom"),
+    "attention": ("none", "das"),
+    "identity_init": ("auto", "on", "off"),
+    "optimizer": ("adamw", "sgd"),
+    "schedule": ("cosine", "steps", "constant"),
+    "mixed_precision": ("none", "mixed_float16", "mixed_bfloat16"),
+    "jit": ("auto", "on", "off"),
+    "progress": ("auto", "bar", "lines", "none"),
+}
+STEP_EPOCHS, STEP_FACTOR = (0.3, 0.6, 0.9), 0.1
+"""Schedule `steps`: at these shares of all epochs (30, 60 and 90 of 100) the rate is multiplied by this."""
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Run `config` from data to saved model, and return every figure, as in `results.json`."""
+    config = dataclasses.replace(config, output=config.output or _default_output(config))
+    _check(config)
+    output = Path(config.output)
+    keras.utils.set_random_seed(config.seed)
+    if config.deterministic:
+        tf.config.experimental.enable_op_determinism()
+    dataset = data.load(config.data, config.image_size, config.seed, config.data_dir)
+    with _dtype_policy(config.mixed_precision):
+        model = build_model(config, dataset.class_names)
+        compile_model(model, config, dataset.splits["train"].count)
+        backup = Path(config.resume or output / "backup")
+        training.prepare_backup(backup, bool(config.resume), _identity(config, dataset))
+        timer = _fit(model, dataset, config, output, backup)
+        print("evaluating on the test split", flush=True)
+        labels, predicted = predict(model, dataset.splits["test"], config.batch_size)
+    confusion = confusion_matrix(labels, predicted, len(dataset.class_names))
+    results = {
+        **_describe_run(config, model, dataset),
+        **timer.figures(),
+        **scores(confusion),
+        "history": training.read_history(output / "history.csv"),
+        "confusion_matrix": confusion.tolist(),
+    }
+    _save(model, results, confusion, dataset.class_names, config, backup)
+    common.remove(backup)
+    return results
+
+
+def _default_output(config: Config) -> str:
+    parts = (config.data, config.backbone, config.attention)
+    return str(Path("runs") / "-".join(Path(part.replace(":", "-")).name for part in parts))
+
+
+def _check(config: Config) -> None:
+    for name, choices in CHOICES.items():
+        if getattr(config, name) not in choices:
+            raise UserError(
+                f"{_flag(name)} must be one of {', '.join(choices)}, not {getattr(config, name)!r}"
+            )
+    for name, low in {
+        "image_size": 8,
+        "epochs": 1,
+        "batch_size": 1,
+        "seed": 0,
+        "learning_rate": 1e-12,
+    }.items():
+        if getattr(config, name) < low:
+            raise UserError(f"{_flag(name)} must be at least {low}, not {getattr(config, name)}")
+
+
+def _identity(config: Config, dataset: pipeline.Dataset) -> dict[str, Any]:
+    """What a run and its continuation must have in common."""
+    names = (
+        "backbone",
+        "small_stem",
+        "attention",
+        "das",
+        "data",
+        "image_size",
+        "batch_size",
+        "optimizer",
+        "seed",
+    )
+    return {name: getattr(config, name) for name in names} | {"class_names": list(dataset.class_names)}
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+@contextlib.contextmanager
+def _dtype_policy(name: str) -> Iterator[None]:
+    previous = keras.config.dtype_policy()
+    if name != "none":
+        keras.config.set_dtype_policy(name)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(previous)
+
+
+# The model
+
+
+def build_model(config: Config, class_names: tuple[str, ...]) -> keras.Model:
+    """A classifier of pixels of 0..255: scaling, backbone, gates, average pooling and a softmax."""
+    pretrained = config.weights in ("imagenet", "preset")
+    backbone = backbones.build(config.backbone, config.image_size, pretrained, config.small_stem)
+    features = backbone.model
+    if config.attention == "das":
+        identity = pretrained if config.identity_init == "auto" else config.identity_init == "on"
+        features = keras_das.attach_das(features, backbone.stages, identity_init=identity, **config.das)
+    if config.norm_momentum is not None:
+        for layer in features.layers:
+            if isinstance(layer, keras.layers.BatchNormalization):
+                layer.momentum = config.norm_momentum
+    inputs = keras.Input((config.image_size, config.image_size, 3), name="image")
+    x = features(backbone.preprocess(inputs))
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    x = keras.layers.Dropout(config.dropout)(x)
+    outputs = keras.layers.Dense(len(class_names), "softmax", dtype="float32", name="classes")(x)
+    model = keras.Model(inputs, outputs, name="classifier")
+    if not pretrained and config.weights != "none":
+        load_weights(model, Path(config.weights))
+    return model
+
+
+def load_weights(model: keras.Model, path: Path) -> None:
+    """Fill `model` from a `.weights.h5` or a whole `.keras` of the same architecture and class count."""
+    if not path.is_file():
+        raise UserError(f"--weights: no such file: {path} (or name one of none, imagenet, preset)")
+    try:
+        if path.suffix == ".keras":
+            source = keras.models.load_model(path, compile=False)
+            _check_class_count(path, source, model)
+            model.set_weights(source.get_weights())
+        else:
+            model.load_weights(path)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"--weights: {path} does not fit this model: {common.first_line(error)}") from error
+
+
+def _check_class_count(path: Path, source: keras.Model, model: keras.Model) -> None:
+    theirs, ours = source.output_shape[-1], model.output_shape[-1]
+    if theirs != ours:
+        raise UserError(f"--weights: {path} was trained for {theirs} classes, the data has {ours}")
+
+
+def compile_model(model: keras.Model, config: Config, train_count: int) -> None:
+    """Set optimizer, loss and accuracy for runs over `train_count` images an epoch."""
+    steps = max(1, train_count // config.batch_size)
+    rate = learning_rate(config, steps)
+    if config.optimizer == "sgd":
+        optimizer = keras.optimizers.SGD(rate, momentum=0.9, weight_decay=config.weight_decay or None)
+    else:
+        optimizer = keras.optimizers.AdamW(rate, weight_decay=config.weight_decay)
+    if config.weight_decay:
+        optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+    model.compile(
+        optimizer,
+        keras.losses.CategoricalCrossentropy(label_smoothing=config.label_smoothing),
+        metrics=["accuracy"],
+        jit_compile={"auto": "auto", "on": True, "off": False}[config.jit],
+    )
+
+
+def learning_rate(config: Config, steps: int) -> keras.optimizers.schedules.LearningRateSchedule | float:
+    """The rate by step, for epochs of `steps` steps."""
+    if config.schedule == "constant":
+        return config.learning_rate
+    if config.schedule == "steps":
+        boundaries = [round(share * config.epochs * steps) for share in STEP_EPOCHS]
+        values = [config.learning_rate * STEP_FACTOR**i for i in range(len(boundaries) + 1)]
+        return keras.optimizers.schedules.PiecewiseConstantDecay(boundaries, values)
+    warmup = min(round(config.warmup_epochs * steps), config.epochs * steps - 1)
+    if not warmup:
+        return keras.optimizers.schedules.CosineDecay(config.learning_rate, config.epochs * steps)
+    return keras.optimizers.schedules.CosineDecay(
+        0.0, config.epochs * steps - warmup, warmup_target=config.learning_rate, warmup_steps=warmup
+    )
+
+
+def augmentation(name: str) -> list[keras.Layer]:
+    """The preprocessing layers that a training batch goes through."""
+    layers = keras.layers
+    policies = {
+        "none": [],
+        "flip": [layers.RandomFlip("horizontal")],
+        # Seen from above there is no up: flips both ways, and the light of another hour.
+        "aerial": [
+            layers.RandomFlip("horizontal_and_vertical"),
+            layers.RandomTranslation(0.1, 0.1, fill_mode="reflect"),
+            layers.RandomZoom(0.15, fill_mode="reflect"),
+            layers.RandomBrightness(0.15),
+            layers.RandomContrast(0.2),
+        ],
+        "crop": [
+            layers.RandomFlip("horizontal"),
+            layers.RandomTranslation(0.125, 0.125, fill_mode="reflect"),
+        ],
+        # Zooms in up to 2.5 times at a random place, as random-resized crops do.
+        "zoom": [
+            layers.RandomFlip("horizontal"),
+            layers.RandomTranslation(0.25, 0.25, fill_mode="reflect"),
+            layers.RandomZoom((-0.6, 0.0), fill_mode="reflect"),
+        ],
+    }
+    return policies[name]
+
+
+def _fit(
+    model: keras.Model, dataset: pipeline.Dataset, config: Config, output: Path, backup: Path
+) -> training.StepTimer:
+    output.mkdir(parents=True, exist_ok=True)
+    if not config.resume:
+        common.remove(output / "history.csv")
+    clock, timer = pipeline.EpochClock(config.seed), training.StepTimer()
+    classes, splits = len(dataset.class_names), dataset.splits
+    layers = augmentation(config.augment)
+    batches = pipeline.training_batches(splits["train"], classes, config.batch_size, clock, layers)
+    with training.explaining(dataset, backup):
+        model.fit(
+            batches,
+            validation_data=pipeline.evaluation_batches(splits["val"], classes, config.batch_size),
+            epochs=config.epochs,
+            shuffle=False,  # the pipeline does
+            verbose=training.verbosity(config.progress),
+            callbacks=[
+                clock,
+                timer,
+                # Before the backup: a kill between the two leaves a row too many, which is trimmed later.
+                training.History(output / "history.csv"),
+                keras.callbacks.TensorBoard(str(output / "logs"), write_graph=False),
+                training.backup_callback(backup),
+            ],
+        )
+    return timer
+
+
+# The results
+
+
+def predict(model: keras.Model, split: pipeline.Split, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """True and predicted labels of a split, in order."""
+    labels, predicted = [], []
+    for images, targets in pipeline.evaluation_batches(split, model.output_shape[-1], batch_size):
+        labels.append(np.argmax(targets, axis=-1))
+        predicted.append(np.argmax(model.predict_on_batch(images), axis=-1))
+    return np.concatenate(labels), np.concatenate(predicted)
+
+
+def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """Counts of shape `(classes, classes)`: rows are the true class, columns the predicted one."""
+    return np.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
+
+
+def scores(confusion: np.ndarray) -> dict[str, Any]:
+    """Accuracy, and the recall of each class (None for a class the test split lacks)."""
+    support = confusion.sum(axis=1)
+    recall = [
+        right / count if count else None for right, count in zip(confusion.diagonal(), support, strict=True)
+    ]
+    present = [value for value in recall if value is not None]
+    return {
+        "test_accuracy": float(confusion.trace() / support.sum()),
+        "test_balanced_accuracy": float(np.mean(present)),
+        "test_recall": [None if value is None else float(value) for value in recall],
+    }
+
+
+def _describe_run(config: Config, model: keras.Model, dataset: pipeline.Dataset) -> dict[str, Any]:
+    gates = [layer for layer in model._flatten_layers() if isinstance(layer, keras_das.DASLayer)]
+    return {
+        "arguments": dataclasses.asdict(config),
+        "class_names": list(dataset.class_names),
+        "images": {name: split.count for name, split in dataset.splits.items()},
+        "parameters": model.count_params(),
+        "gates": len(gates),
+        "gate_parameters": sum(gate.count_params() for gate in gates),
+        "jit_compile": bool(model.jit_compile),
+        "devices": [device.device_type for device in tf.config.list_logical_devices()],
+        "versions": {
+            "python": platform.python_version(),
+            "tensorflow": tf.__version__,
+            "keras": keras.__version__,
+            "keras_das": keras_das.__version__,
+        },
+    }
+
+
+def _save(
+    model: keras.Model,
+    results: Mapping[str, Any],
+    confusion: np.ndarray,
+    class_names: tuple[str, ...],
+    config: Config,
+    backup: Path,
+) -> None:
+    """Write everything of a finished run; until then its training state stays in `backup`."""
+    output = Path(config.output)
+    try:
+        with common.replacing(output / "model.keras") as path:
+            model.save(path, include_optimizer=False)
+        if config.export:
+            with common.replacing(Path(config.export)) as path:
+                keras_das.export(model, path, format="saved_model")
+        with common.replacing(output / "confusion_matrix.png") as path:
+            draw_confusion_matrix(confusion, class_names, path)
+        with common.replacing(output / "results.json") as path:
+            path.write_text(json.dumps(results, indent=2) + "\n")
+    except RunError as error:
+        raise RunError(
+            f"{error}; training is not lost: make room and repeat with --resume {backup}"
+        ) from error
+
+
+def draw_confusion_matrix(confusion: np.ndarray, class_names: tuple[str, ...], path: Path) -> None:
+    """A PNG of the confusion matrix; rows add up to 1, counts are written in while there is room."""
+    from matplotlib.figure import Figure
+
+    share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    few = len(class_names) <= 20
+    side = 3 + 0.6 * len(class_names) if few else 12
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    picture = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(picture, label="share of the true class")
+    axes.set(
+        xlabel="predicted", ylabel="true", title=f"test accuracy {confusion.trace() / confusion.sum():.3f}"
+    )
+    if few:
+        axes.set_xticks(range(len(class_names)), class_names, rotation=45, ha="right")
+        axes.set_yticks(range(len(class_names)), class_names)
+        for (row, column), count in np.ndenumerate(confusion):
+            colour = "white" if share[row, column] > 0.5 else "black"
+            axes.text(column, row, str(count), ha="center", va="center", color=colour)
+    figure.savefig(path, format="png", dpi=120)
+
+
+# The command line
+
+
+HELP = {
+    "data": "trees (aerial photographs from PyPI), folder:PATH (of class folders, or train, val and test of "
+    "those) or tfds:NAME",
+    "data_dir": "where TensorFlow Datasets keeps its files",
+    "image_size": "side of the square images in pixels",
+    "augment": "what happens to training images, by Keras layers",
+    "backbone": "resnet18, resnet50, mobilenet_v2, keras_cv:PRESET_OR_FOLDER or keras_hub:PRESET_OR_FOLDER",
+    "small_stem": "resnet18 without stride in its first layer, for images of about 32 pixels",
+    "weights": "none (train from scratch), imagenet or preset (fine-tune), or a .weights.h5 or .keras file",
+    "attention": "DAS gates after each stage, or none",
+    "identity_init": "whether gates start at exactly 1; auto: only in pretrained backbones",
+    "norm_momentum": "momentum of batch normalisation's moving averages",
+    "optimizer": "AdamW, or SGD with momentum 0.9",
+    "schedule": "of the learning rate; steps: a tenth after 30, 60 and 90 %% of the epochs",
+    "warmup_epochs": "epochs in which the cosine schedule's rate rises from 0",
+    "mixed_precision": "Keras's dtype policy",
+    "jit": "XLA; auto leaves it to Keras",
+    "deterministic": "same bits each time, where TensorFlow can, at a cost in speed",
+    "output": "folder of the results (default: runs/DATA-BACKBONE-ATTENTION)",
+    "resume": "folder of the training state: a killed run continues there after its last complete epoch",
+    "export": "also write a SavedModel to this folder",
+    "progress": "a bar, a line an epoch, or nothing; auto: a bar on a terminal",
+}
+
+
+def parse_arguments(arguments: list[str] | None = None) -> tuple[Config, bool]:
+    """The configuration of a command line, recipe and defaults filled in, and whether it says `--debug`."""
+    parser = argparse.ArgumentParser("classify", description="Train an image classifier with DAS gates.")
+    parser.add_argument(
+        "--recipe", choices=sorted(RECIPES), help="start from the arguments of an experiment of the paper"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument(
+        "--das",
+        metavar="KEY=VALUE",
+        action="append",
+        type=_key_value,
+        default=[],
+        help="argument of DASLayer, repeatable: --das reduction=0.1",
+    )
+    for field in dataclasses.fields(Config):
+        if field.name != "das":
+            _add_argument(parser, field)
+    given = vars(parser.parse_args(arguments))
+    recipe, debug, das = given.pop("recipe"), given.pop("debug"), dict(given.pop("das"))
+    return Config(**{**RECIPES.get(recipe, {}), **given, "das": das}), debug
+
+
+def _add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
+    # Without a default of its own, an argument that is not given stays out of the way of the recipe's.
+    options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": HELP.get(field.name, "")}
+    default = field.default
+    if default not in (None, False):
+        options["help"] += f" (default: {default})"
+    if isinstance(default, bool):
+        options["action"] = "store_true"
+    elif field.name in CHOICES:
+        options["choices"] = CHOICES[field.name]
+    else:
+        options["type"] = type(default) if default is not None else str
+    parser.add_argument(_flag(field.name), **options)
+
+
+def _key_value(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+def _report(config: Config) -> None:
+    results = train(config)
+    output = results["arguments"]["output"]
+    print(
+        f"test accuracy {results['test_accuracy']:.4f} on {results['images']['test']} images "
+        f"(balanced {results['test_balanced_accuracy']:.4f}), "
+        f"trained in {results['train_seconds']:.0f} s; results in {output}"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    config, debug = parse_arguments(arguments)
+    return common.run("classify", lambda: _report(config), debug)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""What every example shares: errors of one line, and files that are replaced whole."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+DISK_FULL_CODES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+DISK_FULL_TEXTS = ("No space left on device", "Disk quota exceeded", "File too large")
+
+
+class UserError(Exception):
+    """A wrong argument or wrong data: something to correct before running again."""
+
+    exit_code = 2
+
+
+class RunError(Exception):
+    """A failure while running that the arguments do not explain."""
+
+    exit_code = 1
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether `error` says that no more bytes can be written.
+
+    HDF5 and TensorFlow wrap the system's error in types of their own, so the text counts as well.
+    """
+    if isinstance(error, OSError) and error.errno in DISK_FULL_CODES:
+        return True
+    return any(text in str(error) for text in DISK_FULL_TEXTS)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text that is not blank, or its type's name."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def run(program: str, main: Callable[[], None], debug: bool) -> int:
+    """Call `main` and return the exit code; an error becomes one line on stderr unless `debug`."""
+    try:
+        main()
+        return 0
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            raise
+        print(f"{program}: error: {_describe(error)}", file=sys.stderr)
+        return getattr(error, "exit_code", 1)
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, UserError | RunError):
+        return str(error)
+    if is_disk_full(error):
+        return f"disk full: {first_line(error)}"
+    return f"{type(error).__name__}: {first_line(error)} (run again with --debug for the traceback)"
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` (a file or a folder) and move it over `path` on success.
+
+    A reader never sees half a file, and a failed write leaves what was there before.
+    """
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _swap(temporary, path)
+    except Exception as error:
+        if is_disk_full(error):
+            kept = "the previous one is kept" if path.exists() else "nothing was written"
+            raise RunError(f"disk full while writing {path}; {kept}") from error
+        raise
+    finally:
+        remove(temporary)
+
+
+def _swap(temporary: Path, path: Path) -> None:
+    if not path.is_dir():
+        os.replace(temporary, path)
+        return
+    # A folder that is not empty cannot be replaced in one step: move the old one aside first.
+    old = path.with_name(f".{os.getpid()}.old.{path.name}")
+    os.replace(path, old)
+    os.replace(temporary, path)
+    remove(old)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

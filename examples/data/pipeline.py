@@ -1,0 +1,219 @@
+"""Splits of labelled images, and the tf.data batches made of them.
+
+Order and augmentation of a training epoch are functions of the seed and the epoch's number alone: a run
+that was killed and resumed sees the same batches as one that was not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from examples.common import RunError, first_line
+
+IN_MEMORY_BYTES = 2**30
+"""Decoded images up to this size are kept in memory, larger sets are read anew each epoch."""
+
+
+class Split(Protocol):
+    """Labelled images in a fixed number."""
+
+    count: int
+
+    def examples(self, key: tf.Tensor | None) -> tf.data.Dataset:
+        """`(image, label)` pairs: uint8 `(size, size, 3)` and int32; shuffled by `key` unless it is None.
+
+        `key` holds the seed and the epoch, int64 of shape `(2,)`.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """The names of the classes, by label, and the splits train, val and test."""
+
+    class_names: Sequence[str]
+    splits: Mapping[str, Split]
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySplit:
+    """Images in memory: uint8 of shape `(n, size, size, 3)`, and int32 labels."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    @property
+    def count(self) -> int:
+        """How many images there are."""
+        return len(self.labels)
+
+    def examples(self, key: tf.Tensor | None) -> tf.data.Dataset:
+        """See `Split`."""
+        with tf.device("cpu"):
+            images, labels = tf.constant(self.images), tf.constant(self.labels)
+        return _indices(self.count, key).map(lambda index: (images[index], labels[index]))
+
+
+@dataclasses.dataclass(frozen=True)
+class FileSplit:
+    """Image files that are decoded as they are needed, resized to `size` by `size`."""
+
+    paths: Sequence[str]
+    labels: np.ndarray
+    size: int
+
+    @property
+    def count(self) -> int:
+        """How many images there are."""
+        return len(self.paths)
+
+    def examples(self, key: tf.Tensor | None) -> tf.data.Dataset:
+        """See `Split`."""
+        with tf.device("cpu"):
+            paths, labels = tf.constant(self.paths), tf.constant(self.labels)
+
+        def read(index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            return read_image(paths[index], self.size), labels[index]
+
+        return _indices(self.count, key).map(read, num_parallel_calls=tf.data.AUTOTUNE)
+
+    def load(self) -> ArraySplit:
+        """Decode every image now; the first that cannot be read stops with its name."""
+        images = np.empty((self.count, self.size, self.size, 3), "uint8")
+
+        def fill(index: int) -> None:
+            images[index] = _read_checked(self.paths[index], self.size)
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(fill, range(self.count)))
+        return ArraySplit(images, self.labels)
+
+    def check(self) -> None:
+        """Decode every image and keep none, to name the one that stopped a run."""
+        with ThreadPoolExecutor() as pool:
+            for _ in pool.map(lambda path: _read_checked(path, 8), self.paths):
+                pass
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamSplit:
+    """A dataset that can only be read from its start; it is shuffled within a buffer."""
+
+    dataset: tf.data.Dataset
+    count: int
+    buffer: int = 10_000
+
+    def examples(self, key: tf.Tensor | None) -> tf.data.Dataset:
+        """See `Split`."""
+        if key is None:
+            return self.dataset
+        # Inside `flat_map` the seed is read when an epoch begins, not when the pipeline is built.
+        once = tf.data.Dataset.from_tensors(0)
+        return once.flat_map(lambda _: self.dataset.shuffle(self.buffer, seed=_mix(key)))
+
+
+def _indices(count: int, key: tf.Tensor | None) -> tf.data.Dataset:
+    indices = tf.data.Dataset.range(count)
+    if key is None:
+        return indices
+    # `index_shuffle` is a permutation that is computed element by element: no buffer to fill.
+    return indices.map(lambda index: tf.random.experimental.index_shuffle(index, key, count - 1))
+
+
+def read_image(path: tf.Tensor, size: int) -> tf.Tensor:
+    """Decode a JPEG, PNG, BMP or the first frame of a GIF into uint8 `(size, size, 3)`."""
+    image = tf.io.decode_image(tf.io.read_file(path), channels=3, expand_animations=False)
+    return fit_square(image, size)
+
+
+def fit_square(image: tf.Tensor, size: int) -> tf.Tensor:
+    """Scale the shorter side of a uint8 image to `size`, with anti-aliasing, and cut out the middle."""
+    shape = tf.shape(image)[:2]
+    scaled = tf.cast(tf.math.ceil(size * shape / tf.reduce_min(shape)), tf.int32)
+    image = tf.image.resize(image, scaled, "bicubic", antialias=True)
+    image = tf.image.resize_with_crop_or_pad(image, size, size)
+    return tf.cast(tf.round(tf.clip_by_value(image, 0, 255)), tf.uint8)
+
+
+def _read_checked(path: str, size: int) -> np.ndarray:
+    try:
+        with tf.device("cpu"):
+            return read_image(tf.constant(path), size).numpy()
+    except tf.errors.OpError as error:
+        raise RunError(f"cannot read image: {path}: {first_line(error)}") from error
+
+
+class EpochClock(keras.callbacks.Callback):
+    """Tells the data pipeline, and the model's dropout, which epoch it is."""
+
+    def __init__(self, seed: int) -> None:
+        """`seed` and the epoch together decide all that is random in an epoch."""
+        super().__init__()
+        self.seed = seed
+        with tf.device("cpu"):
+            self.key = tf.Variable([seed, 0], dtype="int64", trainable=False)
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        """Keras begins to read an epoch's data only after this call."""
+        self.key.assign([self.seed, epoch])
+        for layer in self.model.layers:
+            if isinstance(layer, keras.layers.Dropout) and layer.rate:
+                layer.seed_generator.state.assign([self.seed, epoch])
+
+
+class _BatchSeed(keras.random.SeedGenerator):
+    """Seeds that are a function of a batch's number and of how many were drawn for it, without any state.
+
+    The base class counts in a variable, which would tie the seeds to the order in which parallel workers
+    reach it.
+    """
+
+    def __init__(self, key: tf.Tensor, batch: tf.Tensor) -> None:
+        self.key, self.batch, self.draws = key, batch, 0
+
+    def next(self, ordered: bool = True) -> tf.Tensor:
+        self.draws += 1
+        return tf.stack([_mix(self.key), 256 * self.batch + self.draws])
+
+
+def _mix(key: tf.Tensor) -> tf.Tensor:
+    """One number out of the seed and the epoch."""
+    return key[0] * 1_000_003 + key[1]
+
+
+def training_batches(
+    split: Split, classes: int, batch_size: int, clock: EpochClock, layers: Sequence[keras.Layer]
+) -> tf.data.Dataset:
+    """Batches of one epoch, shuffled, augmented by Keras preprocessing `layers`, with one-hot labels.
+
+    An incomplete last batch is left out, unless it is the only one.
+    """
+
+    def augment(number: tf.Tensor, batch: tuple[tf.Tensor, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+        images, labels = batch
+        images = tf.cast(images, tf.float32)
+        seed = _BatchSeed(clock.key, number)
+        for layer in layers:
+            images = layer.transform_images(images, layer.get_random_transformation(images, seed=seed))
+        return images, tf.one_hot(labels, classes)
+
+    batches = split.examples(clock.key).batch(batch_size, drop_remainder=split.count >= batch_size)
+    return _counted(batches.enumerate().map(augment, tf.data.AUTOTUNE), split.count // batch_size or 1)
+
+
+def evaluation_batches(split: Split, classes: int, batch_size: int) -> tf.data.Dataset:
+    """Batches in order, with one-hot labels."""
+    batches = split.examples(None).batch(batch_size)
+    batches = batches.map(lambda images, labels: (tf.cast(images, tf.float32), tf.one_hot(labels, classes)))
+    return _counted(batches, -(-split.count // batch_size))
+
+
+def _counted(batches: tf.data.Dataset, count: int) -> tf.data.Dataset:
+    """Keras shows a progress bar with an end if a dataset knows its length."""
+    return batches.apply(tf.data.experimental.assert_cardinality(count)).prefetch(tf.data.AUTOTUNE)

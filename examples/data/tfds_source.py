@@ -1,0 +1,69 @@
+"""`--data tfds:NAME`: classification sets of TensorFlow Datasets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+
+from examples.common import UserError, first_line, is_disk_full
+from examples.data.pipeline import Dataset, StreamSplit, fit_square
+
+VAL_PERCENT, TEST_PERCENT = 5, 20
+"""What is held out of the train split where a set has no validation or test split."""
+
+
+def load(name: str, size: int, data_dir: str | None) -> Dataset:
+    """The set `name`, prepared below `data_dir` (downloaded there if need be), as squares of `size`."""
+    builder = _prepare(name, data_dir)
+    features = builder.info.features
+    if not {"image", "label"} <= set(features) or not hasattr(features["label"], "names"):
+        raise UserError(f"tfds:{name} has no image and class label: it is not a classification set")
+    splits = {split: _split(builder, part, size) for split, part in _slices(builder).items()}
+    return Dataset(features["label"].names, splits)
+
+
+def _prepare(name: str, data_dir: str | None) -> Any:
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(name, data_dir=data_dir)
+        builder.download_and_prepare()
+    # Builders raise what they like: assertions, network errors, their own types.
+    except Exception as error:
+        if is_disk_full(error):
+            raise
+        raise UserError(f"cannot prepare tfds:{name}: {first_line(error)}") from error
+    return builder
+
+
+def _slices(builder: Any) -> dict[str, str]:
+    """Which slices of the set make train, val and test."""
+    have = set(builder.info.splits)
+    if builder.name == "imagenet2012":
+        have.discard("test")  # its labels were never published
+    if "train" not in have:
+        raise UserError(f"tfds:{builder.name} has no split named train, only {', '.join(sorted(have))}")
+    test = next((name for name in ("test", "validation") if name in have), None)
+    val = "validation" if "validation" in have and test != "validation" else None
+    end = 100
+    if test is None:
+        test, end = f"train[{end - TEST_PERCENT}%:]", end - TEST_PERCENT
+    if val is None:
+        val, end = f"train[{end - VAL_PERCENT}%:{end}%]", end - VAL_PERCENT
+    return {"train": f"train[:{end}%]", "val": val, "test": test}
+
+
+def _split(builder: Any, part: str, size: int) -> StreamSplit:
+    import tensorflow_datasets as tfds
+
+    # Files in order: shuffling them would not follow the seed and the epoch.
+    decoders = {"image": tfds.decode.SkipDecoding()}
+    dataset = builder.as_dataset(split=part, shuffle_files=False, decoders=decoders)
+
+    def read(example: dict[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+        image = tf.io.decode_image(example["image"], channels=3, expand_animations=False)
+        return fit_square(image, size), tf.cast(example["label"], tf.int32)
+
+    count = builder.info.splits[part].num_examples
+    return StreamSplit(dataset.map(read, num_parallel_calls=tf.data.AUTOTUNE), count)

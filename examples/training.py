@@ -1,0 +1,144 @@
+"""What keeps a training run alive: its record, its backup, and plain words when it stops."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from examples import common
+from examples.common import RunError, UserError
+from examples.data import pipeline
+
+
+class History(keras.callbacks.CSVLogger):
+    """A CSVLogger that a resumed run continues: rows of epochs that are about to be repeated go."""
+
+    def __init__(self, path: Path) -> None:
+        """Append to `path`."""
+        super().__init__(str(path), append=True)
+        self.trimmed = False
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        """Only here is it known where the run begins; the open file appends to what is left."""
+        if not self.trimmed:
+            _trim_history(Path(self.filename), epoch)
+            self.trimmed = True
+
+
+def _trim_history(path: Path, epoch: int) -> None:
+    header, *rows = path.read_text().splitlines(keepends=True) or [""]
+    path.write_text(header + "".join(row for row in rows if int(row.split(",")[0]) < epoch))
+
+
+def read_history(path: Path) -> dict[str, list[float]]:
+    """The columns of a `history.csv`."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {name: [float(row[name]) for row in rows] for name in (rows[0] if rows else {})}
+
+
+class StepTimer(keras.callbacks.Callback):
+    """Measures training steps; the first two of a run, which trace and compile, do not count."""
+
+    def __init__(self) -> None:
+        """Start with no steps."""
+        super().__init__()
+        self.seconds: list[float] = []
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        """Note when training began."""
+        self.began = time.perf_counter()
+
+    def on_train_end(self, logs: dict | None = None) -> None:
+        """Note how long training took, validation and saving included."""
+        self.total = time.perf_counter() - self.began
+
+    def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
+        """Note when the step began."""
+        self.step_began = time.perf_counter()
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        """Note how long the step took."""
+        self.seconds.append(time.perf_counter() - self.step_began)
+
+    def figures(self) -> dict[str, float | int | None]:
+        """What was measured; the step's time is a median."""
+        counted = self.seconds[2:]
+        return {
+            "train_seconds": self.total,
+            "steps_run": len(self.seconds),
+            "seconds_per_step": float(np.median(counted)) if counted else None,
+        }
+
+
+def prepare_backup(folder: Path, resume: bool, identity: Mapping[str, Any]) -> None:
+    """Empty the folder for the training state, or, to `resume`, check that it holds a run of this `identity`.
+
+    `identity` is what must not change between a run and its continuation; JSON can hold it.
+    """
+    note = folder / "run.json"
+    if resume and note.exists():
+        _check_same_run(folder, json.loads(note.read_text()), identity)
+        return
+    if resume and folder.exists() and any(folder.iterdir()):
+        raise UserError(f"--resume: {folder} is not a folder of training state")
+    common.remove(folder)
+    folder.mkdir(parents=True)
+    with common.replacing(note) as temporary:
+        temporary.write_text(json.dumps(identity))
+
+
+def _check_same_run(folder: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    for name, value in ours.items():
+        if theirs.get(name) != value:
+            there = f"holds a run with {name} = {theirs.get(name)}"
+            raise UserError(f"--resume: {folder} {there}, this one has {value}")
+
+
+def backup_callback(folder: Path) -> keras.callbacks.BackupAndRestore:
+    """Saves the training state after each epoch and restores it when training begins.
+
+    Two generations are kept: the older is whole if the newer is cut short. The caller deletes `folder`
+    once the results are saved.
+    """
+    return keras.callbacks.BackupAndRestore(str(folder), double_checkpoint=True, delete_checkpoint=False)
+
+
+def verbosity(progress: str) -> int:
+    """Keras's `verbose` for `--progress auto|bar|lines|none`."""
+    if progress == "auto":
+        progress = "bar" if sys.stdout.isatty() else "lines"
+    return {"none": 0, "bar": 1, "lines": 2}[progress]
+
+
+@contextlib.contextmanager
+def explaining(dataset: pipeline.Dataset, backup: Path) -> Iterator[None]:
+    """Turn what can go wrong in the middle of training into a line that says what to do."""
+    resume = f"continue from the last complete epoch with --resume {backup}"
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\n{resume}", file=sys.stderr)
+        raise
+    except tf.errors.OpError as error:
+        if not common.is_disk_full(error):
+            # A decoding error does not say which file it met.
+            for split in dataset.splits.values():
+                if isinstance(split, pipeline.FileSplit):
+                    split.check()
+            raise
+        raise RunError(f"disk full while training; make room and {resume}") from error
+    except OSError as error:
+        if common.is_disk_full(error):
+            raise RunError(f"disk full while training; make room and {resume}") from error
+        raise
