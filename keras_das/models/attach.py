@@ -1,0 +1,242 @@
+"""`attach_das`: a copy of a model with attention gates after its stages."""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import keras
+
+from keras_das.layers import DASLayer
+from keras_das.models.graph import (
+    Node,
+    Tensor,
+    check_gates,
+    clone_with_gates,
+    data_format_of,
+    flatten_outputs,
+    node_of,
+    sort_nodes,
+    view,
+)
+from keras_das.models.stages import LEVELS, find_stages
+
+_LIBRARIES = ("keras_hub", "keras_cv")
+_LEVEL_NAMES = [f"P{level}" for level in LEVELS]
+
+
+def attach_das(
+    model: keras.Model,
+    at: str | Sequence[str] | None = None,
+    identity_init: bool = True,
+    **das_arguments: Any,
+) -> keras.Model:
+    """Makes a copy of a convolutional network with DAS gates after its stages.
+
+    The copy has the model's weights, but shares none with it: training one leaves the other as it is. With
+    `identity_init` the copy's outputs are the model's, bit for bit, until training moves the gates.
+
+    A KerasHub or KerasCV backbone becomes a backbone of the same library, whose feature pyramid taps are the
+    gated feature maps: build `ImageClassifier`, `RetinaNet` and the like on it, save and load it as `.keras`
+    file or preset. Of `keras.applications` and other functional and sequential models, heads included, a
+    functional model is made.
+
+    Layers keep their `trainable` flags, precision and data format. The gates themselves are trainable, so
+    that on a frozen model they alone are trained. The copy is not compiled.
+
+    Args:
+        model: A KerasHub or KerasCV backbone, or a functional or sequential `keras.Model`.
+        at: What to gate: names of layers, or of levels (`"P2"` ... `"P5"`), or a sequence of both. `None`:
+            the end of each of the levels P2 to P5 (1/4 to 1/32 of the image's rows and columns). These are
+            the backbone's taps. In a model without taps they are the last feature maps of their level that
+            everything deeper is computed from: after the last residual sum or concatenation if there is one;
+            the deepest level's is simply its last.
+        identity_init: Whether the gates start at exactly 1. See `keras_das.DASLayer`.
+        **das_arguments: Further arguments of `keras_das.DASLayer`. Each gate has by default the data format
+            of its input and the precision of the layer it follows.
+
+    Returns:
+        The new model. Its gates are named `das_p2` ... for levels, `das_<layer>` for layers.
+
+    Raises:
+        ValueError: If the model is not functional, if `at` names no layer or level of the model, if a layer
+            cannot be gated (it has several outputs, is called more than once, makes no feature map, is gated
+            already), or if the stages of the model cannot be told without `at`.
+        RuntimeError: If an output or a tap of the result bypasses a gate. It would be a bug.
+
+    Example:
+
+    >>> base = keras.applications.ResNet50()
+    >>> model = keras_das.attach_das(base)
+    >>> [layer.name for layer in model.layers if isinstance(layer, keras_das.DASLayer)]
+    ['das_p2', 'das_p3', 'das_p4', 'das_p5']
+
+    >>> backbone = keras_hub.models.Backbone.from_preset("resnet_50_imagenet")
+    >>> classifier = keras_hub.models.ImageClassifier(keras_das.attach_das(backbone), num_classes=120)
+
+    >>> model = keras_das.attach_das(base, at=["conv4_block6_out", "P5"], reduction=0.1)
+
+    Reference:
+        - [Salajegheh et al., 2023](https://arxiv.org/abs/2311.12091), section 3: one gate after each stage
+    """
+    library = _library_of(model)
+    taps = library.taps(model) if library else {}
+    base = view(model, taps)
+    gates = {
+        node_of(tensor).operation.name: _gate(name, tensor, identity_init, das_arguments)
+        for name, tensor in _sites(base, taps, at).items()
+    }
+    network = clone_with_gates(base, gates)
+    outputs, new_taps = network.output["output"], network.output["taps"]
+    if library:
+        gated = library.backbone_from(network, model)
+        new_taps = library.taps(gated)
+    else:
+        gated = keras.Model(network.input, outputs, name=model.name)
+    check_gates(gates, flatten_outputs(model.outputs, taps), flatten_outputs(gated.outputs, new_taps))
+    return gated
+
+
+def _library_of(model: keras.Model) -> ModuleType | None:
+    """What knows the library that the model is a backbone of, or `None` for Keras' own models."""
+    for name in _LIBRARIES:
+        library = sys.modules.get(name)  # not imported: then the model cannot be one of its classes
+        if library is None:
+            continue
+        if isinstance(model, library.models.Task):
+            raise ValueError(
+                "Attach gates to the backbone of a task, attach_das(task.backbone), and build the task on the "
+                f"result. Received: model={model} of class {type(model).__name__}"
+            )
+        if isinstance(model, library.models.Backbone):
+            if len(model.inputs) != 1:
+                raise ValueError(f"A backbone to gate must have one input. Received: inputs={model.inputs}")
+            return importlib.import_module(f"keras_das.models.{name}")
+    _check_graph(model)
+    return None
+
+
+def _check_graph(model: keras.Model) -> None:
+    """Checks that a graph of layers is all there is to the model."""
+    if not isinstance(model, keras.Sequential | keras.Function) or not isinstance(model, keras.Model):
+        raise ValueError(
+            "`model` must be a functional or sequential Keras model, or a backbone of KerasHub or KerasCV: "
+            "gates are attached to a graph of layers, and a subclassed model has none. "
+            f"Received: model={model} of class {type(model).__name__}"
+        )
+    if type(model).__module__.partition(".")[0] != "keras":
+        raise ValueError(
+            f"The copy would lose what the class {type(model).__name__} adds to its graph of layers. Pass "
+            f"keras.Model(model.inputs, model.outputs) to gate the graph alone. Received: model={model}"
+        )
+    if isinstance(model, keras.Sequential) and not model.built:
+        raise ValueError(
+            f"Build the sequential model '{model.name}' first, for example with a `keras.Input` as its first "
+            "layer: the shapes of its feature maps are not known yet."
+        )
+
+
+def _sites(
+    base: keras.Model, taps: Mapping[str, Tensor], at: str | Sequence[str] | None
+) -> dict[str, Tensor]:
+    """The feature maps to gate, by the names of their gates."""
+    nodes = sort_nodes(base.outputs)
+    layers = {node.operation.name: node.outputs[0] for node in nodes}
+    if at is None:
+        chosen = _default_levels(base, taps)
+    else:
+        chosen = _named(base, layers, taps, [at] if isinstance(at, str) else list(at))
+    sites: dict[str, Tensor] = {}
+    for name, tensor in chosen.items():
+        _check_site(name, tensor, nodes)
+        if any(tensor is other for other in sites.values()):
+            raise ValueError(
+                f"`at` names the output of '{node_of(tensor).operation.name}' twice: {list(chosen)}"
+            )
+        gate_name = f"das_{name}" if name in layers else f"das_{name.lower()}"
+        if gate_name in layers:
+            raise ValueError(f"Model '{base.name}' has a layer '{gate_name}' already.")
+        sites[gate_name] = tensor
+    return sites
+
+
+def _default_levels(base: keras.Model, taps: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    if not taps:
+        return find_stages(base)
+    chosen = {level: taps[level] for level in _LEVEL_NAMES if level in taps}
+    if not chosen:
+        raise ValueError(
+            f"None of the taps of backbone '{base.name}' is one of {_LEVEL_NAMES}. Name those to gate in "
+            f"`at`. Its taps: {list(taps)}"
+        )
+    return chosen
+
+
+def _named(
+    base: keras.Model, layers: Mapping[str, Tensor], taps: Mapping[str, Tensor], names: Sequence[str]
+) -> dict[str, Tensor]:
+    """Looks up names of layers and levels."""
+    if not names:
+        raise ValueError("`at` must name a layer or a level. Received: at=[]")
+    levels = taps
+    if not taps and any(name in _LEVEL_NAMES and name not in layers for name in names):
+        levels = find_stages(base)
+    known = {**levels, **layers}
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(
+            f"Model '{base.name}' has no layer or level named {unknown}."
+            + "".join(_hint(str(name), base, known) for name in unknown)
+        )
+    return {name: known[name] for name in names}
+
+
+def _hint(name: str, base: keras.Model, known: Mapping[str, Tensor]) -> str:
+    for layer in base.layers:
+        if isinstance(layer, keras.Model) and name in {inner.name for inner in layer.layers}:
+            return (
+                f" '{name}' is inside the nested model '{layer.name}': attach gates to that, and build on "
+                "the result."
+            )
+    close = difflib.get_close_matches(name, known, n=5)
+    return f" Close to '{name}': {close}." if close else ""
+
+
+def _check_site(name: str, tensor: Tensor, nodes: Sequence[Node]) -> None:
+    """Checks that a gate can follow, and does not follow yet."""
+    operation = node_of(tensor).operation
+    calls = [node for node in nodes if node.operation is operation]
+    gates = [node.operation for node in nodes if any(tensor is source for source in node.input_tensors)]
+    gates = [gate for gate in [operation, *gates] if isinstance(gate, DASLayer)]
+    if gates:
+        problem = f"is gated already, by '{gates[0].name}'"
+    elif len(calls) > 1:
+        problem = "is called more than once, so that it is not clear which of its outputs to gate"
+    elif len(calls[0].outputs) > 1:
+        problem = "has several outputs"
+    elif calls[0].is_input:
+        problem = "is an input of the model"
+    elif len(tensor.shape) != 4:
+        problem = f"makes no feature map: its output has the shape {tensor.shape}"
+    else:
+        return
+    raise ValueError(f"Cannot gate '{name}': layer '{operation.name}' {problem}.")
+
+
+def _gate(name: str, tensor: Tensor, identity_init: bool, das_arguments: Mapping[str, Any]) -> DASLayer:
+    if "name" in das_arguments:
+        raise ValueError(f"Gates are named by what they gate. Received: name={das_arguments['name']!r}")
+    fitting = {
+        "data_format": data_format_of(tensor),
+        "dtype": _precision(tensor),
+    }
+    return DASLayer(**{**fitting, **das_arguments}, identity_init=identity_init, name=name)
+
+
+def _precision(tensor: Tensor) -> Any:
+    """The precision of the layer that makes the tensor, or if it has none that fits, one that does."""
+    policy = getattr(node_of(tensor).operation, "dtype_policy", None)
+    if policy is not None and policy.compute_dtype == tensor.dtype:
+        return policy
+    return f"mixed_{tensor.dtype}" if tensor.dtype in ("float16", "bfloat16") else tensor.dtype

@@ -1,0 +1,192 @@
+"""Functional graphs: how they run, what lies on a path, and copies of them with gates in between."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import keras
+
+from keras_das.layers import DASLayer
+
+Tensor = Any  # a `keras.KerasTensor`
+Node = Any  # one call of a layer; see `keras.src.ops.node.Node`
+
+
+def node_of(tensor: Tensor) -> Node:
+    """The call that made the tensor."""
+    history = tensor._keras_history
+    return history.operation._inbound_nodes[history.node_index]
+
+
+def sort_nodes(tensors: Iterable[Tensor]) -> list[Node]:
+    """The calls that the tensors come from, theirs included, each after those it depends on."""
+    done: dict[Node, None] = {}
+    # A stack, for a recursion would run out of frames in the deepest networks.
+    stack = [(node_of(tensor), False) for tensor in tensors]
+    while stack:
+        node, parents_done = stack.pop()
+        if parents_done:
+            done.setdefault(node)
+        elif node not in done:
+            stack.append((node, True))
+            stack.extend((parent, False) for parent in node.parent_nodes)
+    return list(done)
+
+
+def names_before(tensor: Tensor) -> set[str]:
+    """The layers on the paths from the inputs to the tensor, its own included."""
+    return {node.operation.name for node in sort_nodes([tensor])}
+
+
+def data_format_of(tensor: Tensor) -> str:
+    """How the tensor is laid out, by the nearest layer before it that knows."""
+    nodes = [node_of(tensor)]
+    seen = set(nodes)
+    for node in nodes:
+        if data_format := getattr(node.operation, "data_format", None):
+            return data_format
+        parents = [parent for parent in dict.fromkeys(node.parent_nodes) if parent not in seen]
+        seen.update(parents)
+        nodes.extend(parents)
+    return keras.config.image_data_format()
+
+
+def view(model: keras.Model, taps: Mapping[str, Tensor]) -> keras.Model:
+    """A model over the same layers that also outputs the taps: `{"output": ..., "taps": {level: ...}}`.
+
+    The outputs then hold everything that has to survive a copy or a file, whatever the layers are called.
+    """
+    one_way = isinstance(model, keras.Sequential)
+    inputs, outputs = (model.inputs[0], model.outputs[0]) if one_way else (model.input, model.output)
+    return keras.Model(inputs, {"output": outputs, "taps": dict(taps)}, name=model.name)
+
+
+def clone_with_gates(model: keras.Model, gates: Mapping[str, DASLayer]) -> keras.Model:
+    """Copies a functional model, layers, weights and all, with gates after some of its layers.
+
+    Args:
+        model: The functional model. It is left as it is.
+        gates: The gates by the name of the layer that each follows.
+
+    Returns:
+        A functional model that shares nothing with `model`.
+    """
+    pairs: dict[str, tuple[Any, Any]] = {}
+
+    def clone(layer: Any) -> Any:
+        if layer.name not in pairs:
+            copy = type(layer).from_config(layer.get_config())
+            if copy.name != layer.name:  # a plain operation's config does not hold its name
+                copy.name = layer.name
+            pairs[layer.name] = (layer, copy)
+        return pairs[layer.name][1]
+
+    def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        outputs = layer(*args, **kwargs)
+        return gates[layer.name](outputs) if layer.name in gates else outputs
+
+    inputs = keras.tree.map_structure(_clone_input, model.input)
+    with keras.saving.custom_object_scope(_custom_classes(model)):
+        copy = keras.models.clone_model(model, inputs, clone_function=clone, call_function=call)
+    for source, target in pairs.values():
+        if isinstance(source, keras.layers.Layer):
+            _copy_state(source, target)
+    return copy
+
+
+def _custom_classes(model: keras.Model) -> dict[str, type]:
+    """The layers' classes that Keras could not find by name inside nested models and wrappers."""
+    classes = {type(layer) for layer in model._flatten_layers()}
+    return {cls.__name__: cls for cls in classes if keras.saving.get_registered_name(cls) == cls.__name__}
+
+
+def _clone_input(tensor: Tensor) -> Tensor:
+    return keras.layers.InputLayer.from_config(node_of(tensor).operation.get_config()).output
+
+
+def _copy_state(source: keras.layers.Layer, target: keras.layers.Layer) -> None:
+    """Copies weights and trainable flags, inner layers' too."""
+    for old, new in zip(source._flatten_layers(), target._flatten_layers(), strict=True):
+        # As a file would, for some layers derive state from what they load (`Normalization`).
+        store: dict[str, Any] = {}
+        old.save_own_variables(store)
+        if store:
+            # Through NumPy: no buffer shared on any backend.
+            new.load_own_variables({key: keras.ops.convert_to_numpy(value) for key, value in store.items()})
+        new.trainable = old.trainable  # the outer layers come first, so the inner ones have the last word
+
+
+def check_gates(
+    gates: Mapping[str, DASLayer],
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+) -> None:
+    """Checks that what ran through a gated layer now runs through its gate, and through it alone.
+
+    Args:
+        gates: The gates by the name of the layer that each follows.
+        before: Outputs and taps of the model without gates.
+        after: The same of the model with gates, read as its library reads them.
+
+    Raises:
+        RuntimeError: If a gate is bypassed.
+    """
+    for name, tensor in before.items():
+        layers_before, layers_after = names_before(tensor), names_before(after[name])
+        expected = {gate.name for layer, gate in gates.items() if layer in layers_before}
+        found = {gate.name for gate in gates.values() if gate.name in layers_after}
+        if expected != found:
+            raise RuntimeError(f"{name} should run through the gates {expected} but runs through {found}.")
+    for node in sort_nodes(after.values()):
+        for parent in node.parent_nodes:
+            gate = gates.get(parent.operation.name)
+            if gate is not None and node.operation is not gate:
+                raise RuntimeError(f"'{node.operation.name}' bypasses the gate '{gate.name}'.")
+
+
+def flatten_outputs(outputs: Any, taps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Outputs and taps of a model, each under a name for messages."""
+    flat = {f"output {i}": tensor for i, tensor in enumerate(keras.tree.flatten(outputs))}
+    return {**flat, **{f"tap '{level}'": tensor for level, tensor in taps.items()}}
+
+
+def serialize_network(model: keras.Model, taps: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Everything that it takes to rebuild a gated backbone: its layers, how they run, its taps."""
+    return keras.saving.serialize_keras_object(view(model, taps))
+
+
+def deserialize_network(
+    config: dict[str, Any],
+    input_shape: Iterable[int | None],
+    dtypes: tuple[keras.DTypePolicy, keras.DTypePolicy] | None = None,
+) -> keras.Model:
+    """Rebuilds what `serialize_network` wrote.
+
+    Args:
+        config: What `serialize_network` wrote.
+        input_shape: Shape of an image, which may differ from the saved one.
+        dtypes: A precision, and the one that the layers of this precision are to have instead.
+
+    Returns:
+        Functional model with the outputs `{"output": ..., "taps": {level: ...}}`.
+    """
+    if dtypes and dtypes[0] != dtypes[1]:
+        config = _with_dtype(config, dtypes[0].name, keras.dtype_policies.serialize(dtypes[1]))
+    layers = [
+        _with_input_shape(layer, [None, *input_shape]) if layer["class_name"] == "InputLayer" else layer
+        for layer in config["config"]["layers"]
+    ]
+    return keras.saving.deserialize_keras_object({**config, "config": {**config["config"], "layers": layers}})
+
+
+def _with_input_shape(layer: dict[str, Any], shape: list[int | None]) -> dict[str, Any]:
+    return {**layer, "config": {**layer["config"], "batch_shape": shape}}
+
+
+def _with_dtype(config: Any, old: str, new: dict[str, Any]) -> Any:
+    if isinstance(config, list | tuple):
+        return [_with_dtype(value, old, new) for value in config]
+    if not isinstance(config, dict):
+        return config
+    if config.get("class_name") == "DTypePolicy" and config["config"]["name"] == old:
+        return new
+    return {key: _with_dtype(value, old, new) for key, value in config.items()}

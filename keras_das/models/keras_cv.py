@@ -1,0 +1,57 @@
+"""KerasCV backbones with gates. Imported only where KerasCV is in use."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import keras_cv
+
+from keras_das.models.graph import Tensor, deserialize_network, node_of, serialize_network
+
+
+def taps(model: keras.Model) -> dict[str, Tensor]:
+    """The feature pyramid's levels, read as KerasCV does: it keeps the names of the layers."""
+    levels = getattr(model, "pyramid_level_inputs", {})
+    return {level: model.get_layer(name).output for level, name in levels.items()}
+
+
+def backbone_from(network: keras.Model, base: keras.Model) -> "DASCVBackbone":
+    """The gated network as a backbone."""
+    return DASCVBackbone(network, name=base.name)
+
+
+@keras.saving.register_keras_serializable("keras_das")
+class DASCVBackbone(keras_cv.models.Backbone):
+    """A KerasCV backbone with gates, as `keras_das.attach_das` makes it.
+
+    It saves the graph of its layers, so that it loads with its gates and without the class that it was made
+    from. `from_preset(preset, input_shape=...)` loads it for another image shape.
+
+    Args:
+        network: Functional model with the outputs `{"output": ..., "taps": {level: ...}}`. The backbone is
+            made of its layers.
+        **kwargs: `name`, `trainable`.
+    """
+
+    def __init__(self, network: keras.Model, **kwargs: Any):
+        """Makes a backbone of the network's layers."""
+        outputs = network.output
+        super().__init__(inputs=network.input, outputs=outputs["output"], **kwargs)
+        self.pyramid_level_inputs = {
+            level: node_of(tensor).operation.name for level, tensor in outputs["taps"].items()
+        }
+
+    def get_config(self) -> dict[str, Any]:
+        """The graph of the layers, and what to rebuild it for."""
+        return {
+            **super().get_config(),
+            "network": serialize_network(self, taps(self)),
+            "input_shape": self.input_shape[1:],
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "DASCVBackbone":
+        """Rebuilds a backbone, for another image shape if `input_shape` differs."""
+        config = dict(config)
+        network = deserialize_network(config.pop("network"), config.pop("input_shape"))
+        return cls(network, **config)

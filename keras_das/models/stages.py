@@ -1,0 +1,160 @@
+"""Where the stages of a CNN end, found in its graph alone."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import keras
+
+from keras_das.models.graph import Node, Tensor, data_format_of, node_of, sort_nodes
+
+# Level n has one pixel for each 2**n of the image's, as in P2 ... P5 of a feature pyramid.
+LEVELS = (2, 3, 4, 5)
+_PROBE = 512  # rows and columns of an image to run through models that take any size
+_ACTIVATIONS = {"Activation", "ReLU", "Relu", "LeakyReLU", "PReLU", "ELU", "Gelu", "Silu", "HardSilu"}
+_NOT_FEATURES = {"ZeroPadding2D", "Pad", "Dropout", "SpatialDropout2D", "InputLayer"}
+
+
+def find_stages(model: keras.Model) -> dict[str, Tensor]:
+    """Finds the last feature map of each level from P2 (1/4 of the image's rows and columns) to P5 (1/32).
+
+    A stage ends in a feature map that everything deeper is computed from. Of several, the one after the last
+    residual sum or concatenation (and its activation) is taken, for what comes after it already prepares the
+    next stage, as the widening convolution of an inverted residual block does. The deepest stage ends with
+    its level.
+
+    Args:
+        model: A functional model.
+
+    Returns:
+        The feature maps by level, shallow to deep. Levels that the model leaps over are not in it.
+
+    Raises:
+        ValueError: If the model has no level from P2 to P5, or a level without such a feature map.
+    """
+    image = _image_input(model)
+    nodes = _nodes_after(image, model.outputs)
+    levels = _levels(model, image, nodes)
+    present = [level for level in LEVELS if level in levels.values()]
+    if not present:
+        raise ValueError(
+            f"Model '{model.name}' has no feature map of 1/4 to 1/32 of its input's rows and columns. "
+            "Name the layers to gate in `at`."
+        )
+    dominators = _dominators(nodes)
+    trunk = _trunk_of_outputs(model, nodes, levels, dominators, present[-1])
+    stages: dict[str, Tensor] = {}
+    for level in reversed(present):
+        _check_no_nested_stages(trunk, levels, level)
+        end = _stage_end([node for node in trunk if levels.get(node) == level], deepest=not stages)
+        if end is None:
+            raise ValueError(
+                f"No single layer of model '{model.name}' ends its level P{level} (1/{2**level} of the "
+                "image's rows and columns): every one is bypassed. Name the layers to gate in `at`."
+            )
+        stages[f"P{level}"] = end.outputs[0]
+        trunk = _members(dominators[end], nodes)
+    return dict(reversed(stages.items()))
+
+
+def _image_input(model: keras.Model) -> Tensor:
+    images = [tensor for tensor in model.inputs if len(tensor.shape) == 4]
+    if len(images) != 1:
+        raise ValueError(
+            f"To find the stages of model '{model.name}' it must have one input of images. Received: inputs "
+            f"of shapes {[tensor.shape for tensor in model.inputs]}. Name the layers to gate in `at`."
+        )
+    return images[0]
+
+
+def _nodes_after(image: Tensor, outputs: Iterable[Tensor]) -> list[Node]:
+    """The calls that depend on the image, each after those it depends on."""
+    after = {node_of(image)}
+    for node in sort_nodes(outputs):
+        if not after.isdisjoint(node.parent_nodes):
+            after.add(node)
+    return [node for node in sort_nodes(outputs) if node in after]
+
+
+def _levels(model: keras.Model, image: Tensor, nodes: Sequence[Node]) -> dict[Node, int]:
+    """The level of each call that makes a feature map."""
+    maps = [node for node in nodes if len(node.outputs) == 1 and len(node.outputs[0].shape) == 4]
+    shapes = _shapes(model, image, [node.outputs[0] for node in maps])
+    rows, columns = (1, 2) if data_format_of(maps[-1].outputs[0]) == "channels_last" else (2, 3)
+    size = shapes[maps.index(node_of(image))][rows]
+    levels = {}
+    for node, shape in zip(maps, shapes, strict=True):
+        # One pixel has no places to choose from: a pooled vector, such as in squeeze-and-excitation.
+        if (shape[rows], shape[columns]) != (1, 1):
+            levels[node] = round(math.log2(size / shape[rows]))
+    return levels
+
+
+def _shapes(model: keras.Model, image: Tensor, tensors: list[Tensor]) -> list[tuple[int, ...]]:
+    if None not in image.shape[1:]:
+        return [tuple(tensor.shape) for tensor in tensors]
+    probe = [
+        (1, *(_PROBE if size is None and tensor is image else size for size in tensor.shape[1:]))
+        for tensor in model.inputs
+    ]
+    return keras.Model(model.inputs, tensors).compute_output_shape(probe)
+
+
+def _dominators(nodes: Sequence[Node]) -> dict[Node, int]:
+    """For each call, those that every path from the image to it goes through, as bits."""
+    dominators: dict[Node, int] = {}
+    for i, node in enumerate(nodes):
+        shared = -1  # all bits
+        for parent in node.parent_nodes:
+            shared &= dominators.get(parent, -1)  # what does not depend on the image is no path from it
+        dominators[node] = (shared if i else 0) | 1 << i
+    return dominators
+
+
+def _members(bits: int, nodes: Sequence[Node]) -> list[Node]:
+    return [node for i, node in enumerate(nodes) if bits >> i & 1]
+
+
+def _trunk_of_outputs(
+    model: keras.Model,
+    nodes: Sequence[Node],
+    levels: dict[Node, int],
+    dominators: dict[Node, int],
+    level: int,
+) -> list[Node]:
+    """The calls that every path from the image to an output below the level goes through."""
+    deep: set[Node] = set()
+    for node in nodes:
+        if levels.get(node) == level or not deep.isdisjoint(node.parent_nodes):
+            deep.add(node)
+    bits = -1
+    for output in model.outputs:
+        if node_of(output) in deep:
+            bits &= dominators[node_of(output)]
+    return _members(bits, nodes)
+
+
+def _stage_end(stage: Sequence[Node], deepest: bool) -> Node | None:
+    """Of the feature maps of one level that all else runs through, shallow to deep, the one to gate."""
+    kinds = [type(node.operation).__name__ for node in stage]
+    # A product is no sum of branches but the gate of a squeeze-and-excitation, in the middle of a block.
+    merges = [i for i, node in enumerate(stage) if len(set(node.parent_nodes)) > 1 and kinds[i] != "Multiply"]
+    if merges and not deepest:
+        end = merges[-1]
+        while end + 1 < len(stage) and kinds[end + 1] in _ACTIVATIONS:
+            end += 1
+        return stage[end]
+    features = [node for node, kind in zip(stage, kinds, strict=True) if kind not in _NOT_FEATURES]
+    return features[-1] if features else None
+
+
+def _check_no_nested_stages(trunk: Sequence[Node], levels: dict[Node, int], level: int) -> None:
+    for node in trunk:
+        if isinstance(node.operation, keras.Model) and levels.get(node) == level:
+            before = max(levels.get(parent, 0) for parent in node.parent_nodes)
+            if any(before < hidden < level for hidden in LEVELS):
+                name = node.operation.name
+                raise ValueError(
+                    f"The stages are inside the nested model '{name}'. Attach gates to it, "
+                    f"attach_das(model.get_layer('{name}')), and build on the result; or gate only its "
+                    f"output, at=['{name}']."
+                )
