@@ -1,0 +1,191 @@
+"""Geometries to try the op on, their random tensors, and how far results may stray. For every backend."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import ml_dtypes
+import numpy as np
+
+from keras_das import ops
+from tests import oracle
+
+# The implementations under test; "native" joins this list.
+IMPLEMENTATIONS = ["reference"]
+
+DTYPES = ["float16", "bfloat16", "float32", "float64"]
+DATA_FORMATS = ["channels_last", "channels_first"]
+IMAGES = {"inputs", "offsets", "mask", "outputs"}  # the tensors that have a data format
+
+# Worst error allowed, relative to the largest exact value. The half types compute in float32, so only the
+# rounding of the result is left: one unit in the last place.
+HALF_ULP = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
+VALUE_BOUND = {"float32": 1e-5, "float64": 1e-12, **HALF_ULP}
+GRADIENT_BOUND = {"float32": 2e-5, "float64": 1e-12, **HALF_ULP}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One geometry."""
+
+    name: str
+    batch: int = 2
+    image: tuple = (7, 6)
+    channels: int = 4
+    filters: int = 6
+    kernel_size: tuple = (3, 3)
+    groups: int = 1
+    strides: int | tuple = 1
+    padding: str | tuple = "valid"
+    dilation_rate: int | tuple = 1
+    offset_groups: int = 1
+    modulated: bool = True
+    use_bias: bool = True
+
+    def __str__(self):
+        return self.name
+
+    @property
+    def options(self):
+        """The arguments of the op that are not tensors."""
+        names = ("strides", "padding", "dilation_rate", "offset_groups")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def shapes(self):
+        """The tensors' shapes, channels last."""
+        inputs = (self.batch, *self.image, self.channels)
+        kernel = (*self.kernel_size, self.channels // self.groups, self.filters)
+        geometry = oracle.Geometry(inputs, kernel, **self.options)
+        reads = self.offset_groups * geometry.taps
+        shapes = {
+            "inputs": inputs,
+            "kernel": kernel,
+            "offsets": (self.batch, *geometry.output_size, reads * 2),
+            "outputs": geometry.output_shape,
+        }
+        if self.modulated:
+            shapes["mask"] = (self.batch, *geometry.output_size, reads)
+        if self.use_bias:
+            shapes["bias"] = (self.filters,)
+        return shapes
+
+
+CASES = [
+    Case("valid"),
+    Case("same", padding="same"),
+    Case("same_stride2", padding="SAME", strides=2),
+    Case("same_stride2_even", padding="same", strides=2, image=(6, 8)),
+    Case("stride_2_1", strides=(2, 1), padding="same"),
+    Case("dilation2", dilation_rate=2, padding="same"),
+    Case("dilation2_stride2", dilation_rate=2, strides=2, image=(9, 8)),
+    Case("explicit_padding", padding=((1, 2), (0, 3)), strides=2),
+    Case("groups2", groups=2, padding="same"),
+    Case("depthwise", groups=4, filters=4, padding="same"),
+    Case("depthwise_multiplier2", groups=4, filters=8, padding="same", offset_groups=2),
+    Case("offset_groups2", offset_groups=2, padding="same"),
+    Case("offset_groups_cross_groups", channels=8, groups=2, offset_groups=4),
+    Case("groups_cross_offset_groups", channels=8, filters=8, groups=8, offset_groups=2, use_bias=False),
+    Case("plain", modulated=False, padding="same"),
+    Case("plain_no_bias", modulated=False, use_bias=False, strides=2),
+    Case("kernel1x1", kernel_size=(1, 1)),
+    Case("kernel2x3", kernel_size=(2, 3), padding="same", strides=2, offset_groups=2),
+    Case("kernel5x5", kernel_size=(5, 5), padding="same", dilation_rate=(1, 2), channels=2, filters=3),
+    Case("one_pixel", image=(1, 1), padding="same"),
+    Case("one_row", image=(1, 7), kernel_size=(1, 3), channels=1, filters=1, batch=3),
+    Case("wide_padding", image=(2, 3), padding=((4, 4), (4, 4)), kernel_size=(2, 2)),
+    Case("empty_batch", batch=0, padding="same"),
+]
+
+# What graphs and XLA are tried on: few taps each, for compiling takes longer with every tap.
+COMPILED_CASES = [
+    Case("same_3x3", padding="same"),
+    Case("valid", kernel_size=(1, 2)),
+    Case("same_stride2", kernel_size=(2, 1), padding="same", strides=2),
+    Case("dilation2_stride_2_1", kernel_size=(2, 1), dilation_rate=2, strides=(2, 1), padding="same"),
+    Case("explicit_padding", kernel_size=(1, 2), padding=((1, 2), (0, 3)), modulated=False),
+    Case("groups2", kernel_size=(1, 2), groups=2, offset_groups=2, use_bias=False),
+    Case("depthwise", kernel_size=(2, 1), groups=4, filters=4, padding="same"),
+    Case("depthwise_multiplier2", kernel_size=(1, 2), groups=4, filters=8, offset_groups=2),
+    Case("kernel1x1", kernel_size=(1, 1), modulated=False, use_bias=False),
+    Case("one_pixel", image=(1, 1), kernel_size=(2, 1), padding="same"),
+    Case("empty_batch", batch=0, kernel_size=(1, 2)),
+]
+
+
+def numpy_dtype(name):
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
+def draw(case, rng, dtype="float32", generic=False):
+    """Random tensors of `dtype` for a case, channels last, with the upstream gradient under "outputs".
+
+    Offsets reach past the borders and lie on a grid that float32 positions hold exactly: an error is then
+    an error in the arithmetic, not a sample that rounding moved into the next cell. `generic` keeps them
+    off the integers, where the gradient jumps.
+    """
+    tensors = {name: rng.normal(size=shape) for name, shape in case.shapes.items()}
+    tensors["offsets"] = (np.round(tensors["offsets"] * 2 * 512) + (0.5 if generic else 0)) / 512
+    if case.modulated:
+        tensors["mask"] = rng.uniform(0.0, 1.0, size=tensors["mask"].shape)
+    return {name: tensor.astype(numpy_dtype(dtype)) for name, tensor in tensors.items()}
+
+
+def split_upstream(tensors):
+    """(the op's arguments, the upstream gradient)."""
+    arguments = dict(tensors)
+    return arguments, arguments.pop("outputs")
+
+
+def to_layout(name, tensor, data_format):
+    """A channels-last tensor in another data format."""
+    if name in IMAGES and data_format == "channels_first":
+        return np.ascontiguousarray(np.moveaxis(tensor, -1, 1))
+    return tensor
+
+
+def from_layout(name, tensor, data_format):
+    """The inverse of `to_layout`, for anything NumPy can read."""
+    tensor = np.asarray(tensor)
+    if name in IMAGES and data_format == "channels_first":
+        return np.moveaxis(tensor, 1, -1)
+    return tensor
+
+
+def expected(case, tensors):
+    """The oracle's outputs and gradients, by name."""
+    arguments, upstream = split_upstream(tensors)
+    outputs = oracle.deformable_conv2d(**arguments, **case.options)
+    arguments.pop("bias", None)
+    gradients = oracle.deformable_conv2d_gradients(upstream, **arguments, **case.options)
+    return outputs, {name: gradients[name] for name in tensors if name != "outputs"}
+
+
+def relative_error(actual, wanted):
+    """Largest absolute error over the largest wanted value; an infinite one where NaN or infinity differ."""
+    actual, wanted = np.asarray(actual).astype(np.float64), np.asarray(wanted).astype(np.float64)
+    assert actual.shape == wanted.shape, f"shape {actual.shape}, wanted {wanted.shape}"
+    if not actual.size:
+        return 0.0
+    error = np.abs(actual - wanted).max()
+    if not np.isfinite(error):
+        return np.inf
+    return error / (np.abs(wanted).max() or 1.0)
+
+
+def assert_as_expected(case, tensors, dtype, outputs, gradients):
+    """Hold outputs and gradients, channels last and by name, against the oracle's."""
+    wanted, wanted_gradients = expected(case, tensors)
+    errors = {"outputs": relative_error(outputs, wanted) / VALUE_BOUND[dtype]}
+    assert gradients.keys() == wanted_gradients.keys()
+    for name, gradient in gradients.items():
+        errors[name] = relative_error(gradient, wanted_gradients[name]) / GRADIENT_BOUND[dtype]
+    too_large = {name: error for name, error in errors.items() if not error <= 1.0}
+    assert not too_large, f"errors in multiples of the bound, {case}, {dtype}: {too_large}"
+
+
+def call(arguments, case, data_format="channels_last", implementation="reference"):
+    """The op on tensors that already have the layout of `data_format`."""
+    return ops.deformable_conv2d(
+        **arguments, **case.options, data_format=data_format, implementation=implementation
+    )

@@ -1,0 +1,50 @@
+"""Running the op under TensorFlow: eagerly, in a graph, compiled by XLA."""
+
+from __future__ import annotations
+
+import functools
+
+import tensorflow as tf
+
+from tests.ops.op_cases import call, from_layout, split_upstream, to_layout
+
+MODES = {
+    "eager": lambda function: function,
+    "graph": tf.function,
+    "xla": functools.partial(tf.function, jit_compile=True),
+}
+
+
+def tensors_of(arrays, data_format="channels_last"):
+    return {name: tf.constant(to_layout(name, array, data_format)) for name, array in arrays.items()}
+
+
+def value_and_gradients(arguments, upstream, **call_options):
+    """Outputs and the gradients of sum(upstream * outputs), by argument."""
+    with tf.GradientTape() as tape:
+        tape.watch(arguments)
+        outputs = call(arguments, **call_options)
+    return outputs, tape.gradient(outputs, arguments, upstream)
+
+
+def runner(case, mode="eager", data_format="channels_last", implementation="reference"):
+    """A function of channels-last arrays that gives outputs and gradients as such; compiled at most once."""
+    compute = MODES[mode](
+        functools.partial(
+            value_and_gradients, case=case, data_format=data_format, implementation=implementation
+        )
+    )
+
+    def run_once(arrays):
+        outputs, gradients = compute(*split_upstream(tensors_of(arrays, data_format)))
+        missing = [name for name, gradient in gradients.items() if gradient is None]
+        assert not missing, f"no gradient for {missing}"
+        back = {name: from_layout(name, gradient, data_format) for name, gradient in gradients.items()}
+        return from_layout("outputs", outputs, data_format), back
+
+    return run_once
+
+
+def run(case, arrays, *how, **options):
+    """`runner` for a single use."""
+    return runner(case, *how, **options)(arrays)
