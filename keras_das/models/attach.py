@@ -107,8 +107,8 @@ def _library_of(model: keras.Model) -> ModuleType | None:
             continue
         if isinstance(model, library.models.Task):
             raise ValueError(
-                "Attach gates to the backbone of a task, attach_das(task.backbone), and build the task on the "
-                f"result. Received: model={model} of class {type(model).__name__}"
+                "Attach gates to the backbone of a task, attach_das(task.backbone), and build the task on "
+                f"the result. Received: model={model} of class {type(model).__name__}"
             )
         if isinstance(model, library.models.Backbone):
             if len(model.inputs) != 1:
@@ -145,15 +145,15 @@ def _sites(
     nodes = sort_nodes(base.outputs)
     layers = {node.operation.name: node.outputs[0] for node in nodes}
     if at is None:
-        chosen = _default_levels(base, taps)
+        chosen = list(_default_levels(base, taps).items())
     else:
         chosen = _named(base, layers, taps, [at] if isinstance(at, str) else list(at))
     sites: dict[str, Tensor] = {}
-    for name, tensor in chosen.items():
+    for name, tensor in chosen:
         _check_site(name, tensor, nodes)
         if any(tensor is other for other in sites.values()):
             raise ValueError(
-                f"`at` names the output of '{node_of(tensor).operation.name}' twice: {list(chosen)}"
+                f"`at` names the layer '{node_of(tensor).operation.name}' twice. Received: at={at}"
             )
         gate_name = f"das_{name}" if name in layers else f"das_{name.lower()}"
         if gate_name in layers:
@@ -176,7 +176,7 @@ def _default_levels(base: keras.Model, taps: Mapping[str, Tensor]) -> Mapping[st
 
 def _named(
     base: keras.Model, layers: Mapping[str, Tensor], taps: Mapping[str, Tensor], names: Sequence[str]
-) -> dict[str, Tensor]:
+) -> list[tuple[str, Tensor]]:
     """Looks up names of layers and levels."""
     if not names:
         raise ValueError("`at` must name a layer or a level. Received: at=[]")
@@ -189,7 +189,7 @@ def _named(
             f"Model '{base.name}' has no layer or level named {unknown}."
             + "".join(_hint(str(name), base, known) for name in unknown)
         )
-    return {name: known[name] for name in names}
+    return [(name, known[name]) for name in names]
 
 
 def _hint(name: str, base: keras.Model, known: Mapping[str, Tensor]) -> str:

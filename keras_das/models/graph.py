@@ -110,8 +110,10 @@ def _copy_state(source: keras.layers.Layer, target: keras.layers.Layer) -> None:
         store: dict[str, Any] = {}
         old.save_own_variables(store)
         if store:
-            # Through NumPy: no buffer shared on any backend.
-            new.load_own_variables({key: keras.ops.convert_to_numpy(value) for key, value in store.items()})
+            # Through NumPy, for backends may reuse a tensor's memory for a trained model's next weights.
+            new.load_own_variables(
+                {key: value.numpy() if hasattr(value, "numpy") else value for key, value in store.items()}
+            )
         new.trainable = old.trainable  # the outer layers come first, so the inner ones have the last word
 
 

@@ -1,0 +1,97 @@
+"""Small models to attach gates to, and what a model's outputs and gates are."""
+
+import keras
+import numpy as np
+
+from keras_das import DASLayer
+
+# One tap instead of nine: a gate that TensorFlow traces in a fraction of the time.
+SMALL_GATE = {"kernel_size": 1}
+
+
+def hub_resnet(**kwargs):
+    keras_hub = _import("keras_hub")
+    arguments = {
+        "input_conv_filters": [8],
+        "input_conv_kernel_sizes": [7],
+        "stackwise_num_filters": [64, 16, 16, 16],
+        "stackwise_num_blocks": [1, 1, 1, 1],
+        "stackwise_num_strides": [1, 2, 2, 2],
+        "block_type": "basic_block",
+    }
+    return keras_hub.models.ResNetBackbone(**{**arguments, **kwargs})
+
+
+def cv_resnet(**kwargs):
+    keras_cv = _import("keras_cv")
+    arguments = {
+        "stackwise_filters": [8, 8, 16, 16],
+        "stackwise_blocks": [1, 1, 1, 1],
+        "stackwise_strides": [1, 2, 2, 2],
+        "block_type": "basic_block",
+        "include_rescaling": True,
+    }
+    return keras_cv.models.ResNetBackbone(**{**arguments, **kwargs})
+
+
+def mobilenet(**kwargs):
+    arguments = {"input_shape": (64, 64, 3), "alpha": 0.35, "weights": None, "classes": 5}
+    return keras.applications.MobileNetV2(**{**arguments, **kwargs})
+
+
+def plain_cnn(data_format="channels_last", size=32, dtype=None):
+    """A residual network in two stages, at 1/4 and 1/8 of the image."""
+    common = {"padding": "same", "data_format": data_format, "dtype": dtype}
+    shape = (size, size, 3) if data_format == "channels_last" else (3, size, size)
+    image = keras.Input(shape, name="image")
+    x = keras.layers.Conv2D(8, 3, strides=4, name="stem", **common)(image)
+    for i, strides in enumerate((1, 2)):
+        shortcut = keras.layers.Conv2D(8, 1, strides=strides, name=f"shortcut_{i}", **common)(x)
+        x = keras.layers.Conv2D(8, 3, strides=strides, name=f"conv_{i}", **common)(x)
+        x = keras.layers.Add(name=f"add_{i}", dtype=dtype)([x, shortcut])
+        x = keras.layers.ReLU(name=f"relu_{i}", dtype=dtype)(x)
+    x = keras.layers.GlobalAveragePooling2D(data_format=data_format, dtype=dtype, name="pool")(x)
+    return keras.Model(image, keras.layers.Dense(3, name="classes")(x), name="plain")
+
+
+def _import(library):
+    import pytest
+
+    return pytest.importorskip(library)
+
+
+def images(rng, size=64, count=2):
+    return rng.uniform(0, 255, (count, size, size, 3)).astype("float32")
+
+
+def gates(model):
+    return [layer.name for layer in model.layers if isinstance(layer, DASLayer)]
+
+
+def randomize(model, rng):
+    """Moves every weight off its initial value; the model then stands for a pretrained one."""
+    for weight in model.weights:
+        noise = rng.normal(0, 0.1, weight.shape)
+        # Variances and the like must stay positive.
+        positive = "variance" in weight.path
+        weight.assign(weight + keras.ops.cast(np.abs(noise) if positive else noise, weight.dtype))
+
+
+def open_gates(model, rng):
+    """Moves gates that start as the identity, as training would."""
+    for layer in model.layers:
+        if isinstance(layer, DASLayer):
+            layer.layer_norm.gamma.assign(rng.normal(0, 1, layer.layer_norm.gamma.shape))
+
+
+def assert_same(a, b):
+    """Bit for bit the same nested outputs."""
+    keras.tree.assert_same_structure(a, b)
+    for x, y in zip(keras.tree.flatten(a), keras.tree.flatten(b), strict=True):
+        assert x.dtype == y.dtype
+        x, y = (value.numpy() if hasattr(value, "numpy") else value for value in (x, y))
+        np.testing.assert_array_equal(x, y)
+
+
+def weights_of(model):
+    return [variable.numpy().copy() for variable in model.variables]

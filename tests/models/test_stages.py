@@ -1,0 +1,105 @@
+"""Where `attach_das` finds the stages of models that do not name them."""
+
+import keras
+import pytest
+
+from keras_das.models.graph import node_of
+from keras_das.models.stages import find_stages
+from tests.models.backbones import plain_cnn
+
+# Names that hold whatever was built before; automatic ones ("add_17") would not.
+APPLICATIONS = {
+    "ResNet50": "conv2_block3_out conv3_block4_out conv4_block6_out conv5_block3_out",
+    "ResNet50V2": "conv2_block2_out conv3_block3_out conv4_block5_out post_relu",
+    "MobileNet": "conv_pw_3_relu conv_pw_5_relu conv_pw_11_relu conv_pw_13_relu",
+    "MobileNetV2": "block_2_add block_5_add block_12_add out_relu",
+    "EfficientNetB0": "block2b_add block3b_add block5c_add top_activation",
+    "EfficientNetV2B0": "block2b_add block3b_add block5e_add top_activation",
+    "VGG16": "block3_conv3 block4_conv3 block5_conv3 block5_pool",
+    "DenseNet121": "conv2_block6_concat conv3_block12_concat conv4_block24_concat relu",
+}
+
+
+def stages_of(application):
+    return dict(zip(["P2", "P3", "P4", "P5"], APPLICATIONS[application].split(), strict=True))
+
+
+def names(stages):
+    return {level: node_of(tensor).operation.name for level, tensor in stages.items()}
+
+
+@pytest.mark.parametrize("application", APPLICATIONS)
+def test_applications_of_any_size(application):
+    model = getattr(keras.applications, application)(weights=None, include_top=False)
+    assert names(find_stages(model)) == stages_of(application)
+
+
+@pytest.mark.parametrize("application", ["MobileNetV2", "EfficientNetB0"])
+def test_applications_with_their_heads(application):
+    model = getattr(keras.applications, application)(weights=None)
+    assert names(find_stages(model)) == stages_of(application)
+
+
+def test_shapes_of_stages_whose_names_are_automatic():
+    """Squeeze-and-excitation pools to one pixel, which is no level; ConvNeXt's stem is a nested model."""
+    for model, channels in [
+        (keras.applications.MobileNetV3Large(weights=None), [24, 40, 112, 960]),
+        (keras.applications.ConvNeXtTiny(weights=None), [96, 192, 384, 768]),
+        (keras.applications.InceptionV3(weights=None, include_top=False), [192, 288, 768, 2048]),
+    ]:
+        assert [tensor.shape[-1] for tensor in find_stages(model).values()] == channels
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("size", [32, None])
+def test_plain(data_format, size):
+    assert names(find_stages(plain_cnn(data_format, size))) == {"P2": "relu_0", "P3": "relu_1"}
+
+
+def test_several_outputs_and_a_second_input():
+    """Stage ends that are outputs themselves, and a branch of another input that joins after them."""
+    image, age = keras.Input((64, 64, 3)), keras.Input((4,))
+    p2 = keras.layers.Conv2D(4, 3, strides=4, padding="same", name="p2")(image)
+    p3 = keras.layers.Conv2D(4, 3, strides=2, padding="same", name="p3")(p2)
+    bias = keras.layers.Reshape((1, 1, 4))(keras.layers.Dense(4)(age))
+    joined = keras.layers.Add(name="joined")([p3, bias])
+    model = keras.Model([image, age], [p2, joined, keras.layers.GlobalAveragePooling2D()(joined)])
+    assert names(find_stages(model)) == {"P2": "p2", "P3": "joined"}
+
+
+def test_no_level():
+    image = keras.Input((32, 32, 3))
+    with pytest.raises(ValueError, match="no feature map of 1/4 to 1/32"):
+        find_stages(keras.Model(image, keras.layers.Conv2D(2, 3)(image)))
+
+
+def test_no_image():
+    vector = keras.Input((32,))
+    with pytest.raises(ValueError, match="one input of images"):
+        find_stages(keras.Model(vector, keras.layers.Dense(2)(vector)))
+
+
+def test_two_images():
+    left, right = keras.Input((32, 32, 3)), keras.Input((32, 32, 3))
+    with pytest.raises(ValueError, match="one input of images"):
+        find_stages(keras.Model([left, right], keras.layers.Add()([left, right])))
+
+
+def test_every_layer_bypassed():
+    """Two branches from the image on: no layer sees all of it."""
+    image = keras.Input((32, 32, 3))
+    branches = [keras.layers.Conv2D(2, 3, strides=4)(image) for _ in range(2)]
+    pooled = [keras.layers.GlobalAveragePooling2D()(x) for x in branches]
+    with pytest.raises(ValueError, match=r"No single layer .* ends its level P2"):
+        find_stages(keras.Model(image, keras.layers.Concatenate()(pooled)))
+
+
+def test_stages_inside_a_nested_model():
+    image = keras.Input((32, 32, 3))
+    nested = keras.Sequential(
+        [keras.Input((32, 32, 3)), *[keras.layers.Conv2D(2, 3, 2, padding="same") for _ in range(4)]],
+        name="encoder",
+    )
+    model = keras.Model(image, keras.layers.Conv2D(2, 1)(nested(image)))
+    with pytest.raises(ValueError, match=r"inside the nested model 'encoder'.*get_layer\('encoder'\)"):
+        find_stages(model)
