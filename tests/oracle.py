@@ -262,7 +262,8 @@ def das_gate(
     `weights` maps names to arrays; those marked * may be missing:
     reduce_depthwise (kh, kw, 1, C), reduce_pointwise (1, 1, C, C'), reduce_bias* (C',): the separable one;
     instance_scale*, instance_center* (C',);
-    offsets_kernel (kh, kw, C', groups * taps * 2), offsets_bias*: what predicts the offsets;
+    offsets_kernel (kh, kw, C', groups * taps * 2), offsets_bias*: what predicts the offsets, dilated
+    as the deformable convolution is;
     mask_kernel* (kh, kw, C', groups * taps), mask_bias*: what predicts the mask, before its sigmoid;
     deform_kernel (kh, kw, 1, C') separable or (kh, kw, C', C) dense, deform_bias*;
     pointwise* (1, 1, C', C), pointwise_bias*: missing in the dense form; layer_scale*, layer_center* (C,).
@@ -276,10 +277,11 @@ def das_gate(
     )
     context = gelu(centred)
 
-    offsets = conv2d(context, weights["offsets_kernel"], get("offsets_bias"))
+    offsets = conv2d(context, weights["offsets_kernel"], get("offsets_bias"), dilation_rate=dilation_rate)
     mask = None
     if "mask_kernel" in weights:
-        mask = sigmoid(conv2d(context, weights["mask_kernel"], get("mask_bias")))
+        logits = conv2d(context, weights["mask_kernel"], get("mask_bias"), dilation_rate=dilation_rate)
+        mask = sigmoid(logits)
     attention = deformable_conv2d(
         context,
         weights["deform_kernel"],

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 from keras import constraints, initializers, ops, regularizers
 
-from keras_das.layers.deformable_conv2d import DeformableConv2D, Identifier, Shape, Tensor, with_shape
+from keras_das.layers.deformable_conv2d import DeformableConv2D, Identifier, Shape, Tensor
 from keras_das.ops.deformable import standardize_count, standardize_implementation
 from keras_das.ops.geometry import standardize_data_format, standardize_pair
 
@@ -140,19 +140,30 @@ class DASLayer(keras.layers.Layer):
     def _create_layers(self, channels: int, width: int) -> None:
         separable = self.deformable == "separable"
         common = {"data_format": "channels_last", "dtype": self.dtype_policy}
-        self.reduce = keras.layers.SeparableConv2D(
-            width,
+        weighted = {
+            "kernel_regularizer": self.kernel_regularizer,
+            "kernel_constraint": self.kernel_constraint,
+        }
+        self.depthwise = keras.layers.DepthwiseConv2D(
             self.kernel_size,
             padding="same",
-            use_bias=False,  # the norm takes it away again
+            use_bias=False,
             depthwise_initializer=_fresh(self.kernel_initializer),
-            pointwise_initializer=_fresh(self.kernel_initializer),
             depthwise_regularizer=self.kernel_regularizer,
-            pointwise_regularizer=self.kernel_regularizer,
             depthwise_constraint=self.kernel_constraint,
-            pointwise_constraint=self.kernel_constraint,
-            name="reduce",
+            name="depthwise",
             **common,
+        )
+        self.depthwise.supports_masking = True  # or it would warn of a mask that this layer hands on
+        # The pointwise convolutions are `Dense` on the channels: the same product, and sound for an empty
+        # batch, which TensorFlow's oneDNN convolution is not (2.21). The norms after them replace biases.
+        self.reduce = keras.layers.Dense(
+            width,
+            use_bias=False,
+            kernel_initializer=_fresh(self.kernel_initializer),
+            name="reduce",
+            dtype=self.dtype_policy,
+            **weighted,
         )
         self.instance_norm = keras.layers.GroupNormalization(
             groups=-1, axis=-1, epsilon=_EPSILON, name="instance_norm", dtype=self.dtype_policy
@@ -168,25 +179,22 @@ class DASLayer(keras.layers.Layer):
             use_bias=not separable,
             kernel_initializer=_fresh(self.kernel_initializer),
             offset_initializer=_fresh(self.offset_initializer),
-            kernel_regularizer=self.kernel_regularizer,
             offset_regularizer=self.offset_regularizer,
-            kernel_constraint=self.kernel_constraint,
             offset_constraint=self.offset_constraint,
             implementation=self.implementation,
             name="deform",
             **common,
+            **weighted,
         )
         self.expand = None
         if separable:
-            self.expand = keras.layers.Conv2D(
+            self.expand = keras.layers.Dense(
                 channels,
-                1,
                 use_bias=False,
                 kernel_initializer=_fresh(self.kernel_initializer),
-                kernel_regularizer=self.kernel_regularizer,
-                kernel_constraint=self.kernel_constraint,
                 name="expand",
-                **common,
+                dtype=self.dtype_policy,
+                **weighted,
             )
         self.layer_norm = keras.layers.LayerNormalization(
             axis=-1,
@@ -198,7 +206,14 @@ class DASLayer(keras.layers.Layer):
 
     def _gate_layers(self) -> list[keras.layers.Layer]:
         """The layers between the input and the sigmoid, in the order of equations 1 to 3."""
-        layers = (self.reduce, self.instance_norm, self.deform, self.expand, self.layer_norm)
+        layers = (
+            self.depthwise,
+            self.reduce,
+            self.instance_norm,
+            self.deform,
+            self.expand,
+            self.layer_norm,
+        )
         return [layer for layer in layers if layer is not None]
 
     def gate(self, inputs: Tensor) -> Tensor:
@@ -215,7 +230,7 @@ class DASLayer(keras.layers.Layer):
         inputs = self._channels_last(inputs)
         x = self.deform(self._deformable_input(inputs))
         if self.expand is not None:
-            x = with_shape(self.expand(x), ops.shape(inputs))
+            x = self.expand(x)
         gate = ops.sigmoid(self.layer_norm(x))
         if self.identity_init:
             gate = 2 * gate
@@ -223,8 +238,7 @@ class DASLayer(keras.layers.Layer):
 
     def _deformable_input(self, x: Tensor) -> Tensor:
         """X_c of equation 1, channels last."""
-        reduced = with_shape(self.reduce(x), (*ops.shape(x)[:3], self.reduce.filters))
-        return ops.gelu(self.instance_norm(reduced), approximate=False)
+        return ops.gelu(self.instance_norm(self.reduce(self.depthwise(x))), approximate=False)
 
     def _channels_last(self, inputs: Tensor) -> Tensor:
         x = ops.cast(inputs, self.compute_dtype)

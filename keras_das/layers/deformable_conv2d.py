@@ -229,7 +229,7 @@ class DeformableConv2D(keras.layers.Layer):
     def _predict(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
         batch, height, width, _ = ops.shape(inputs)
         rows, columns = self._windows()
-        sizes = (batch, rows.output_size(height), columns.output_size(width))
+        grid = (batch, rows.output_size(height), columns.output_size(width))
         padding = self.padding
         if not isinstance(padding, str):
             inputs, padding = ops.pad(inputs, ((0, 0), *padding, (0, 0))), "valid"
@@ -241,12 +241,15 @@ class DeformableConv2D(keras.layers.Layer):
             data_format="channels_last",
             dilation_rate=self.dilation_rate,
         )
-        predictions = with_shape(predictions, (*sizes, self.offset_bias.shape[0]))
+        # As a matrix, because TensorFlow's oneDNN convolution gives an empty batch the wrong shape (2.21).
+        positions = grid[0] * grid[1] * grid[2]
+        predictions = ops.reshape(predictions, (positions, self.offset_bias.shape[0]))
         predictions = predictions + ops.cast(self.offset_bias, inputs.dtype)
+        count = self.offset_groups * self.taps * 2
+        offsets = ops.reshape(predictions[:, :count], (*grid, count))
         if not self.modulated:
-            return predictions, None
-        offsets, logits = ops.split(predictions, [self.offset_groups * self.taps * 2], axis=-1)
-        return offsets, ops.sigmoid(logits)
+            return offsets, None
+        return offsets, ops.reshape(ops.sigmoid(predictions[:, count:]), (*grid, count // 2))
 
     def _windows(self) -> tuple[Window, Window]:
         return make_windows(self.kernel_size, self.strides, self.dilation_rate, self.padding)
@@ -295,11 +298,3 @@ class DeformableConv2D(keras.layers.Layer):
             "implementation": self.implementation,
         }
         return {**super().get_config(), **config}
-
-
-def with_shape(outputs: Tensor, shape: tuple[Any, ...]) -> Tensor:
-    """`outputs` of a convolution in the shape they have anyway, but for an empty batch.
-
-    TensorFlow's oneDNN convolutions give an empty batch the input's shape (seen in TensorFlow 2.21).
-    """
-    return ops.reshape(outputs, shape)
