@@ -113,9 +113,15 @@ class StreamSplit:
         """See `Split`."""
         if key is None:
             return self.dataset
+
+        def shuffle(_: tf.Tensor) -> tf.data.Dataset:
+            # Sets the seed of this function's graph only. Left at 0 (`--seed 0`), TensorFlow would go on to
+            # ask whether the other seed, a tensor here, is 0 as well, which it cannot while tracing.
+            tf.random.set_seed(1)
+            return self.dataset.shuffle(self.buffer, seed=_mix(key))
+
         # Inside `flat_map` the seed is read when an epoch begins, not when the pipeline is built.
-        once = tf.data.Dataset.from_tensors(0)
-        return once.flat_map(lambda _: self.dataset.shuffle(self.buffer, seed=_mix(key)))
+        return tf.data.Dataset.from_tensors(0).flat_map(shuffle)
 
 
 def _indices(count: int, key: tf.Tensor | None) -> tf.data.Dataset:

@@ -1,0 +1,40 @@
+import itertools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+# `examples` is not a part of the package: scripts find it beside themselves, tests by this line.
+sys.path.insert(0, str(ROOT))
+
+COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
+_NAMES = itertools.count()
+
+
+def write_images(folder: Path, count: int, colour: tuple[int, int, int], suffix: str = ".png") -> list[Path]:
+    """Noisy images of one colour, of sides that differ."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(next(_NAMES))
+    paths = []
+    for number in range(count):
+        pixels = rng.normal(colour, 30, (20 + number % 5, 24, 3)).clip(0, 255).astype("uint8")
+        paths.append(folder / f"{number:03}{suffix}")
+        Image.fromarray(pixels).save(paths[-1])
+    return paths
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Callable[..., Path]:
+    """Makes a data folder with `counts` images a class, in each of `splits` (none: class folders at the top)."""
+
+    def make(counts: dict[str, int] | None = None, splits: tuple[str, ...] = ("",)) -> Path:
+        root = tmp_path / "images"
+        for split, (name, count) in itertools.product(splits, (counts or {"red": 20, "green": 20}).items()):
+            write_images(root / split / name, count, COLOURS[name])
+        return root
+
+    return make

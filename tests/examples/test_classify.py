@@ -1,0 +1,384 @@
+import csv
+import errno
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image
+
+import keras_das
+from examples import backbones, classify
+from examples.common import UserError
+
+from .conftest import COLOURS, ROOT, write_images
+
+MakeFolder = Callable[..., Path]
+SMALL = ["--backbone", "resnet18", "--image-size", "16", "--batch-size", "8", "--progress", "none"]
+SMALL += ["--attention", "none", "--optimizer", "sgd", "--learning-rate", "0.02", "--weight-decay", "0.001"]
+
+
+def arguments(folder: Path, output: Path, *more: str, epochs: int = 1) -> list[str]:
+    """A run of seconds on a folder of images."""
+    return [*SMALL, "--data", f"folder:{folder}", "--output", str(output), "--epochs", str(epochs), *more]
+
+
+def train(*words: str) -> dict:
+    return classify.train(classify.parse_arguments(list(words))[0])
+
+
+def script(*words: str, prelude: str = "") -> subprocess.CompletedProcess:
+    """Run the script in a process of its own, after the Python code `prelude`."""
+    path = ROOT / "examples" / "classify.py"
+    code = f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n{prelude}\n"
+    code += f"sys.argv = {[str(path), *words]!r}\nrunpy.run_path({str(path)!r}, run_name='__main__')"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# Real training
+
+
+@pytest.mark.parametrize("attention", ["none", "das"])
+def test_trees_are_told_from_the_ground(attention: str, tmp_path: Path) -> None:
+    """ResNet-18 from scratch on 32x32 photographs; always answering the larger class scores 0.51."""
+    output = tmp_path / "run"
+    results = train(
+        *["--data", "trees", "--backbone", "resnet18", "--image-size", "32", "--attention", attention],
+        *["--epochs", "4", "--batch-size", "32", "--progress", "none", "--output", str(output)],
+    )
+    assert results["test_accuracy"] >= 0.85
+    assert results["gates"] == (4 if attention == "das" else 0)
+    assert (results["gate_parameters"] > 0) == (attention == "das")
+
+    confusion = np.array(results["confusion_matrix"])
+    assert confusion.sum() == results["images"]["test"]
+    assert results["test_accuracy"] == pytest.approx(confusion.trace() / confusion.sum())
+    assert json.loads((output / "results.json").read_text()) == results
+    assert [len(values) for values in results["history"].values()] == [4] * 5
+    with Image.open(output / "confusion_matrix.png") as image:
+        assert image.format == "PNG"
+    assert list((output / "logs" / "train").glob("events.out.tfevents.*"))
+    assert not (output / "backup").exists()
+
+    model = keras.models.load_model(output / "model.keras")
+    assert model.output_shape == (None, 2)
+    probabilities = model.predict(np.full((1, 32, 32, 3), 127.0), verbose=0)
+    assert probabilities.sum() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_mixed_precision(policy: str, image_folder: MakeFolder, tmp_path: Path) -> None:
+    results = train(
+        *arguments(image_folder(), tmp_path / "run", "--mixed-precision", policy, "--attention", "das")
+    )
+    assert np.isfinite(results["history"]["loss"]).all()
+    assert keras.config.dtype_policy().name == "float32"
+    model = keras.models.load_model(tmp_path / "run" / "model.keras")
+    assert model.get_layer("resnet18").get_layer("stem_conv").compute_dtype == policy.removeprefix("mixed_")
+    assert model.get_layer("classes").compute_dtype == "float32"
+
+
+def test_export_serves_raw_pixels(image_folder: MakeFolder, tmp_path: Path) -> None:
+    import tensorflow as tf
+
+    export = tmp_path / "saved_model"
+    train(*arguments(image_folder(), tmp_path / "run", "--attention", "das", "--export", str(export)))
+    pixels = np.random.default_rng(0).uniform(0, 255, (2, 16, 16, 3)).astype("float32")
+    model = keras.models.load_model(tmp_path / "run" / "model.keras")
+    served = tf.saved_model.load(str(export)).signatures["serving_default"](tf.constant(pixels))
+    np.testing.assert_allclose(
+        next(iter(served.values())), model.predict(pixels, verbose=0), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_xla(image_folder: MakeFolder, tmp_path: Path) -> None:
+    assert train(*arguments(image_folder(), tmp_path / "run", "--jit", "on"))["jit_compile"] is True
+
+
+def test_images_that_are_read_as_they_are_needed(
+    image_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = image_folder()
+    monkeypatch.setattr("examples.data.folders.IN_MEMORY_BYTES", 0)
+    train(*arguments(root, tmp_path / "run"))
+    for path in (root / "red").iterdir():
+        path.write_bytes(path.read_bytes()[:60])
+    assert classify.main(arguments(root, tmp_path / "run")) == 1
+    assert capsys.readouterr().err.startswith(f"classify: error: cannot read image: {root / 'red'}/")
+
+
+# Killed runs
+
+
+def kill_at(epoch: int, batch: int) -> str:
+    return f"""
+import os, signal
+from examples import training
+def kill(self, batch, logs=None, wrapped=training.StepTimer.on_train_batch_end):
+    wrapped(self, batch, logs)
+    if len(self.seconds) == {epoch} * 3 + {batch}:
+        os.kill(os.getpid(), signal.SIGKILL)
+training.StepTimer.on_train_batch_end = kill
+"""
+
+
+def test_a_killed_run_continues_as_if_nothing_had_been(image_folder: MakeFolder, tmp_path: Path) -> None:
+    root = image_folder({"red": 18, "green": 18})  # 24 of them to train on: 3 steps an epoch
+    words = ["--augment", "aerial", "--dropout", "0.3", "--attention", "das", "--deterministic"]
+    whole = script(*arguments(root, tmp_path / "whole", *words, epochs=4))
+    assert whole.returncode == 0, whole.stderr
+    assert json.loads((tmp_path / "whole" / "results.json").read_text())["steps_run"] == 12
+
+    resumed = arguments(root, tmp_path / "killed", *words, "--resume", str(tmp_path / "state"), epochs=4)
+    assert script(*resumed, prelude=kill_at(epoch=2, batch=2)).returncode == -9
+    assert [row["epoch"] for row in rows(tmp_path / "killed" / "history.csv")] == ["0", "1"]
+    # As if the kill had come after the row was written and before the state was saved.
+    with (tmp_path / "killed" / "history.csv").open("a") as file:
+        file.write("2,0,0,0,0\n")
+    finished = script(*resumed)
+    assert finished.returncode == 0, finished.stderr
+    assert json.loads((tmp_path / "killed" / "results.json").read_text())["steps_run"] == 6
+    assert not (tmp_path / "state").exists()
+
+    expected, got = (rows(tmp_path / name / "history.csv") for name in ("whole", "killed"))
+    assert [row["epoch"] for row in got] == ["0", "1", "2", "3"]
+    for one, other in zip(expected, got, strict=True):
+        for name in one:
+            assert float(other[name]) == pytest.approx(float(one[name]), rel=1e-3, abs=1e-5), name
+
+
+def test_a_state_cut_short_falls_back_on_the_one_before(image_folder: MakeFolder, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    words = arguments(image_folder(), tmp_path / "run", "--resume", str(state), epochs=3)
+    assert script(*words, prelude=kill_at(epoch=2, batch=2)).returncode == -9
+    weights = state / "latest.weights.h5"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    train(*words)
+    assert [row["epoch"] for row in rows(tmp_path / "run" / "history.csv")] == ["0", "1", "2"]
+
+
+def test_a_full_disk_loses_nothing(
+    image_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = arguments(image_folder(), tmp_path / "run")
+    train(*words)
+    before = (tmp_path / "run" / "model.keras").read_bytes()
+
+    def full(self: keras.Model, path: Path, **_: object) -> None:
+        Path(path).write_bytes(b"half a model")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(keras.Model, "save", full)
+        assert classify.main(words) == 1
+    error = capsys.readouterr().err
+    backup = tmp_path / "run" / "backup"
+    assert error.startswith("classify: error: disk full while writing ")
+    assert f"model.keras; the previous one is kept; training is not lost: make room and repeat with --resume {backup}" in error
+    assert (tmp_path / "run" / "model.keras").read_bytes() == before
+
+    results = train(*words, "--resume", str(backup))
+    assert results["steps_run"] == 0
+    assert len(results["history"]["loss"]) == 1
+    assert (tmp_path / "run" / "model.keras").read_bytes() != before
+
+
+def test_a_full_disk_in_the_middle_of_training(image_folder: MakeFolder, tmp_path: Path) -> None:
+    limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (10_000_000, resource.RLIM_INFINITY))"
+    result = script(*arguments(image_folder(), tmp_path / "run"), prelude=limit)
+    assert result.returncode == 1
+    assert "classify: error: disk full while training; make room and continue" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+# What users get wrong
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data", "folder:/nowhere"], "data folder not found: /nowhere"),
+        (["--data", "flowers"], "--data must be trees, folder:PATH or tfds:NAME, not 'flowers'"),
+        (["--data", "folder:"], "--data must be trees, folder:PATH or tfds:NAME, not 'folder:'"),
+        (["--backbone", "resnet19"], "--backbone must be one of resnet18, resnet50, mobilenet_v2, keras_cv:PRESET"),
+        (["--backbone", "keras_hub:/nowhere"], "cannot load backbone keras_hub:/nowhere: "),
+        (["--backbone", "keras_cv:/nowhere"], "cannot load backbone keras_cv:/nowhere: "),
+        (["--weights", "nowhere.keras"], "--weights: no such file: nowhere.keras"),
+        (["--weights", "imagenet"], "resnet18 has no ImageNet weights"),
+        (["--epochs", "0"], "--epochs must be at least 1, not 0"),
+        (["--small-stem", "--backbone", "resnet50"], "--small-stem goes with --backbone resnet18 only"),
+        (["--das", "reduction=-1", "--attention", "das"], "--das: "),
+        (["--das", "no_such=1", "--attention", "das"], "--das: "),
+    ],
+)
+def test_wrong_arguments(
+    words: list[str], message: str, image_folder: MakeFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert classify.main(arguments(image_folder(), tmp_path / "run", *words)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"classify: error: {message}")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["--jit", "maybe"], ["--epochs", "many"], ["--das", "reduction"], ["--nonsense"]])
+def test_wrong_words(words: list[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        classify.parse_arguments(words)
+    assert stop.value.code == 2
+
+
+def test_the_script_itself_fails_in_one_line(tmp_path: Path) -> None:
+    result = script(*arguments(tmp_path / "nowhere", tmp_path / "run"))
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1] == f"classify: error: data folder not found: {tmp_path / 'nowhere'}"
+    assert "Traceback" not in result.stderr
+
+
+def test_weights_files(image_folder: MakeFolder, tmp_path: Path) -> None:
+    root = image_folder()
+    train(*arguments(root, tmp_path / "first"))
+    path = tmp_path / "first" / "model.keras"
+    config, _ = classify.parse_arguments(arguments(root, tmp_path, "--weights", str(path)))
+    first, model = keras.models.load_model(path), classify.build_model(config, ("green", "red"))
+    first.save_weights(tmp_path / "first.weights.h5")
+    pixels = np.full((1, 16, 16, 3), 99.0)
+    np.testing.assert_array_equal(model.predict(pixels, verbose=0), first.predict(pixels, verbose=0))
+
+    config.weights = str(tmp_path / "first.weights.h5")
+    again = classify.build_model(config, ("green", "red"))
+    np.testing.assert_array_equal(again.predict(pixels, verbose=0), first.predict(pixels, verbose=0))
+    with pytest.raises(UserError, match="does not fit this model"):
+        classify.build_model(config, ("blue", "green", "red"))
+    config.weights = str(path)
+    with pytest.raises(UserError, match="was trained for 2 classes, the data has 3"):
+        classify.build_model(config, ("blue", "green", "red"))
+    path.write_bytes(b"not a model")
+    with pytest.raises(UserError, match="does not fit this model"):
+        classify.build_model(config, ("green", "red"))
+
+
+def test_the_state_of_another_run_is_refused(image_folder: MakeFolder, tmp_path: Path) -> None:
+    root, state = image_folder(), tmp_path / "state"
+    words = arguments(root, tmp_path / "run", "--resume", str(state))
+    assert script(*words, prelude=kill_at(epoch=0, batch=1)).returncode == -9
+    with pytest.raises(UserError, match="holds a run with seed = 0, this one has 1"):
+        train(*words, "--seed", "1")
+    write_images(root / "blue", 9, COLOURS["blue"])
+    with pytest.raises(UserError, match=r"holds a run with class_names = \['green', 'red'\]"):
+        train(*words)
+    with pytest.raises(UserError, match="is not a folder of training state"):
+        train(*words[:-1], str(root))
+    assert len(list(root.iterdir())) == 3
+
+
+# Arguments and parts
+
+
+def test_recipes_are_defaults() -> None:
+    dogs, _ = classify.parse_arguments(["--recipe", "stanford_dogs", "--epochs", "7"])
+    assert (dogs.data, dogs.image_size, dogs.batch_size, dogs.epochs) == ("tfds:stanford_dogs", 224, 32, 7)
+    imagenet, _ = classify.parse_arguments(["--das", "reduction=0.1", "--recipe", "imagenet", "--data", "folder:x"])
+    assert (imagenet.data, imagenet.epochs, imagenet.das) == ("folder:x", 100, {"reduction": 0.1})
+    for recipe in classify.RECIPES.values():
+        classify._check(classify.Config(**recipe))
+
+
+def test_learning_rates() -> None:
+    steps = classify.learning_rate(classify.Config(schedule="steps", epochs=100, learning_rate=0.1), 10)
+    assert [float(steps(step)) for step in (0, 299, 301, 601, 901)] == pytest.approx([0.1, 0.1, 1e-2, 1e-3, 1e-4])
+    cosine = classify.learning_rate(
+        classify.Config(schedule="cosine", epochs=10, warmup_epochs=2, learning_rate=0.1), 10
+    )
+    assert [float(cosine(step)) for step in (0, 10, 20, 60, 100)] == pytest.approx([0, 0.05, 0.1, 0.05, 0], abs=1e-6)
+    short = classify.learning_rate(classify.Config(epochs=1, warmup_epochs=5), 1)
+    assert np.isfinite(float(short(1)))
+
+
+@pytest.mark.parametrize("small_stem", [False, True])
+def test_resnet18(small_stem: bool) -> None:
+    backbone = backbones.build("resnet18", 32, pretrained=False, small_stem=small_stem)
+    # He et al. count 11.69 M weights, 0.51 M of them in the head that is left out here.
+    assert backbone.model.count_params() == pytest.approx(11.18e6, rel=0.01)
+    side = 4 if small_stem else 1
+    assert backbone.model.output_shape == (None, side, side, 512)
+    sides = [backbone.model.get_layer(name).output.shape[1] for name in backbone.stages]
+    assert sides == [8 * side, 4 * side, 2 * side, side]
+
+
+def tiny_preset(library: str, folder: Path) -> str:
+    options = {"stackwise_num_blocks": [1, 1, 1, 1]} if library == "keras_hub" else {"stackwise_blocks": [1] * 4}
+    if library == "keras_hub":
+        models = pytest.importorskip("keras_hub").models
+        options |= {"input_conv_filters": [8], "input_conv_kernel_sizes": [7], "image_shape": (None, None, 3)}
+        options |= {"stackwise_num_filters": [8] * 4, "stackwise_num_strides": [1, 2, 2, 2]}
+        model = models.ResNetBackbone(block_type="basic_block", **options)
+    else:
+        models = pytest.importorskip("keras_cv").models
+        options |= {"stackwise_filters": [8] * 4, "stackwise_strides": [1, 2, 2, 2], "include_rescaling": True}
+        model = models.ResNetBackbone(block_type="basic_block", **options)
+    model.save_to_preset(str(folder))
+    return f"{library}:{folder}"
+
+
+@pytest.mark.parametrize("library", ["keras_hub", "keras_cv"])
+@pytest.mark.parametrize("weights", ["none", "preset"])
+def test_backbones_of_other_libraries(
+    library: str, weights: str, image_folder: MakeFolder, tmp_path: Path
+) -> None:
+    preset = tiny_preset(library, tmp_path / "preset")
+    words = ["--backbone", preset, "--weights", weights, "--attention", "das", "--image-size", "32"]
+    results = train(*arguments(image_folder(), tmp_path / "run", *words))
+    assert results["gates"] == 4
+    model = keras.models.load_model(tmp_path / "run" / "model.keras")
+    assert sum(isinstance(layer, keras_das.DASLayer) for layer in model._flatten_layers()) == 4
+
+
+@pytest.mark.parametrize("name", ["resnet50", "mobilenet_v2"])
+def test_backbones_of_keras_applications(name: str) -> None:
+    config = classify.Config(backbone=name, image_size=64, attention="das")
+    model = classify.build_model(config, ("a", "b", "c"))
+    assert sum(isinstance(layer, keras_das.DASLayer) for layer in model._flatten_layers()) == 4
+    assert model(np.zeros((1, 64, 64, 3))).shape == (1, 3)
+
+
+def test_gates_of_pretrained_backbones_start_at_one(tmp_path: Path) -> None:
+    preset = tiny_preset("keras_hub", tmp_path / "preset")
+
+    def predict(attention: str, identity_init: str) -> np.ndarray:
+        keras.utils.set_random_seed(0)
+        config = classify.Config(
+            backbone=preset, weights="preset", attention=attention, identity_init=identity_init, image_size=32
+        )
+        return classify.build_model(config, ("a", "b")).predict(np.full((1, 32, 32, 3), 99.0), verbose=0)
+
+    plain = backbones.build(preset, 32, pretrained=True).model(np.ones((1, 32, 32, 3)))
+    assert np.isfinite(plain).all()
+    assert not np.array_equal(predict("das", "off"), predict("das", "auto"))
+
+
+def test_confusion_matrix_and_scores() -> None:
+    labels, predicted = np.array([0, 0, 0, 1]), np.array([0, 1, 0, 1])
+    confusion = classify.confusion_matrix(labels, predicted, 3)
+    assert confusion.tolist() == [[2, 1, 0], [0, 1, 0], [0, 0, 0]]
+    assert classify.scores(confusion) == {
+        "test_accuracy": 0.75,
+        "test_balanced_accuracy": pytest.approx(5 / 6),
+        "test_recall": [pytest.approx(2 / 3), 1.0, None],
+    }
+
+
+def test_confusion_matrix_of_many_classes(tmp_path: Path) -> None:
+    names = tuple(f"class {number}" for number in range(120))
+    classify.draw_confusion_matrix(np.eye(120, dtype=int), names, tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        assert min(image.size) > 1000
