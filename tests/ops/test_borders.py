@@ -1,0 +1,150 @@
+"""Where samples meet the edge of the image, whole pixels, and numbers that are not finite."""
+
+import numpy as np
+import pytest
+
+from tests.ops.op_cases import (
+    GRADIENT_BOUND,
+    VALUE_BOUND,
+    Case,
+    call,
+    draw,
+    expected,
+    relative_error,
+    split_upstream,
+)
+from tests.ops.tf_harness import run
+
+STEP = 1e-4  # shorter than the way from any coordinate below to the next kink
+SIZE = 13
+COORDINATES = np.array(
+    [-2, -1.01, -1, -0.99, -0.01, 0, 0.01, 5.5, SIZE - 1.01, SIZE - 1, SIZE - 0.5, SIZE, SIZE + 0.01]
+)
+# One 1x1 read per output pixel: row i at COORDINATES[i], column j at COORDINATES[j].
+GRID = Case("", batch=1, image=(SIZE, SIZE), channels=2, filters=2, kernel_size=(1, 1))
+
+
+def grid_tensors(rng):
+    """Tensors whose offsets move output pixel (i, j) to (COORDINATES[i], COORDINATES[j])."""
+    tensors = draw(GRID, rng, "float64")
+    to = COORDINATES - np.arange(SIZE)
+    tensors["offsets"] = np.stack(np.meshgrid(to, to, indexing="ij"), axis=-1)[None]
+    return tensors
+
+
+def off_image():
+    """(SIZE, SIZE), true where the sample of an output pixel is off the image."""
+    off = (COORDINATES <= -1) | (COORDINATES >= SIZE)
+    return off[:, None] | off[None, :]
+
+
+def forward(tensors, implementation):
+    arguments, _ = split_upstream(tensors)
+    return call(arguments, GRID, implementation=implementation).numpy()
+
+
+def test_off_image_is_exactly_zero(rng, implementation):
+    tensors = grid_tensors(rng)
+    bias = tensors["bias"]
+    outputs, gradients = run(GRID, tensors, implementation=implementation)
+    np.testing.assert_array_equal(outputs[0][off_image()], np.broadcast_to(bias, (off_image().sum(), 2)))
+    assert np.all(outputs[0][~off_image()] != bias)
+    for name in ("offsets", "mask"):
+        np.testing.assert_array_equal(gradients[name][0][off_image()], 0)
+
+
+def test_offset_gradients_are_right_hand_slopes(rng, implementation):
+    """At whole pixels too, on either edge; off the image they are zero, at -1 itself as well."""
+    tensors = grid_tensors(rng)
+    _, gradients = run(GRID, tensors, implementation=implementation)
+    start = forward(tensors, implementation)
+    for axis in (0, 1):
+        moved = dict(tensors, offsets=tensors["offsets"] + STEP * np.eye(2)[axis])
+        rise = (forward(moved, implementation) - start) * tensors["outputs"]
+        slope = np.where(off_image(), 0, rise.sum(-1)[0] / STEP)
+        np.testing.assert_allclose(gradients["offsets"][0, ..., axis], slope, atol=1e-9)
+
+
+def test_gradients_across_the_edge_are_the_oracles(rng, implementation):
+    tensors = grid_tensors(rng)
+    _, gradients = run(GRID, tensors, implementation=implementation)
+    _, wanted = expected(GRID, tensors)
+    for name, gradient in gradients.items():
+        assert relative_error(gradient, wanted[name]) <= 1e-12, name
+
+
+FAR = [1e30, 3e38, -1e9, -3e38, 2.0**31, -(2.0**63), np.inf, -np.inf]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mode"),
+    [("float32", "eager"), ("float64", "eager"), ("bfloat16", "eager"), ("float32", "xla")],
+)
+def test_far_away_is_zero(rng, dtype, mode, implementation):
+    case = Case("", image=(9, 9), kernel_size=(1, 1), offset_groups=2)
+    tensors = draw(case, rng, dtype)
+    far = rng.uniform(size=tensors["offsets"].shape) < 0.3
+    tensors["offsets"][far] = rng.choice(FAR, size=far.sum())
+    outputs, gradients = run(case, tensors, mode, implementation=implementation)
+    wanted, wanted_gradients = expected(case, tensors)
+    assert relative_error(outputs, wanted) <= VALUE_BOUND[dtype]
+    for name, gradient in gradients.items():
+        assert relative_error(gradient, wanted_gradients[name]) <= GRADIENT_BOUND[dtype], name
+    off = far.reshape(*far.shape[:3], 2, 2).any(-1)
+    np.testing.assert_array_equal(gradients["mask"][off], 0)
+    np.testing.assert_array_equal(gradients["offsets"].reshape(*far.shape[:3], 2, 2)[off], 0)
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
+def test_nan_offsets_give_nan_there_and_nowhere_else(rng, mode, implementation):
+    """The filters that read the offset group become NaN, even where the other coordinate is far away."""
+    case = Case("", channels=4, filters=4, groups=4, offset_groups=2, kernel_size=(1, 2))
+    tensors = draw(case, rng)
+    for index in ((0, 0, 0, 0), (0, 2, 3, 1), (1, 1, 1, 7), (1, 4, 2, 4)):
+        tensors["offsets"][index] = np.nan
+    tensors["offsets"][0, 0, 0, 1] = 1e30
+    outputs, gradients = run(case, tensors, mode, implementation=implementation)
+    wanted, _ = expected(case, tensors)
+    assert np.isnan(wanted).sum() == 8
+    np.testing.assert_array_equal(np.isnan(outputs), np.isnan(wanted))
+    np.testing.assert_allclose(outputs, wanted, rtol=1e-4, atol=1e-5)
+    # The other offset group's channels saw no NaN in the second image's pixel (1, 1), nor anyone else's.
+    assert np.all(np.isfinite(gradients["bias"]))
+    hurt = np.isnan(wanted).any(-1)
+    assert np.all(np.isfinite(gradients["offsets"][~hurt]))
+    assert np.all(np.isfinite(gradients["mask"][~hurt]))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("mode", ["eager", "xla"])
+def test_bad_pixels_stay_where_they_are_read(rng, bad, mode, implementation):
+    """Corners of the image are what clipped indices read: they must not reach samples off the image."""
+    case = Case("", image=(5, 6), channels=2, filters=2, kernel_size=(1, 2), padding="same")
+    tensors = draw(case, rng, "float64", generic=True)
+    for row, column in ((0, 0), (0, 5), (4, 0), (4, 5), (2, 2)):
+        tensors["inputs"][:, row, column] = bad
+    outputs, gradients = run(case, tensors, mode, implementation=implementation)
+    with np.errstate(invalid="ignore"):
+        wanted, wanted_gradients = expected(case, tensors)
+    assert 0 < np.isfinite(wanted).mean() < 1
+    compare_where_finite(outputs, wanted, "outputs")
+    for name in ("inputs", "offsets", "mask"):
+        compare_where_finite(gradients[name], wanted_gradients[name], name)
+
+
+def compare_where_finite(actual, wanted, name):
+    finite = np.isfinite(wanted)
+    np.testing.assert_array_equal(np.isfinite(actual), finite, err_msg=name)
+    np.testing.assert_allclose(actual[finite], wanted[finite], rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("mode", ["eager", "xla"])
+def test_an_image_of_nan_is_not_seen_from_outside(rng, mode, implementation):
+    case = Case("", kernel_size=(1, 2), padding="same")
+    tensors = draw(case, rng)
+    tensors["inputs"][:] = np.nan
+    tensors["offsets"][:] = rng.choice([-100, 100, -1e30, np.inf], size=tensors["offsets"].shape)
+    outputs, gradients = run(case, tensors, mode, implementation=implementation)
+    np.testing.assert_array_equal(outputs, np.broadcast_to(tensors["bias"], outputs.shape))
+    for name in ("inputs", "kernel", "offsets", "mask"):
+        np.testing.assert_array_equal(gradients[name], 0, err_msg=name)

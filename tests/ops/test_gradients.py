@@ -1,0 +1,61 @@
+"""First- and second-order gradients against finite differences."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.ops.op_cases import Case, call, draw, split_upstream
+from tests.ops.tf_harness import MODES, run, tensors_of
+
+
+def test_random_directions_match_finite_differences(rng, implementation):
+    """Every argument moved at once, away from kinks, in float64."""
+    case = Case("", offset_groups=2, groups=2, padding="same", strides=2)
+    tensors = draw(case, rng, "float64", generic=True)
+    _, gradients = run(case, tensors, implementation=implementation)
+    directions = {name: rng.uniform(-1, 1, size=gradient.shape) for name, gradient in gradients.items()}
+
+    def loss(step):
+        moved = {name: tensors[name] + step * direction for name, direction in directions.items()}
+        return np.sum(tensors["outputs"] * call(moved, case, implementation=implementation).numpy())
+
+    slope = (loss(1e-5) - loss(-1e-5)) / 2e-5
+    wanted = sum(np.sum(gradients[name] * direction) for name, direction in directions.items())
+    scale = sum(np.abs(gradients[name] * direction).sum() for name, direction in directions.items())
+    assert abs(slope - wanted) <= 1e-8 * scale
+
+
+SECOND = Case("", batch=1, image=(4, 5), kernel_size=(1, 2), groups=2, offset_groups=2, padding="same")
+
+
+def first_order(arguments, upstream):
+    with tf.GradientTape() as tape:
+        tape.watch(arguments)
+        loss = tf.reduce_sum(upstream * call(arguments, SECOND))
+    return tape.gradient(loss, arguments)
+
+
+def hessian_times(arguments, upstream, directions):
+    """Gradients of the first gradients' inner product with `directions`."""
+    with tf.GradientTape() as tape:
+        tape.watch(arguments)
+        gradients = first_order(arguments, upstream)
+        product = tf.add_n([tf.reduce_sum(gradients[name] * directions[name]) for name in directions])
+    return tape.gradient(product, arguments, unconnected_gradients="zero")
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
+def test_second_order_gradients(rng, mode):
+    """The reference's only: fused kernels have no second-order gradient."""
+    arguments, upstream = split_upstream(tensors_of(draw(SECOND, rng, "float64", generic=True)))
+    directions = {name: tf.constant(rng.uniform(-1, 1, size=a.shape)) for name, a in arguments.items()}
+    seconds = MODES[mode](hessian_times)(arguments, upstream, directions)
+    step = 1e-5
+    ahead, behind = (
+        first_order({name: a + way * step * directions[name] for name, a in arguments.items()}, upstream)
+        for way in (1, -1)
+    )
+    for name, second in seconds.items():
+        np.testing.assert_allclose(
+            second, (ahead[name] - behind[name]) / (2 * step), rtol=1e-6, atol=1e-7, err_msg=name
+        )
