@@ -17,6 +17,7 @@ from keras_das.models.graph import (
     clone_with_gates,
     data_format_of,
     flatten_outputs,
+    is_plain,
     node_of,
     sort_nodes,
     view,
@@ -126,7 +127,7 @@ def _check_graph(model: keras.Model) -> None:
             "gates are attached to a graph of layers, and a subclassed model has none. "
             f"Received: model={model} of class {type(model).__name__}"
         )
-    if type(model).__module__.partition(".")[0] != "keras":
+    if not is_plain(model):
         raise ValueError(
             f"The copy would lose what the class {type(model).__name__} adds to its graph of layers. Pass "
             f"keras.Model(model.inputs, model.outputs) to gate the graph alone. Received: model={model}"

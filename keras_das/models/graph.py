@@ -1,6 +1,6 @@
 """Functional graphs: how they run, what lies on a path, and copies of them with gates in between."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import keras
@@ -70,37 +70,54 @@ def clone_with_gates(model: keras.Model, gates: Mapping[str, DASLayer]) -> keras
     Returns:
         A functional model that shares nothing with `model`.
     """
-    pairs: dict[str, tuple[Any, Any]] = {}
+    clones: dict[int, Any] = {}
 
     def clone(layer: Any) -> Any:
-        if layer.name not in pairs:
-            copy = type(layer).from_config(layer.get_config())
-            if copy.name != layer.name:  # a plain operation's config does not hold its name
-                copy.name = layer.name
-            pairs[layer.name] = (layer, copy)
-        return pairs[layer.name][1]
+        if id(layer) not in clones:
+            clones[id(layer)] = _clone_layer(layer, clone)
+        return clones[id(layer)]
 
     def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
         outputs = layer(*args, **kwargs)
         return gates[layer.name](outputs) if layer.name in gates else outputs
 
     inputs = keras.tree.map_structure(_clone_input, model.input)
-    with keras.saving.custom_object_scope(_custom_classes(model)):
-        copy = keras.models.clone_model(model, inputs, clone_function=clone, call_function=call)
-    for source, target in pairs.values():
-        if isinstance(source, keras.layers.Layer):
-            _copy_state(source, target)
+    copy = keras.models.clone_model(model, inputs, clone_function=clone, call_function=call)
+    for layer in model.layers:
+        if id(layer) in clones:  # all but the inputs
+            _copy_state(layer, clones[id(layer)])
     return copy
-
-
-def _custom_classes(model: keras.Model) -> dict[str, type]:
-    """The layers' classes that Keras could not find by name inside nested models and wrappers."""
-    classes = {type(layer) for layer in model._flatten_layers()}
-    return {cls.__name__: cls for cls in classes if keras.saving.get_registered_name(cls) == cls.__name__}
 
 
 def _clone_input(tensor: Tensor) -> Tensor:
     return keras.layers.InputLayer.from_config(node_of(tensor).operation.get_config()).output
+
+
+def _clone_layer(layer: Any, clone: Callable[[Any], Any]) -> Any:
+    """A layer like another, with weights of its own."""
+    if isinstance(layer, keras.Model) and is_plain(layer):
+        return keras.models.clone_model(layer, clone_function=clone)
+    config = layer.get_config()
+    if isinstance(layer, keras.layers.Lambda):
+        # From its config a function would come back without the names around it, or not at all.
+        functions = {"function": layer.function, "output_shape": layer._output_shape, "mask": layer.mask}
+        return type(layer)(**{**config, **functions})
+    try:
+        copy = type(layer).from_config(config)
+    except Exception as error:
+        raise ValueError(
+            f"Layer '{layer.name}' cannot be copied: from_config(get_config()) of its class "
+            f"{type(layer).__name__} fails."
+        ) from error
+    if copy.name != layer.name:  # a plain operation's config does not hold its name
+        copy.name = layer.name
+    return copy
+
+
+def is_plain(model: keras.Model) -> bool:
+    """Whether a graph of layers is all there is to the model: its class is Keras' own and no other."""
+    is_graph = isinstance(model, keras.Sequential | keras.Function)
+    return is_graph and type(model).__module__.partition(".")[0] == "keras"
 
 
 def _copy_state(source: keras.layers.Layer, target: keras.layers.Layer) -> None:

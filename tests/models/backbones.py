@@ -12,7 +12,7 @@ SMALL_GATE = {"kernel_size": 1}
 def hub_resnet(**kwargs):
     keras_hub = _import("keras_hub")
     arguments = {
-        "input_conv_filters": [8],
+        "input_conv_filters": [64],
         "input_conv_kernel_sizes": [7],
         "stackwise_num_filters": [64, 16, 16, 16],
         "stackwise_num_blocks": [1, 1, 1, 1],
@@ -28,7 +28,7 @@ def cv_resnet(**kwargs):
         "stackwise_filters": [8, 8, 16, 16],
         "stackwise_blocks": [1, 1, 1, 1],
         "stackwise_strides": [1, 2, 2, 2],
-        "block_type": "basic_block",
+        "block_type": "block",
         "include_rescaling": True,
     }
     return keras_cv.models.ResNetBackbone(**{**arguments, **kwargs})

@@ -88,7 +88,12 @@ def test_training_leaves_the_base_as_it_is(rng):
         if not np.array_equal(variable.numpy(), old)
     }
     # The norm's scale moves first; from then on every weight of the gate gets gradients.
-    for path in ("das_p2/layer_norm/gamma", "das_p3/layer_norm/gamma", "conv_0/kernel", "das_p2/expand/kernel"):
+    for path in (
+        "das_p2/layer_norm/gamma",
+        "das_p3/layer_norm/gamma",
+        "conv_0/kernel",
+        "das_p2/expand/kernel",
+    ):
         assert path in moved
 
 
@@ -166,6 +171,35 @@ def test_unregistered_layers(rng):
     base = keras.Model(image, keras.layers.Conv2D(4, 3, 2)(Doubled()(inner(image))))
     inputs = images(rng, 32)
     assert_same(attach_das(base, **SMALL_GATE)(inputs), base(inputs))
+
+
+def test_lambdas_keep_their_function(rng):
+    factor = 3  # in a closure, which no file would hold
+    image = keras.Input((32, 32, 3))
+    inner = keras.Sequential(
+        [keras.Input((32, 32, 3)), keras.layers.Lambda(lambda x: keras.ops.abs(x) * factor)]
+    )
+    x = keras.layers.Conv2D(4, 3, 4)(keras.layers.Lambda(lambda x: x / factor)(inner(image)))
+    base = keras.Model(image, x)
+    inputs = images(rng, 32)
+    assert_same(attach_das(base, **SMALL_GATE)(inputs), base(inputs))
+
+
+def test_layer_that_cannot_be_copied():
+    class Nameless(keras.layers.Layer):
+        def __init__(self, units):
+            super().__init__(name="nameless")
+
+        def get_config(self):
+            return {}
+
+        def call(self, inputs):
+            return inputs
+
+    image = keras.Input((32, 32, 3))
+    base = keras.Model(image, keras.layers.Conv2D(4, 3, 4)(Nameless(3)(image)))
+    with pytest.raises(ValueError, match="'nameless' cannot be copied"):
+        attach_das(base)
 
 
 def test_sequential(rng):
