@@ -37,7 +37,8 @@ def attach_das(
     """Makes a copy of a convolutional network with DAS gates after its stages.
 
     The copy has the model's weights, but shares none with it: training one leaves the other as it is. With
-    `identity_init` the copy's outputs are the model's, bit for bit, until training moves the gates.
+    `identity_init` the copy's outputs are the model's, bit for bit, until training moves the gates. (Compiled
+    by XLA they can differ in the last bits, for XLA may fuse the layers next to a gate in another way.)
 
     A KerasHub or KerasCV backbone becomes a backbone of the same library, whose feature pyramid taps are the
     gated feature maps: build `ImageClassifier`, `RetinaNet` and the like on it, save and load it as `.keras`

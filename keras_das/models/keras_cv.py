@@ -25,7 +25,8 @@ class DASCVBackbone(keras_cv.models.Backbone):
     """A KerasCV backbone with gates, as `keras_das.attach_das` makes it.
 
     It saves the graph of its layers, so that it loads with its gates and without the class that it was made
-    from. `from_preset(preset, input_shape=...)` loads it for another image shape.
+    from; what cannot be loaded as a layer, such as the lambdas in KerasCV's `CSPDarkNetBackbone`, cannot be
+    loaded here either. `from_preset(preset, input_shape=...)` loads it for another image shape.
 
     Args:
         network: Functional model with the outputs `{"output": ..., "taps": {level: ...}}`. The backbone is

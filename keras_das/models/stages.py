@@ -84,13 +84,13 @@ def _levels(model: keras.Model, image: Tensor, nodes: Sequence[Node]) -> dict[No
     levels = {}
     for node, shape in zip(maps, shapes, strict=True):
         # One pixel has no places to choose from: a pooled vector, such as in squeeze-and-excitation.
-        if (shape[rows], shape[columns]) != (1, 1):
+        if shape[rows] and (shape[rows], shape[columns]) != (1, 1):
             levels[node] = round(math.log2(size / shape[rows]))
     return levels
 
 
-def _shapes(model: keras.Model, image: Tensor, tensors: list[Tensor]) -> list[tuple[int, ...]]:
-    if None not in image.shape[1:]:
+def _shapes(model: keras.Model, image: Tensor, tensors: list[Tensor]) -> list[tuple[int | None, ...]]:
+    if not any(None in tensor.shape[1:] for tensor in tensors):
         return [tuple(tensor.shape) for tensor in tensors]
     probe = [
         (1, *(_PROBE if size is None and tensor is image else size for size in tensor.shape[1:]))

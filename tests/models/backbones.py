@@ -77,9 +77,9 @@ def randomize(model, rng):
         weight.assign(weight + keras.ops.cast(np.abs(noise) if positive else noise, weight.dtype))
 
 
-def open_gates(model, rng):
+def open_gates(layers, rng):
     """Moves gates that start as the identity, as training would."""
-    for layer in model.layers:
+    for layer in layers:
         if isinstance(layer, DASLayer):
             layer.layer_norm.gamma.assign(rng.normal(0, 1, layer.layer_norm.gamma.shape))
 

@@ -34,12 +34,13 @@ def test_identity_of_an_application(rng):
 
 
 def test_identity_under_xla(rng):
+    """To rounding: XLA may fuse the layers next to a gate in another way."""
     base = plain_cnn()
     gated = attach_das(base, **SMALL_GATE)
     for model in (base, gated):
         model.compile(jit_compile=True)
     x = images(rng, 32)
-    assert_same(gated.predict(x, verbose=0), base.predict(x, verbose=0))
+    np.testing.assert_allclose(gated.predict(x, verbose=0), base.predict(x, verbose=0), rtol=1e-4, atol=1e-3)
 
 
 def test_resnet50_of_full_size(rng):
@@ -61,12 +62,14 @@ def test_the_papers_gate_changes_the_outputs(rng):
 def test_every_gate_acts_on_the_output(rng):
     base, x = mobilenet(), images(rng)
     randomize(base, rng)
-    expected = base(x)
-    for level in ("P2", "P3", "P4", "P5"):
-        gated = attach_das(base, at=level, **SMALL_GATE)
-        assert gates(gated) == [f"das_{level.lower()}"]
-        open_gates(gated, rng)
-        assert not np.array_equal(gated(x).numpy(), expected.numpy())
+    expected = base(x).numpy()
+    gated = attach_das(base, **SMALL_GATE)
+    closed = gated.get_weights()
+    for name in ("das_p2", "das_p3", "das_p4", "das_p5"):
+        open_gates([gated.get_layer(name)], rng)
+        assert not np.array_equal(gated(x).numpy(), expected)
+        gated.set_weights(closed)
+    np.testing.assert_array_equal(gated(x).numpy(), expected)
 
 
 def test_training_leaves_the_base_as_it_is(rng):

@@ -68,7 +68,7 @@ def test_each_tap_sees_its_gate_and_those_before(rng):
     expected = features(base, x)
     for i, level in enumerate(LEVELS):
         gated = attach_das(base, at=level, **SMALL_GATE)
-        open_gates(gated, rng)
+        open_gates(gated.layers, rng)
         changed = {
             name
             for name, value in features(gated, x).items()
@@ -105,13 +105,13 @@ def test_classifier_trains(rng):
 
 
 def test_detector_trains(rng):
-    gated = attach_das(cv_resnet(input_shape=(64, 64, 3)), **SMALL_GATE)
+    gated = attach_das(cv_resnet(input_shape=(64, 64, 3)), at="P3", **SMALL_GATE)
     model = detector(gated)
     start = gated.get_layer("das_p3").get_weights()
     # The second image holds no box.
     boxes = np.array([[[4, 4, 40, 40], [8, 30, 60, 60]], [[-1] * 4] * 2], "float32")
     classes = np.array([[0, 1], [-1, -1]], "float32")
-    model.fit(images(rng), {"boxes": boxes, "classes": classes}, epochs=2, verbose=0)
+    model.fit(images(rng), {"boxes": boxes, "classes": classes}, verbose=0)
     moved = [
         not np.array_equal(a, b) for a, b in zip(gated.get_layer("das_p3").get_weights(), start, strict=True)
     ]
