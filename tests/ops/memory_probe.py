@@ -1,0 +1,64 @@
+"""Prints how much memory one forward and backward pass takes.
+
+    python -m tests.ops.memory_probe MODE KERNEL_SIDE
+
+
+A process of its own, so that nothing else has raised the peak. The answer is one line of JSON, in bytes.
+"""
+
+import ctypes
+import gc
+import json
+import sys
+
+import numpy as np
+import tensorflow as tf
+
+from tests.ops.op_cases import Case
+from tests.ops.tf_harness import MODES, value_and_gradients
+
+
+def resident(field):
+    """VmRSS or VmHWM of this process, in bytes."""
+    with open("/proc/self/status") as status:
+        line = next(line for line in status if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def peak_above_rest(function):
+    """How far the resident memory rises while `function` runs."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as clear:
+        clear.write("5")  # the high-water mark starts again from here
+    rest = resident("VmRSS")
+    function()
+    return resident("VmHWM") - rest
+
+
+def main(mode, side):
+    # The gate of ResNet-50's first stage: 0.2 * 256 channels at 56x56.
+    case = Case(
+        "",
+        batch=8,
+        image=(56, 56),
+        channels=51,
+        filters=51,
+        groups=51,
+        kernel_size=(side, side),
+        padding="same",
+    )
+    generator = np.random.default_rng(0)
+    arrays = {name: generator.normal(size=shape).astype("float32") for name, shape in case.shapes.items()}
+    given = {name: tf.constant(array) for name, array in arrays.items()}
+    bytes_of = {name: array.nbytes for name, array in arrays.items()}
+    del arrays
+    upstream = given.pop("outputs")
+    compute = MODES[mode](lambda arguments, upstream: value_and_gradients(arguments, upstream, case=case))
+    compute(given, upstream)  # compiles, and takes what is kept for good
+    peak = max(peak_above_rest(lambda: compute(given, upstream)) for _ in range(3))
+    print(json.dumps({"peak": peak, **bytes_of}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

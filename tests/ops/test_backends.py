@@ -1,0 +1,26 @@
+"""The op on Keras' other backends, each in a process of its own: a backend is chosen once, at import."""
+
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = pathlib.Path(__file__).with_name("backend_check.py")
+
+
+@pytest.mark.parametrize("backend", ["jax"])  # `make test-torch` runs the same script under torch
+def test_backend(backend):
+    if importlib.util.find_spec(backend) is None:
+        pytest.skip(f"{backend} is not installed")
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(SCRIPT)],
+        env={**os.environ, "KERAS_BACKEND": backend},
+        cwd=SCRIPT.parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
