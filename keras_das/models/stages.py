@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import keras
 
@@ -80,16 +81,14 @@ def _levels(model: keras.Model, image: Tensor, nodes: Sequence[Node]) -> dict[No
     maps = [node for node in nodes if len(node.outputs) == 1 and len(node.outputs[0].shape) == 4]
     shapes = _shapes(model, image, [node.outputs[0] for node in maps])
     rows, columns = (1, 2) if data_format_of(maps[-1].outputs[0]) == "channels_last" else (2, 3)
-    size = shapes[maps.index(node_of(image))][rows]
-    levels = {}
-    for node, shape in zip(maps, shapes, strict=True):
-        # One pixel has no places to choose from: a pooled vector, such as in squeeze-and-excitation.
-        if shape[rows] and (shape[rows], shape[columns]) != (1, 1):
-            levels[node] = round(math.log2(size / shape[rows]))
-    return levels
+    sizes = {node: (shape[rows], shape[columns]) for node, shape in zip(maps, shapes, strict=True)}
+    image_rows = sizes[node_of(image)][0]
+    # One pixel has no places to choose from: a pooled vector, such as in squeeze-and-excitation.
+    known = {node: size[0] for node, size in sizes.items() if size[0] and size != (1, 1)}
+    return {node: round(math.log2(image_rows / size)) for node, size in known.items()}
 
 
-def _shapes(model: keras.Model, image: Tensor, tensors: list[Tensor]) -> list[tuple[int | None, ...]]:
+def _shapes(model: keras.Model, image: Tensor, tensors: list[Tensor]) -> list[tuple[Any, ...]]:
     if not any(None in tensor.shape[1:] for tensor in tensors):
         return [tuple(tensor.shape) for tensor in tensors]
     probe = [

@@ -364,4 +364,4 @@ def test_bypassed_gates_are_found(monkeypatch):
 
 
 def test_public_name():
-    assert keras_das.models.attach_das is attach_das
+    assert keras_das.attach_das is attach_das
