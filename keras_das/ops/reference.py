@@ -9,9 +9,11 @@ and `offset - floor(offset)`: both are exact in float32, so the weights do not l
 origin.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_das.ops.geometry import Geometry
@@ -46,8 +48,9 @@ def deformable_conv2d(
     """
     result_dtype = keras.backend.result_type(inputs.dtype, kernel.dtype)
     frame = _Frame(inputs, geometry, "float64" if result_dtype == "float64" else "float32")
+    # Reshaped, a variable has become a tensor, as custom gradients need.
     tensors = [
-        frame.pad(inputs),
+        ops.reshape(inputs, (frame.batch, frame.height, frame.width, frame.channels)),
         ops.reshape(kernel, (geometry.taps, *kernel.shape[2:])),
         ops.reshape(offsets, (*frame.grid, geometry.taps, 2)),
     ]
@@ -57,11 +60,11 @@ def deformable_conv2d(
     @ops.custom_gradient
     def accumulate(*tensors: Tensor) -> tuple[Tensor, Any]:
         # The forward pass must leave nothing on the tape: the gradient computes afresh what it needs.
-        output = _forward(_Taps(frame, *map(ops.stop_gradient, tensors)))
+        output = _forward(frame, *_with_mask([ops.stop_gradient(t) for t in tensors]))
 
         def gradient(*args: Tensor, upstream: Tensor | None = None) -> tuple[Tensor, ...]:
             grad_output = args[0] if upstream is None else upstream
-            gradients = _backward(_Taps(frame, *tensors), grad_output)
+            gradients = _backward(frame, grad_output, *_with_mask(tensors))
             return tuple(ops.cast(g, of.dtype) for g, of in zip(gradients, tensors, strict=True))
 
         return output, gradient
@@ -70,6 +73,11 @@ def deformable_conv2d(
     if bias is not None:
         output = output + ops.cast(bias, frame.dtype)
     return ops.cast(output, result_dtype)
+
+
+def _with_mask(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Inputs, kernel, offsets and mask; the last is `None` where there is none."""
+    return (*tensors, None) if len(tensors) == 3 else tuple(tensors)
 
 
 class _Frame:
@@ -82,6 +90,7 @@ class _Frame:
         out_height = geometry.rows.output_size(self.height)
         out_width = geometry.columns.output_size(self.width)
         self.grid = (self.batch, out_height, out_width, geometry.offset_groups)
+        self.columns_shape = (self.batch, out_height, out_width, self.channels)
         self.depth = self.channels // geometry.offset_groups  # channels that are read together
         self.padded_height = self.height + _TOP + _BOTTOM
         self.padded_width = self.width + _LEFT + _RIGHT
@@ -92,164 +101,159 @@ class _Frame:
         padded = ops.pad(inputs, ((0, 0), (_TOP, _BOTTOM), (_LEFT, _RIGHT), (0, 0)))
         return ops.reshape(padded, (self.table_rows, self.depth))
 
+    def crop(self, table: Tensor) -> Tensor:
+        """The transpose of `pad`."""
+        padded = ops.reshape(table, (self.batch, self.padded_height, self.padded_width, self.channels))
+        return padded[:, _TOP : _TOP + self.height, _LEFT : _LEFT + self.width, :]
 
-class _Sample(NamedTuple):
-    """Where one tap reads: for each of the four corners its rows in the padded image and its weight."""
 
-    rows: tuple[Tensor, ...]  # 4 x (N, Ho, Wo, offset_groups), rows of the table
-    weights: tuple[Tensor, ...]  # 4 x (N, Ho, Wo, offset_groups)
+class _Samples(NamedTuple):
+    """Where all taps read. Each field is `(N, Ho, Wo, offset_groups, taps)`, four of them a corner each."""
+
+    rows: tuple[Tensor, ...]  # in the table of pixels
+    weights: tuple[Tensor, ...]
     fraction_y: Tensor
     fraction_x: Tensor
 
 
-class _Taps:
-    """The tensors of one call, and what each tap sees of them."""
+def _locate(frame: _Frame, offsets: Tensor) -> _Samples:
+    """Turns offsets into the corners to read and their bilinear weights."""
+    geometry = frame.geometry
+    offset_y, offset_x = (ops.cast(offsets[..., axis], frame.dtype) for axis in (0, 1))
+    base_y, base_x = _resting_positions(frame)
+    floor_y, floor_x = ops.floor(offset_y), ops.floor(offset_x)
+    y, fraction_y = base_y + floor_y, offset_y - floor_y
+    x, fraction_x = base_x + floor_x, offset_x - floor_x
+    # False for a NaN.
+    inside = ops.logical_and(_on_image(y, fraction_y, frame.height), _on_image(x, fraction_x, frame.width))
+    # Off the image all corners are zeros, and the fraction is 0, or NaN where the offset was.
+    is_nan = ops.logical_or(ops.isnan(offset_y), ops.isnan(offset_x))
+    elsewhere = ops.where(is_nan, ops.full_like(fraction_y, float("nan")), ops.zeros_like(fraction_y))
+    fraction_y, fraction_x = (ops.where(inside, f, elsewhere) for f in (fraction_y, fraction_x))
 
-    def __init__(
-        self, frame: _Frame, table: Tensor, kernel: Tensor, offsets: Tensor, mask: Tensor | None = None
+    dtype = _index_dtype(frame.table_rows)
+    y = ops.cast(ops.where(inside, y, ops.full_like(y, -_TOP)), dtype)
+    x = ops.cast(ops.where(inside, x, ops.full_like(x, -_LEFT)), dtype)
+    image = ops.reshape(ops.cast(ops.arange(frame.batch), dtype), (frame.batch, 1, 1, 1, 1))
+    groups = geometry.offset_groups
+    group = ops.reshape(ops.cast(ops.arange(groups), dtype), (1, 1, 1, groups, 1))
+    row = image * frame.padded_height + y + _TOP
+    first = (row * frame.padded_width + x + _LEFT) * groups + group
+    below = first + frame.padded_width * groups
+    weights = (
+        (1 - fraction_y) * (1 - fraction_x),
+        (1 - fraction_y) * fraction_x,
+        fraction_y * (1 - fraction_x),
+        fraction_y * fraction_x,
+    )
+    return _Samples((first, first + groups, below, below + groups), weights, fraction_y, fraction_x)
+
+
+def _resting_positions(frame: _Frame) -> tuple[Tensor, Tensor]:
+    """Where the taps read at offset zero: `(1, Ho, 1, 1, taps)` and `(1, 1, Wo, 1, taps)`, whole pixels."""
+    rows, columns = frame.geometry.rows, frame.geometry.columns
+    tap_y, tap_x = divmod(np.arange(frame.geometry.taps), columns.kernel)
+    positions = []
+    for window, tap, size, count, axis in (
+        (rows, tap_y, frame.height, frame.grid[1], 1),
+        (columns, tap_x, frame.width, frame.grid[2], 2),
     ):
-        self.frame, self.table, self.kernel, self.offsets, self.mask = frame, table, kernel, offsets, mask
-        self.geometry = frame.geometry
-
-    def __len__(self) -> int:
-        return self.geometry.taps
-
-    def offset(self, tap: int) -> Tensor:
-        """`(N, Ho, Wo, offset_groups, 2)`."""
-        return ops.cast(self.offsets[..., tap, :], self.frame.dtype)
-
-    def weights(self, tap: int) -> Tensor:
-        """The kernel at one tap: `(C / groups, filters)`."""
-        return ops.cast(self.kernel[tap], self.frame.dtype)
-
-    def modulation(self, tap: int) -> Tensor | None:
-        """The mask at one tap: `(N, Ho, Wo, offset_groups)`."""
-        return None if self.mask is None else ops.cast(self.mask[..., tap], self.frame.dtype)
-
-    def locate(self, tap: int, offset: Tensor) -> _Sample:
-        """Turns one tap's offsets into the corners to read and their bilinear weights."""
-        ky, kx = divmod(tap, self.geometry.columns.kernel)
-        y, fraction_y = self._split(self.geometry.rows, ky, self.frame.height, offset[..., 0], axis=1)
-        x, fraction_x = self._split(self.geometry.columns, kx, self.frame.width, offset[..., 1], axis=2)
-        inside = ops.logical_and(
-            _on_image(y, fraction_y, self.frame.height), _on_image(x, fraction_x, self.frame.width)
-        )  # False for a NaN
-        # Off the image all corners are zeros, and the fraction is 0, or NaN where the offset was.
-        is_nan = ops.logical_or(ops.isnan(offset[..., 0]), ops.isnan(offset[..., 1]))
-        elsewhere = ops.where(is_nan, ops.full_like(fraction_y, float("nan")), ops.zeros_like(fraction_y))
-        fraction_y = ops.where(inside, fraction_y, elsewhere)
-        fraction_x = ops.where(inside, fraction_x, elsewhere)
-        rows = self._table_rows(
-            ops.where(inside, y, ops.full_like(y, -_TOP)), ops.where(inside, x, ops.full_like(x, -_LEFT))
-        )
-        weights = (
-            (1 - fraction_y) * (1 - fraction_x),
-            (1 - fraction_y) * fraction_x,
-            fraction_y * (1 - fraction_x),
-            fraction_y * fraction_x,
-        )
-        return _Sample(rows, weights, fraction_y, fraction_x)
-
-    def read(self, rows: Tensor) -> Tensor:
-        """The pixels at `rows`: `(N, Ho, Wo, offset_groups, depth)`."""
-        return ops.cast(ops.take(self.table, rows, axis=0), self.frame.dtype)
-
-    def spread(self, rows: Tensor, values: Tensor) -> Tensor:
-        """The transpose of `read`: adds `values` up where they were read from, in the table's shape."""
-        batch, height, width, groups = self.frame.grid
-        count = batch * height * width * groups
-        return ops.segment_sum(
-            ops.reshape(values, (count, self.frame.depth)),
-            ops.reshape(rows, (count,)),
-            num_segments=self.frame.table_rows,
-        )
-
-    def _split(self, window: Any, k: int, size: Any, offset: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-        """A tap's coordinate along one axis, as a whole pixel (still a float) and a fraction in [0, 1]."""
-        count = window.output_size(size)
-        shape = [1, 1, 1, 1]
+        shape = [1, 1, 1, 1, frame.geometry.taps]
         shape[axis] = count
-        first = k * window.dilation - window.pad_before(size)
-        base = ops.cast(ops.arange(count) * window.stride + first, self.frame.dtype)
-        whole = ops.floor(offset)
-        return whole + ops.reshape(base, shape), offset - whole
-
-    def _table_rows(self, y: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-        frame = self.frame
-        dtype = _index_dtype(frame.table_rows)
-        batch, _, _, groups = frame.grid
-        image = ops.reshape(ops.cast(ops.arange(batch), dtype), (batch, 1, 1, 1))
-        group = ops.reshape(ops.cast(ops.arange(groups), dtype), (1, 1, 1, groups))
-        row = image * frame.padded_height + ops.cast(y, dtype) + _TOP
-        first = (row * frame.padded_width + ops.cast(x, dtype) + _LEFT) * groups + group
-        below = first + frame.padded_width * groups
-        return first, first + groups, below, below + groups
+        first = ops.cast(ops.arange(count) * window.stride - window.pad_before(size), frame.dtype)
+        positions.append(ops.reshape(first[:, None] + (tap * window.dilation).astype(frame.dtype), shape))
+    return positions[0], positions[1]
 
 
-def _forward(taps: _Taps) -> Tensor:
+def _forward(frame: _Frame, inputs: Tensor, kernel: Tensor, offsets: Tensor, mask: Tensor | None) -> Tensor:
+    table, samples = frame.pad(inputs), _locate(frame, offsets)
+    weights = samples.weights
+    if mask is not None:
+        weights = tuple(weight * ops.cast(mask, frame.dtype) for weight in weights)
+    rows_by_tap, weights_by_tap = _by_tap(samples.rows), _by_tap(weights)
     output = None
-    for tap in range(len(taps)):
-        sample = taps.locate(tap, _after(taps.offset(tap), output))
-        modulation = taps.modulation(tap)
-        columns = _interpolate(taps, sample, modulation)
-        term = _apply_kernel(columns, taps.weights(tap), taps.geometry.groups)
+    for tap in range(frame.geometry.taps):
+        ready = _after(table, output)
+        columns = 0.0
+        for rows, weight in zip(rows_by_tap[tap], weights_by_tap[tap], strict=True):
+            columns = columns + _read(frame, ready, rows) * weight[..., None]
+        columns = ops.reshape(columns, frame.columns_shape)
+        term = _apply_kernel(columns, ops.cast(kernel[tap], frame.dtype), frame.geometry.groups)
         output = term if output is None else output + term
     return output
 
 
-def _interpolate(taps: _Taps, sample: _Sample, modulation: Tensor | None) -> Tensor:
-    """The sampled and modulated feature map of one tap: `(N, Ho, Wo, C)`."""
-    columns = 0.0
-    for rows, weight in zip(sample.rows, sample.weights, strict=True):
-        if modulation is not None:
-            weight = weight * modulation
-        columns = columns + taps.read(rows) * weight[..., None]
-    return ops.reshape(columns, (*taps.frame.grid[:3], taps.frame.channels))
-
-
-def _backward(taps: _Taps, grad_output: Tensor) -> list[Tensor]:
-    grad_table = ops.zeros((taps.frame.table_rows, taps.frame.depth), dtype=taps.frame.dtype)
-    grad_kernel, grad_offsets, grad_mask = [], [], []
-    for tap in range(len(taps)):
-        offset, upstream = _after(taps.offset(tap), grad_table), _after(grad_output, grad_table)
-        grad_table, by_kernel, by_offset, by_mask = _backward_tap(taps, tap, offset, upstream, grad_table)
-        grad_kernel.append(by_kernel)
-        grad_offsets.append(by_offset)
-        grad_mask.append(by_mask)
-    gradients = [grad_table, ops.stack(grad_kernel), ops.stack(grad_offsets, axis=-2)]
-    if taps.mask is not None:
-        gradients.append(ops.stack(grad_mask, axis=-1))
-    return gradients
-
-
-def _backward_tap(
-    taps: _Taps, tap: int, offset: Tensor, grad_output: Tensor, grad_table: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One tap's share: the table's gradient so far with it added, and those of kernel, offset and mask."""
-    sample, modulation = taps.locate(tap, offset), taps.modulation(tap)
-    groups = taps.geometry.groups
-    # What the loss would gain from each sampled value, ahead of the mask.
-    grad_columns = ops.reshape(
-        _apply_kernel_transposed(grad_output, taps.weights(tap), groups), (*taps.frame.grid, taps.frame.depth)
+def _backward(
+    frame: _Frame, grad_output: Tensor, inputs: Tensor, kernel: Tensor, offsets: Tensor, mask: Tensor | None
+) -> tuple[Tensor, ...]:
+    table, samples = frame.pad(inputs), _locate(frame, offsets)
+    mask = None if mask is None else ops.cast(mask, frame.dtype)
+    masked = samples.weights if mask is None else tuple(weight * mask for weight in samples.weights)
+    rows_by_tap, weights_by_tap = _by_tap(samples.rows), _by_tap(masked)
+    grad_table = ops.zeros((frame.table_rows, frame.depth), dtype=frame.dtype)
+    grad_kernel, products_by_tap = [], []
+    for tap in range(frame.geometry.taps):
+        ready, upstream = _after(table, grad_table), _after(grad_output, grad_table)
+        weights = ops.cast(kernel[tap], frame.dtype)
+        # What the loss gains from each sampled value, ahead of the mask.
+        grad_columns = _apply_kernel_transposed(upstream, weights, frame.geometry.groups)
+        grad_columns = ops.reshape(grad_columns, (*frame.grid, frame.depth))
+        columns, products, shares = 0.0, [], []
+        for rows, weight in zip(rows_by_tap[tap], weights_by_tap[tap], strict=True):
+            pixels = _read(frame, ready, rows)
+            products.append(ops.sum(pixels * grad_columns, axis=-1))
+            columns = columns + pixels * weight[..., None]
+            shares.append(grad_columns * weight[..., None])
+        grad_table = grad_table + _spread(frame, rows_by_tap[tap], shares)
+        columns = ops.reshape(columns, frame.columns_shape)
+        grad_kernel.append(_kernel_gradient(columns, upstream, frame.geometry.groups))
+        products_by_tap.append(products)
+    products = [ops.stack(corner, axis=-1) for corner in zip(*products_by_tap, strict=True)]
+    gradients = (frame.crop(grad_table), ops.stack(grad_kernel), _offset_gradient(samples, products, mask))
+    if mask is None:
+        return gradients
+    return (
+        *gradients,
+        sum(weight * product for weight, product in zip(samples.weights, products, strict=True)),
     )
-    columns, products = 0.0, []
-    for rows, weight in zip(sample.rows, sample.weights, strict=True):
-        pixels = taps.read(rows)
-        products.append(ops.sum(pixels * grad_columns, axis=-1))
-        masked = weight if modulation is None else weight * modulation
-        columns = columns + pixels * masked[..., None]
-        grad_table = grad_table + taps.spread(rows, grad_columns * masked[..., None])
-    columns = ops.reshape(columns, (*taps.frame.grid[:3], taps.frame.channels))
-    by_kernel = _kernel_gradient(columns, grad_output, groups)
-    by_mask = sum(weight * product for weight, product in zip(sample.weights, products, strict=True))
+
+
+def _offset_gradient(samples: _Samples, products: list[Tensor], mask: Tensor | None) -> Tensor:
+    """From what the loss gains from each corner's pixels, what it gains from moving among them."""
     p00, p01, p10, p11 = products
-    fy, fx = sample.fraction_y, sample.fraction_x
-    by_offset = ops.stack(
+    fy, fx = samples.fraction_y, samples.fraction_x
+    gradient = ops.stack(
         [(1 - fx) * (p10 - p00) + fx * (p11 - p01), (1 - fy) * (p01 - p00) + fy * (p11 - p10)], axis=-1
     )
-    if modulation is not None:
-        by_offset = by_offset * modulation[..., None]
-    return grad_table, by_kernel, by_offset, by_mask
+    return gradient if mask is None else gradient * mask[..., None]
+
+
+def _by_tap(corners: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    """Four corners of all taps, as all taps' four corners."""
+    taps = corners[0].shape[-1]
+    return list(zip(*(ops.unstack(corner, taps, axis=-1) for corner in corners), strict=True))
+
+
+def _read(frame: _Frame, table: Tensor, rows: Tensor) -> Tensor:
+    """The pixels at `rows`: `(N, Ho, Wo, offset_groups, depth)`."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        pixels = tf.gather(table, rows)  # `ops.take` allows for negative indices, at three operations each
+    else:
+        pixels = ops.take(table, rows, axis=0)
+    return ops.cast(pixels, frame.dtype)
+
+
+def _spread(frame: _Frame, rows: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+    """The transpose of `_read`: adds `values` up where they were read from, in the table's shape."""
+    batch, height, width, groups = frame.grid
+    count = batch * height * width * groups
+    return ops.segment_sum(
+        ops.concatenate([ops.reshape(v, (count, frame.depth)) for v in values]),
+        ops.concatenate([ops.reshape(r, (count,)) for r in rows]),
+        num_segments=frame.table_rows,
+    )
 
 
 def _apply_kernel(columns: Tensor, weights: Tensor, groups: int) -> Tensor:

@@ -1,0 +1,61 @@
+# Everything runs in $(VENV), which the first target that needs it sets up. Nothing is installed elsewhere.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+# On a machine with an NVIDIA GPU: make demo TENSORFLOW='tensorflow[and-cuda]'
+TENSORFLOW ?= tensorflow
+# An ordinary install of torch brings several GB of CUDA; `make test-torch TORCH=...` takes another build.
+TORCH ?= torch==2.13.0
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+
+.PHONY: help demo demo-none test lint suite test-torch wheel clean
+.DEFAULT_GOAL := help
+
+help: ## This list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+demo: $(VENV)/.demo ## Train a ResNet-50 with DAS gates on aerial photographs, save it, export it, draw figures
+	$(RUN) examples/classify.py $(DEMO) --attention das --output runs/demo --export runs/demo/saved_model
+
+demo-none: $(VENV)/.demo ## The same without gates, to compare
+	$(RUN) examples/classify.py $(DEMO) --attention none --output runs/demo-none
+
+DEMO := --backbone resnet50 --data trees --image-size 64
+
+test: lint suite ## Lint, type-check and test
+
+lint: $(VENV)/.test
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+suite: $(VENV)/.test
+	$(RUN) -m pytest
+
+test-torch: $(VENV)-torch/.test ## The op on Keras' torch backend, in an environment without TensorFlow
+	KERAS_BACKEND=torch $(VENV)-torch/bin/python -m pytest tests/ops/test_backends.py
+
+wheel: $(VENV)/.test ## Build the source distribution and the wheel into dist/
+	$(RUN) -m build
+
+clean: ## Remove environments, caches and build results; runs/ is kept
+	rm -rf $(VENV) $(VENV)-torch build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'keras_das needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ...' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet '$(TENSORFLOW)' -e '.[tf,examples]'
+	touch $@
+
+$(VENV)/.test: pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet '$(TENSORFLOW)' -e '.[tf,hub,cv,jax,viz,examples,dev]'
+	touch $@ $(VENV)/.demo
+
+$(VENV)-torch/.test: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-torch
+	$(VENV)-torch/bin/python -m pip install --quiet '$(TORCH)' -e . pytest hypothesis ml_dtypes
+	touch $@

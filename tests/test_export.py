@@ -1,0 +1,148 @@
+"""Exports: standard operations only, the same numbers without Keras, and nothing lost when it goes wrong."""
+
+import errno
+import subprocess
+import sys
+import textwrap
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_das
+from keras_das.export import custom_operations
+
+# Runs where neither package can be imported, as a server does.
+SERVE = textwrap.dedent(
+    """
+    import sys
+
+    for name in ("keras", "keras_das"):
+        sys.modules[name] = None  # from here on, importing it is an ImportError
+    import numpy as np
+    import tensorflow as tf
+
+    folder, images, outputs = sys.argv[1:]
+    model = tf.saved_model.load(folder)
+    serve = model.signatures["serving_default"]
+    (found,) = serve(tf.constant(np.load(images))).values()
+    np.save(outputs, found.numpy())
+    assert sys.modules["keras"] is None and sys.modules["keras_das"] is None
+    """
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = keras.Sequential(
+        [
+            keras.Input((None, None, 3)),
+            keras.layers.Conv2D(8, 3, strides=2, padding="same"),
+            keras_das.DASLayer(identity_init=True),
+            keras_das.DASLayer(deformable="dense", offset_initializer="random_normal"),
+            keras_das.DeformableConv2D(6, 3, offset_initializer="random_normal"),
+            keras.layers.GlobalAveragePooling2D(),
+        ]
+    )
+    model.compile("sgd", "mse")
+    model.fit(np.ones((2, 16, 16, 3), "float32"), np.ones((2, 6), "float32"), verbose=0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def small():
+    return keras.Sequential([keras.Input((8, 8, 3)), keras_das.DeformableConv2D(2, 1)])
+
+
+@pytest.fixture
+def images(rng):
+    return rng.normal(size=(3, 17, 14, 3)).astype("float32")
+
+
+@pytest.mark.parametrize("how", ["keras_das.export", "model.export"])
+def test_serves_without_keras(model, images, tmp_path, how):
+    folder = tmp_path / "exported"
+    if how == "model.export":
+        model.export(str(folder), verbose=False)
+    else:
+        keras_das.export(model, folder)
+    assert custom_operations(folder) == []
+    script, inputs, outputs = (tmp_path / name for name in ("serve.py", "inputs.npy", "outputs.npy"))
+    script.write_text(SERVE)
+    np.save(inputs, images)
+    subprocess.run([sys.executable, script, folder, inputs, outputs], check=True, timeout=300)
+    np.testing.assert_allclose(np.load(outputs), model.predict(images, verbose=0), rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_trained_with_jit_exports_too(images, tmp_path):
+    model = keras.Sequential([keras.Input((None, None, 3)), keras_das.DASLayer()])
+    model.compile("sgd", "mse", jit_compile=True)
+    model.fit(images, images, verbose=0)
+    keras_das.export(model, tmp_path / "exported")
+    loaded = tf.saved_model.load(tmp_path / "exported")
+    np.testing.assert_allclose(
+        loaded.serve(images).numpy(), model.predict(images, verbose=0), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_custom_operation_would_be_seen(tmp_path):
+    """The check of the export can fail: TensorFlow's own namespaced operations stand in for ours."""
+    from tensorflow.core.protobuf import saved_model_pb2
+
+    proto = saved_model_pb2.SavedModel()
+    function = proto.meta_graphs.add().graph_def.library.function.add()
+    function.node_def.add().op = "MatMul"
+    function.node_def.add().op = "KerasDas>DeformableConv2D"
+    (tmp_path / "saved_model.pb").write_bytes(proto.SerializeToString())
+    assert custom_operations(tmp_path) == ["KerasDas>DeformableConv2D"]
+
+
+def test_export_refuses_custom_operations(small, tmp_path, monkeypatch):
+    # The module, which the function of the same name hides on the package.
+    module = sys.modules["keras_das.export"]
+    monkeypatch.setattr(module, "custom_operations", lambda path: ["KerasDas>X"])
+    with pytest.raises(ValueError, match="KerasDas>X"):
+        keras_das.export(small, tmp_path / "exported")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_replaces_a_saved_model(small, tmp_path):
+    keras_das.export(small, tmp_path / "exported")
+    (tmp_path / "exported" / "left_over").write_text("from the first export")
+    keras_das.export(small, tmp_path / "exported")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["exported"]
+    assert not (tmp_path / "exported" / "left_over").exists()
+
+
+def test_keeps_the_old_one_when_the_disk_is_full(small, tmp_path, monkeypatch):
+    folder = tmp_path / "exported"
+    keras_das.export(small, folder)
+    before = (folder / "saved_model.pb").read_bytes()
+
+    def disk_full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(small, "export", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        keras_das.export(small, folder)
+    assert (folder / "saved_model.pb").read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["exported"]
+
+
+def test_keeps_what_is_not_a_saved_model(small, tmp_path):
+    (tmp_path / "thesis.txt").write_text("the only copy")
+    with pytest.raises(FileExistsError, match="must be free, or hold a SavedModel"):
+        keras_das.export(small, tmp_path)
+    with pytest.raises(FileExistsError, match=r"thesis\.txt"):
+        keras_das.export(small, tmp_path / "thesis.txt")
+    assert (tmp_path / "thesis.txt").read_text() == "the only copy"
+
+
+def test_bad_arguments(model, tmp_path):
+    with pytest.raises(ValueError, match=r"`format` must be one of .*Received: format='pb'"):
+        keras_das.export(model, tmp_path / "x", format="pb")
+    with pytest.raises(ValueError, match="`model` must be a Keras model"):
+        keras_das.export("model.keras", tmp_path / "x")
+    with pytest.raises(ValueError, match="`model` must be a Keras model that has been built"):
+        keras_das.export(keras.Sequential([keras_das.DASLayer()]), tmp_path / "x")

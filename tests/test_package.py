@@ -1,0 +1,160 @@
+"""The package as a whole: its names, what importing it touches, its command, and what its gates cost."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import keras
+import numpy as np
+import pytest
+
+import keras_das
+from keras_das import cli
+
+
+def _run(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_public_names():
+    assert set(keras_das.__all__) >= {"DASLayer", "DeformableConv2D", "attach_das", "export", "ops"}
+    assert all(hasattr(keras_das, name) for name in keras_das.__all__)
+
+
+def test_import_brings_nothing_heavy_along():
+    """Beyond Keras itself: no optional library."""
+    result = _run(
+        """
+        import sys
+        import keras
+        before = set(sys.modules)
+        import keras_das
+        print(*{name.split(".")[0] for name in set(sys.modules) - before})
+        """
+    )
+    assert set(result.stdout.split()) <= {"keras_das", *sys.stdlib_module_names}, result.stdout
+
+
+def test_missing_tensorflow_is_one_clear_error():
+    # A finder, and not None in sys.modules, so that the error is the one of a missing package.
+    result = _run(
+        """
+        import sys
+
+        class Hide:
+            def find_spec(self, name, path=None, target=None):
+                if name == "tensorflow":
+                    raise ModuleNotFoundError("No module named 'tensorflow'", name=name)
+
+        sys.meta_path.insert(0, Hide())
+        try:
+            import keras_das
+        except ImportError as error:
+            print(error)
+        """,
+        KERAS_BACKEND="tensorflow",
+    )
+    assert "needs TensorFlow, and it is not installed: pip install 'keras-das[tf]'" in result.stdout, result
+
+
+def test_old_tensorflow_is_one_clear_error():
+    result = _run(
+        """
+        import tensorflow
+        tensorflow.__version__ = "2.9.0"
+        try:
+            import keras_das
+        except ImportError as error:
+            print(error)
+        """,
+        KERAS_BACKEND="tensorflow",
+    )
+    assert "needs TensorFlow 2.18 or newer, and found 2.9.0" in result.stdout, result
+
+
+def test_info_as_json(capsys):
+    assert cli.main(["info", "--json"]) == 0
+    sections = json.loads(capsys.readouterr().out)
+    assert sections["Versions"]["keras-das"] == keras_das.__version__
+    assert sections["Versions"]["keras"] == keras.__version__
+    assert sections["Backend"]["keras backend"] == "tensorflow"
+    for context in ("eager", "graph", "XLA"):
+        (value,) = (v for k, v in sections["deformable_conv2d"].items() if k.startswith(context))
+        assert value.startswith("reference (")
+
+
+def test_info_as_table(capsys):
+    assert cli.main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split() == ["keras-das", keras_das.__version__] for line in lines)
+
+
+def test_module_runs_as_a_command():
+    result = subprocess.run(
+        [sys.executable, "-m", "keras_das", "--version"], capture_output=True, text=True, timeout=300
+    )
+    assert result.stdout.split() == ["keras-das", keras_das.__version__]
+    assert result.returncode == 0
+
+
+def test_unknown_command_exits_with_2(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["paint"])
+    assert caught.value.code == 2
+    assert "invalid choice" in capsys.readouterr().err
+
+
+def _multiply_adds(layer, size, interpolation=True):
+    """Multiply-adds of one layer on an output of `size` (height, width), counted from its weights."""
+    pixels = int(np.prod(size))
+    if isinstance(layer, keras_das.DASLayer):
+        inner = layer._flatten_layers(include_self=False, recursive=False)
+        return sum(_multiply_adds(part, size, interpolation) for part in inner)
+    if isinstance(layer, keras_das.DeformableConv2D):
+        # Each sampled value is four corners by four weights, and one product with the mask.
+        channels = layer.offset_kernel.shape[2]
+        sampled = layer.taps * channels * 5 if interpolation else 0
+        return pixels * (int(np.prod(layer.kernel.shape)) + int(np.prod(layer.offset_kernel.shape)) + sampled)
+    if isinstance(layer, keras.layers.Conv2D | keras.layers.Dense | keras.layers.DepthwiseConv2D):
+        return pixels * int(np.prod(layer.kernel.shape))
+    return 0
+
+
+def _cost(model):
+    layers = [layer for layer in model.layers if layer.weights]
+    return sum(_multiply_adds(layer, layer.output.shape[1:-1]) for layer in layers)
+
+
+def test_four_gates_fit_the_budget(capsys):
+    """ResNet-50 at 224x224 with a gate after each stage: +2.6 M weights, +11 % multiply-adds at most."""
+    from keras_hub.models import ResNetBackbone
+
+    plain = ResNetBackbone(
+        input_conv_filters=[64],
+        input_conv_kernel_sizes=[7],
+        stackwise_num_filters=[64, 128, 256, 512],
+        stackwise_num_blocks=[3, 4, 6, 3],
+        stackwise_num_strides=[1, 2, 2, 2],
+        block_type="bottleneck_block",
+        use_pre_activation=False,
+        image_shape=(224, 224, 3),
+    )
+    gated = keras_das.attach_das(plain)
+    weights, more = plain.count_params(), gated.count_params() - plain.count_params()
+    cost, dearer = _cost(plain), _cost(gated) - _cost(plain)
+    with capsys.disabled():
+        print(
+            f"\nResNet-50 at 224x224: {weights / 1e6:.2f} M weights, {cost / 1e9:.2f} G multiply-adds; "
+            f"four gates: +{more / 1e6:.2f} M weights, +{100 * dearer / cost:.1f} % multiply-adds"
+        )
+    assert 4.0e9 < cost < 4.2e9  # the counting itself: the literature's 4.1 G
+    assert 0 < more <= 2.6e6
+    assert 0 < dearer <= 0.11 * cost
