@@ -73,7 +73,7 @@ def _application(name: str, image_size: int, pretrained: bool) -> Backbone:
 
 def _keras_cv(preset: str, pretrained: bool) -> Backbone:
     library = _import_library("keras_cv", "cv")
-    model = library.models.backbones.backbone.Backbone.from_preset(preset, load_weights=pretrained)
+    model = library.models.Backbone.from_preset(preset, load_weights=pretrained)
     # Its presets scale pixels themselves, unless they were made not to.
     scales = getattr(model, "include_rescaling", False)
     return Backbone(model, (lambda pixels: pixels) if scales else keras.layers.Rescaling(1 / 255))

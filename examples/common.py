@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -94,6 +95,15 @@ def _swap(temporary: Path, path: Path) -> None:
     os.replace(path, old)
     os.replace(temporary, path)
     remove(old)
+
+
+def reserve(folder: Path, size: int) -> None:
+    """Raise the system's error if `size` bytes cannot be written to `folder`.
+
+    For writers that do not fail cleanly: HDF5, out of space, may take the process down.
+    """
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, max(1, size))
 
 
 def remove(path: Path) -> None:

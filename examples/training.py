@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -89,6 +90,9 @@ def prepare_backup(folder: Path, resume: bool, identity: Mapping[str, Any]) -> N
     note = folder / "run.json"
     if resume and note.exists():
         _check_same_run(folder, json.loads(note.read_text()), identity)
+        if not (folder / "training_metadata.json").exists():
+            # Stopped while the first state was written: what there is of it would be taken for whole.
+            common.remove(folder / "latest.weights.h5")
         return
     if resume and folder.exists() and any(folder.iterdir()):
         raise UserError(f"--resume: {folder} is not a folder of training state")
@@ -105,13 +109,23 @@ def _check_same_run(folder: Path, theirs: Mapping[str, Any], ours: Mapping[str, 
             raise UserError(f"--resume: {folder} {there}, this one has {value}")
 
 
-def backup_callback(folder: Path) -> keras.callbacks.BackupAndRestore:
+class Backup(keras.callbacks.BackupAndRestore):
     """Saves the training state after each epoch and restores it when training begins.
 
-    Two generations are kept: the older is whole if the newer is cut short. The caller deletes `folder`
+    Two generations are kept: the older is whole if the newer is cut short. Whoever trains deletes the folder
     once the results are saved.
     """
-    return keras.callbacks.BackupAndRestore(str(folder), double_checkpoint=True, delete_checkpoint=False)
+
+    def __init__(self, folder: Path) -> None:
+        """Keep the state in `folder`."""
+        super().__init__(str(folder), double_checkpoint=True, delete_checkpoint=False)
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        """Make sure of the room for the state, and for a copy of the one before, and save it."""
+        variables = self.model.variables + self.model.optimizer.variables
+        size = sum(math.prod(variable.shape) * 8 for variable in variables)
+        common.reserve(Path(self.backup_dir), 2 * size)
+        super().on_epoch_end(epoch, logs)
 
 
 def verbosity(progress: str) -> int:

@@ -29,7 +29,7 @@ def write_images(folder: Path, count: int, colour: tuple[int, int, int], suffix:
 
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Callable[..., Path]:
-    """Makes a data folder with `counts` images a class, in each of `splits` (none: class folders at the top)."""
+    """Makes a data folder with `counts` images a class, in each of `splits` or else at the top."""
 
     def make(counts: dict[str, int] | None = None, splits: tuple[str, ...] = ("",)) -> Path:
         root = tmp_path / "images"

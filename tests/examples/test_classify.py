@@ -16,6 +16,7 @@ import keras_das
 from examples import backbones, classify
 from examples.common import UserError
 
+from . import tiny
 from .conftest import COLOURS, ROOT, write_images
 
 MakeFolder = Callable[..., Path]
@@ -35,9 +36,15 @@ def train(*words: str) -> dict:
 def script(*words: str, prelude: str = "") -> subprocess.CompletedProcess:
     """Run the script in a process of its own, after the Python code `prelude`."""
     path = ROOT / "examples" / "classify.py"
-    code = f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n{prelude}\n"
+    code = f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+    code += f"from tests.examples import tiny\ntiny.install()\n{prelude}\n"
     code += f"sys.argv = {[str(path), *words]!r}\nrunpy.run_path({str(path)!r}, run_name='__main__')"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+@pytest.fixture
+def tiny_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backbones, "resnet18", tiny.resnet18)
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -76,6 +83,7 @@ def test_trees_are_told_from_the_ground(attention: str, tmp_path: Path) -> None:
     assert probabilities.sum() == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.usefixtures("tiny_network")
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_mixed_precision(policy: str, image_folder: MakeFolder, tmp_path: Path) -> None:
     results = train(
@@ -84,10 +92,11 @@ def test_mixed_precision(policy: str, image_folder: MakeFolder, tmp_path: Path) 
     assert np.isfinite(results["history"]["loss"]).all()
     assert keras.config.dtype_policy().name == "float32"
     model = keras.models.load_model(tmp_path / "run" / "model.keras")
-    assert model.get_layer("resnet18").get_layer("stem_conv").compute_dtype == policy.removeprefix("mixed_")
+    assert model.get_layer("tiny").get_layer("stage1_conv").compute_dtype == policy.removeprefix("mixed_")
     assert model.get_layer("classes").compute_dtype == "float32"
 
 
+@pytest.mark.usefixtures("tiny_network")
 def test_export_serves_raw_pixels(image_folder: MakeFolder, tmp_path: Path) -> None:
     import tensorflow as tf
 
@@ -101,12 +110,17 @@ def test_export_serves_raw_pixels(image_folder: MakeFolder, tmp_path: Path) -> N
     )
 
 
+@pytest.mark.usefixtures("tiny_network")
 def test_xla(image_folder: MakeFolder, tmp_path: Path) -> None:
     assert train(*arguments(image_folder(), tmp_path / "run", "--jit", "on"))["jit_compile"] is True
 
 
+@pytest.mark.usefixtures("tiny_network")
 def test_images_that_are_read_as_they_are_needed(
-    image_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    image_folder: MakeFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     root = image_folder()
     monkeypatch.setattr("examples.data.folders.IN_MEMORY_BYTES", 0)
@@ -132,9 +146,10 @@ training.StepTimer.on_train_batch_end = kill
 """
 
 
+@pytest.mark.usefixtures("tiny_network")
 def test_a_killed_run_continues_as_if_nothing_had_been(image_folder: MakeFolder, tmp_path: Path) -> None:
     root = image_folder({"red": 18, "green": 18})  # 24 of them to train on: 3 steps an epoch
-    words = ["--augment", "aerial", "--dropout", "0.3", "--attention", "das", "--deterministic"]
+    words = ["--augment", "aerial", "--dropout", "0.3", "--deterministic"]
     whole = script(*arguments(root, tmp_path / "whole", *words, epochs=4))
     assert whole.returncode == 0, whole.stderr
     assert json.loads((tmp_path / "whole" / "results.json").read_text())["steps_run"] == 12
@@ -157,6 +172,7 @@ def test_a_killed_run_continues_as_if_nothing_had_been(image_folder: MakeFolder,
             assert float(other[name]) == pytest.approx(float(one[name]), rel=1e-3, abs=1e-5), name
 
 
+@pytest.mark.usefixtures("tiny_network")
 def test_a_state_cut_short_falls_back_on_the_one_before(image_folder: MakeFolder, tmp_path: Path) -> None:
     state = tmp_path / "state"
     words = arguments(image_folder(), tmp_path / "run", "--resume", str(state), epochs=3)
@@ -167,8 +183,12 @@ def test_a_state_cut_short_falls_back_on_the_one_before(image_folder: MakeFolder
     assert [row["epoch"] for row in rows(tmp_path / "run" / "history.csv")] == ["0", "1", "2"]
 
 
+@pytest.mark.usefixtures("tiny_network")
 def test_a_full_disk_loses_nothing(
-    image_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    image_folder: MakeFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = arguments(image_folder(), tmp_path / "run")
     train(*words)
@@ -184,7 +204,10 @@ def test_a_full_disk_loses_nothing(
     error = capsys.readouterr().err
     backup = tmp_path / "run" / "backup"
     assert error.startswith("classify: error: disk full while writing ")
-    assert f"model.keras; the previous one is kept; training is not lost: make room and repeat with --resume {backup}" in error
+    assert (
+        f"model.keras; the previous one is kept; training is not lost: make room and repeat with --resume {backup}"
+        in error
+    )
     assert (tmp_path / "run" / "model.keras").read_bytes() == before
 
     results = train(*words, "--resume", str(backup))
@@ -194,35 +217,53 @@ def test_a_full_disk_loses_nothing(
 
 
 def test_a_full_disk_in_the_middle_of_training(image_folder: MakeFolder, tmp_path: Path) -> None:
-    limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (10_000_000, resource.RLIM_INFINITY))"
-    result = script(*arguments(image_folder(), tmp_path / "run"), prelude=limit)
+    limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))"
+    words = arguments(image_folder(), tmp_path / "run", epochs=2)
+    result = script(*words, prelude=limit)
     assert result.returncode == 1
-    assert "classify: error: disk full while training; make room and continue" in result.stderr
+    state = tmp_path / "run" / "backup"
+    assert result.stderr.splitlines()[-1] == (
+        "classify: error: disk full while training; make room and continue from the last complete epoch "
+        f"with --resume {state}"
+    )
     assert "Traceback" not in result.stderr
+    (state / "latest.weights.h5").write_bytes(b"as if the disk had filled up later")
+    assert len(train(*words, "--resume", str(state))["history"]["loss"]) == 2
 
 
 # What users get wrong
 
 
+@pytest.mark.usefixtures("tiny_network")
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--data", "folder:/nowhere"], "data folder not found: /nowhere"),
         (["--data", "flowers"], "--data must be trees, folder:PATH or tfds:NAME, not 'flowers'"),
         (["--data", "folder:"], "--data must be trees, folder:PATH or tfds:NAME, not 'folder:'"),
-        (["--backbone", "resnet19"], "--backbone must be one of resnet18, resnet50, mobilenet_v2, keras_cv:PRESET"),
+        (
+            ["--backbone", "resnet19"],
+            "--backbone must be one of resnet18, resnet50, mobilenet_v2, keras_cv:PRESET",
+        ),
         (["--backbone", "keras_hub:/nowhere"], "cannot load backbone keras_hub:/nowhere: "),
         (["--backbone", "keras_cv:/nowhere"], "cannot load backbone keras_cv:/nowhere: "),
         (["--weights", "nowhere.keras"], "--weights: no such file: nowhere.keras"),
         (["--weights", "imagenet"], "resnet18 has no ImageNet weights"),
         (["--epochs", "0"], "--epochs must be at least 1, not 0"),
         (["--small-stem", "--backbone", "resnet50"], "--small-stem goes with --backbone resnet18 only"),
-        (["--das", "reduction=-1", "--attention", "das"], "--das: "),
-        (["--das", "no_such=1", "--attention", "das"], "--das: "),
+        (
+            ["--das", "reduction=-1", "--attention", "das"],
+            "cannot attach gates to resnet18 --das reduction=-1: ",
+        ),
+        (["--das", "no_such=1", "--attention", "das"], "cannot attach gates to resnet18 --das no_such=1: "),
     ],
 )
 def test_wrong_arguments(
-    words: list[str], message: str, image_folder: MakeFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str],
+    message: str,
+    image_folder: MakeFolder,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert classify.main(arguments(image_folder(), tmp_path / "run", *words)) == 2
     error = capsys.readouterr().err
@@ -230,7 +271,9 @@ def test_wrong_arguments(
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("words", [["--jit", "maybe"], ["--epochs", "many"], ["--das", "reduction"], ["--nonsense"]])
+@pytest.mark.parametrize(
+    "words", [["--jit", "maybe"], ["--epochs", "many"], ["--das", "reduction"], ["--nonsense"]]
+)
 def test_wrong_words(words: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         classify.parse_arguments(words)
@@ -244,6 +287,7 @@ def test_the_script_itself_fails_in_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.usefixtures("tiny_network")
 def test_weights_files(image_folder: MakeFolder, tmp_path: Path) -> None:
     root = image_folder()
     train(*arguments(root, tmp_path / "first"))
@@ -267,6 +311,7 @@ def test_weights_files(image_folder: MakeFolder, tmp_path: Path) -> None:
         classify.build_model(config, ("green", "red"))
 
 
+@pytest.mark.usefixtures("tiny_network")
 def test_the_state_of_another_run_is_refused(image_folder: MakeFolder, tmp_path: Path) -> None:
     root, state = image_folder(), tmp_path / "state"
     words = arguments(root, tmp_path / "run", "--resume", str(state))
@@ -287,7 +332,9 @@ def test_the_state_of_another_run_is_refused(image_folder: MakeFolder, tmp_path:
 def test_recipes_are_defaults() -> None:
     dogs, _ = classify.parse_arguments(["--recipe", "stanford_dogs", "--epochs", "7"])
     assert (dogs.data, dogs.image_size, dogs.batch_size, dogs.epochs) == ("tfds:stanford_dogs", 224, 32, 7)
-    imagenet, _ = classify.parse_arguments(["--das", "reduction=0.1", "--recipe", "imagenet", "--data", "folder:x"])
+    imagenet, _ = classify.parse_arguments(
+        ["--das", "reduction=0.1", "--recipe", "imagenet", "--data", "folder:x"]
+    )
     assert (imagenet.data, imagenet.epochs, imagenet.das) == ("folder:x", 100, {"reduction": 0.1})
     for recipe in classify.RECIPES.values():
         classify._check(classify.Config(**recipe))
@@ -295,11 +342,15 @@ def test_recipes_are_defaults() -> None:
 
 def test_learning_rates() -> None:
     steps = classify.learning_rate(classify.Config(schedule="steps", epochs=100, learning_rate=0.1), 10)
-    assert [float(steps(step)) for step in (0, 299, 301, 601, 901)] == pytest.approx([0.1, 0.1, 1e-2, 1e-3, 1e-4])
+    assert [float(steps(step)) for step in (0, 299, 301, 601, 901)] == pytest.approx(
+        [0.1, 0.1, 1e-2, 1e-3, 1e-4]
+    )
     cosine = classify.learning_rate(
         classify.Config(schedule="cosine", epochs=10, warmup_epochs=2, learning_rate=0.1), 10
     )
-    assert [float(cosine(step)) for step in (0, 10, 20, 60, 100)] == pytest.approx([0, 0.05, 0.1, 0.05, 0], abs=1e-6)
+    assert [float(cosine(step)) for step in (0, 10, 20, 60, 100)] == pytest.approx(
+        [0, 0.05, 0.1, 0.05, 0], abs=1e-6
+    )
     short = classify.learning_rate(classify.Config(epochs=1, warmup_epochs=5), 1)
     assert np.isfinite(float(short(1)))
 
@@ -316,17 +367,19 @@ def test_resnet18(small_stem: bool) -> None:
 
 
 def tiny_preset(library: str, folder: Path) -> str:
-    options = {"stackwise_num_blocks": [1, 1, 1, 1]} if library == "keras_hub" else {"stackwise_blocks": [1] * 4}
+    """A preset folder of a random ResNet with one block a stage."""
+    models = pytest.importorskip(library).models
     if library == "keras_hub":
-        models = pytest.importorskip("keras_hub").models
-        options |= {"input_conv_filters": [8], "input_conv_kernel_sizes": [7], "image_shape": (None, None, 3)}
-        options |= {"stackwise_num_filters": [8] * 4, "stackwise_num_strides": [1, 2, 2, 2]}
-        model = models.ResNetBackbone(block_type="basic_block", **options)
+        model = models.ResNetBackbone([64], [7], [64, 8, 8, 8], [1] * 4, [1, 2, 2, 2], "basic_block")
+        model.save_to_preset(str(folder))
     else:
-        models = pytest.importorskip("keras_cv").models
-        options |= {"stackwise_filters": [8] * 4, "stackwise_strides": [1, 2, 2, 2], "include_rescaling": True}
-        model = models.ResNetBackbone(block_type="basic_block", **options)
-    model.save_to_preset(str(folder))
+        from keras_cv.src.utils.preset_utils import save_to_preset  # KerasCV has no public name for it
+
+        stages = {"stackwise_filters": [64, 8, 8, 8], "stackwise_blocks": [1] * 4}
+        model = models.ResNetBackbone(
+            **stages, stackwise_strides=[1, 2, 2, 2], block_type="basic_block", include_rescaling=True
+        )
+        save_to_preset(model, str(folder))
     return f"{library}:{folder}"
 
 
@@ -354,16 +407,17 @@ def test_backbones_of_keras_applications(name: str) -> None:
 def test_gates_of_pretrained_backbones_start_at_one(tmp_path: Path) -> None:
     preset = tiny_preset("keras_hub", tmp_path / "preset")
 
-    def predict(attention: str, identity_init: str) -> np.ndarray:
+    def predict(**options: str) -> np.ndarray:
         keras.utils.set_random_seed(0)
-        config = classify.Config(
-            backbone=preset, weights="preset", attention=attention, identity_init=identity_init, image_size=32
-        )
-        return classify.build_model(config, ("a", "b")).predict(np.full((1, 32, 32, 3), 99.0), verbose=0)
+        config = classify.Config(backbone=preset, weights="preset", image_size=32, **options)
+        model = classify.build_model(config, ("a", "b"))
+        features = keras.Model(model.inputs, model.layers[-2].input)
+        return features.predict(np.full((1, 32, 32, 3), 99.0), verbose=0)
 
-    plain = backbones.build(preset, 32, pretrained=True).model(np.ones((1, 32, 32, 3)))
-    assert np.isfinite(plain).all()
-    assert not np.array_equal(predict("das", "off"), predict("das", "auto"))
+    plain = predict(attention="none")
+    assert np.ptp(plain) > 0
+    np.testing.assert_array_equal(predict(attention="das"), plain)
+    assert not np.array_equal(predict(attention="das", identity_init="off"), plain)
 
 
 def test_confusion_matrix_and_scores() -> None:

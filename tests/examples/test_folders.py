@@ -111,7 +111,7 @@ def test_wrong_folders(image_folder: MakeFolder, tmp_path: Path) -> None:
     def load(path: Path) -> None:
         folders.load(str(path), 8, seed=0)
 
-    with pytest.raises(UserError, match="data folder not found: .*/nowhere"):
+    with pytest.raises(UserError, match=r"data folder not found: .*/nowhere"):
         load(tmp_path / "nowhere")
     root = image_folder()
     with pytest.raises(UserError, match="red has 0 class folders"):
@@ -127,5 +127,5 @@ def test_wrong_folders(image_folder: MakeFolder, tmp_path: Path) -> None:
 def test_splits_of_other_classes(image_folder: MakeFolder) -> None:
     root = image_folder(splits=("train", "test"))
     write_images(root / "test" / "blue", 2, COLOURS["blue"])
-    with pytest.raises(UserError, match="train has 2 classes and .*test has 3; not in both: blue"):
+    with pytest.raises(UserError, match=r"train has 2 classes and .*test has 3; not in both: blue"):
         folders.load(str(root), 8, seed=0)

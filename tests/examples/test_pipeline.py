@@ -47,7 +47,7 @@ def test_an_epoch_holds_every_image_once(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["array", "stream"])
-@pytest.mark.parametrize("augment", [name for name in classify.CHOICES["augment"]])
+@pytest.mark.parametrize("augment", classify.CHOICES["augment"])
 def test_seed_and_epoch_decide_all(kind: str, augment: str) -> None:
     keras.utils.set_random_seed(0)  # the seed that TensorFlow treats in a way of its own
     layers = classify.augmentation(augment)

@@ -109,3 +109,10 @@ def test_debug_shows_the_traceback() -> None:
 
     with pytest.raises(UserError):
         common.run("p", main, debug=True)
+
+
+def test_room_is_made_sure_of(tmp_path: Path) -> None:
+    common.reserve(tmp_path, 1000)
+    with pytest.raises(OSError, match=r"No space left|File too large|Invalid argument"):
+        common.reserve(tmp_path, 2**60)
+    assert list(tmp_path.iterdir()) == []

@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from examples import classify, data
+from examples import backbones, classify, data
 from examples.common import UserError
 from examples.data import tfds_source
 from examples.data.pipeline import evaluation_batches
+
+from . import tiny
 
 tfds = pytest.importorskip("tensorflow_datasets")
 
@@ -75,7 +77,8 @@ def test_a_set_without_a_train_split() -> None:
         tfds_source._slices(builder)
 
 
-def test_training_with_a_recipe(tmp_path: Path) -> None:
+def test_training_with_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backbones, "resnet18", tiny.resnet18)
     arguments = ["--recipe", "stanford_dogs", "--backbone", "resnet18", "--attention", "none"]
     arguments += ["--image-size", "16", "--batch-size", "8", "--epochs", "1", "--progress", "none"]
     config, _ = classify.parse_arguments([*arguments, "--output", str(tmp_path), "--data-dir", str(tmp_path)])

@@ -41,9 +41,7 @@ def test_the_photographs(photographs: list[aerial.Photograph]) -> None:
         assert photograph.pixels.shape[:2] == (photograph.annotation.height, photograph.annotation.width)
 
 
-def test_no_pixel_is_in_two_splits(
-    photographs: list[aerial.Photograph], patches: list[trees.Patch]
-) -> None:
+def test_no_pixel_is_in_two_splits(photographs: list[aerial.Photograph], patches: list[trees.Patch]) -> None:
     for index, photograph in enumerate(photographs):
         masks = [
             covered(
@@ -148,14 +146,16 @@ def fake_pip(monkeypatch: pytest.MonkeyPatch, content: bytes | None) -> list[lis
 
 def test_a_wheel_of_another_content_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_pip(monkeypatch, b"something else")
-    with pytest.raises(UserError, match=f"sha256 .* expected {aerial.SHA256}"):
+    with pytest.raises(UserError, match=rf"sha256 .* expected {aerial.SHA256}"):
         aerial.fetch_wheel(tmp_path)
     assert not (tmp_path / aerial.WHEEL).exists()
 
 
 def test_a_failed_download_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_pip(monkeypatch, None)
-    with pytest.raises(UserError, match="cannot download deepforest==2.1.0 from PyPI: ERROR: No route to PyPI"):
+    with pytest.raises(
+        UserError, match=r"cannot download deepforest==2\.1\.0 from PyPI: ERROR: No route to PyPI"
+    ):
         aerial.fetch_wheel(tmp_path)
 
 
