@@ -92,7 +92,7 @@ def check_mixed_precision(make_layer, images, policy):
     single.set_weights(layer.get_weights())
     expected = np.asarray(single(images))
     error = np.abs(np.asarray(outputs, "float32") - expected).max() / np.abs(expected).max()
-    assert error < {"float16": 4e-3, "bfloat16": 4e-2}[compute]
+    assert error < {"float16": 1e-2, "bfloat16": 8e-2}[compute]
 
 
 def check_channels_first(make_layer, images):

@@ -112,8 +112,9 @@ def _oracle_weights(layer):
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-# float64 is bounded by `tf.nn.gelu`, whose square root of 2 has float32's digits.
-@pytest.mark.parametrize(("dtype", "bound"), [("float32", 2e-5), ("float64", 1e-7)])
+# Layer norm divides rounding errors by what may be a small deviation. In float64 the largest of them is
+# that of `tf.nn.gelu`, whose square root of 2 has the digits of float32.
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-4), ("float64", 1e-6)])
 def test_equations_by_the_oracle(name, dtype, bound, rng):
     layer = keras_das.DASLayer(**CONFIGURATIONS[name], dtype=dtype)
     images = rng.normal(size=(2, 9, 8, 10)).astype(dtype)
