@@ -2,7 +2,6 @@
 
     python -m tests.ops.memory_probe MODE KERNEL_SIDE
 
-
 A process of its own, so that nothing else has raised the peak. The answer is one line of JSON, in bytes.
 """
 
