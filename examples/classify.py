@@ -166,6 +166,15 @@ def _check(config: Config) -> None:
     }.items():
         if getattr(config, name) < low:
             raise UserError(f"{_flag(name)} must be at least {low}, not {getattr(config, name)}")
+    if config.export:
+        _check_export(Path(config.export))
+
+
+def _check_export(path: Path) -> None:
+    """Refuse before training what `keras_das.export` would refuse after it."""
+    free = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    if not free and not (path / "saved_model.pb").is_file():
+        raise UserError(f"--export: {path} is there already and is not a SavedModel")
 
 
 def _identity(config: Config, dataset: pipeline.Dataset) -> dict[str, Any]:
@@ -408,8 +417,8 @@ def _save(
             # A model of the same layers, without the optimizer's state: a third of the size.
             keras.Model(model.inputs, model.outputs, name=model.name).save(path)
         if config.export:
-            with common.replacing(Path(config.export)) as path:
-                keras_das.export(model, path, format="saved_model")
+            with common.naming_full_disk(Path(config.export)):
+                keras_das.export(model, config.export)
         with common.replacing(output / "confusion_matrix.png") as path:
             draw_confusion_matrix(confusion, class_names, path)
         with common.replacing(output / "results.json") as path:

@@ -68,33 +68,30 @@ def _describe(error: Exception) -> str:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` (a file or a folder) and move it over `path` on success.
+    """Yield a temporary path beside the file `path`, which is moved over `path` on success.
 
     A reader never sees half a file, and a failed write leaves what was there before.
     """
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        _swap(temporary, path)
-    except Exception as error:
-        if is_disk_full(error):
-            kept = "the previous one is kept" if path.exists() else "nothing was written"
-            raise RunError(f"disk full while writing {path}; {kept}") from error
-        raise
+        with naming_full_disk(path):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         remove(temporary)
 
 
-def _swap(temporary: Path, path: Path) -> None:
-    if not path.is_dir():
-        os.replace(temporary, path)
-        return
-    # A folder that is not empty cannot be replaced in one step: move the old one aside first.
-    old = path.with_name(f".{os.getpid()}.old.{path.name}")
-    os.replace(path, old)
-    os.replace(temporary, path)
-    remove(old)
+@contextlib.contextmanager
+def naming_full_disk(path: Path) -> Iterator[None]:
+    """Say of a full disk that it kept `path`, which is written whole or not at all, from being written."""
+    try:
+        yield
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        kept = "the previous one is kept" if path.exists() else "nothing was written"
+        raise RunError(f"disk full while writing {path}; {kept}") from error
 
 
 def reserve(folder: Path, size: int) -> None:

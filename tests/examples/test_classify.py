@@ -84,11 +84,10 @@ def test_trees_are_told_from_the_ground(attention: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("tiny_network")
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
-def test_mixed_precision(policy: str, image_folder: MakeFolder, tmp_path: Path) -> None:
-    results = train(
-        *arguments(image_folder(), tmp_path / "run", "--mixed-precision", policy, "--attention", "das")
-    )
+@pytest.mark.parametrize(("policy", "attention"), [("mixed_float16", "none"), ("mixed_bfloat16", "das")])
+def test_mixed_precision(policy: str, attention: str, image_folder: MakeFolder, tmp_path: Path) -> None:
+    words = ["--mixed-precision", policy, "--attention", attention]
+    results = train(*arguments(image_folder(), tmp_path / "run", *words))
     assert np.isfinite(results["history"]["loss"]).all()
     assert keras.config.dtype_policy().name == "float32"
     model = keras.models.load_model(tmp_path / "run" / "model.keras")
@@ -101,7 +100,7 @@ def test_export_serves_raw_pixels(image_folder: MakeFolder, tmp_path: Path) -> N
     import tensorflow as tf
 
     export = tmp_path / "saved_model"
-    train(*arguments(image_folder(), tmp_path / "run", "--attention", "das", "--export", str(export)))
+    train(*arguments(image_folder(), tmp_path / "run", "--export", str(export)))
     pixels = np.random.default_rng(0).uniform(0, 255, (2, 16, 16, 3)).astype("float32")
     model = keras.models.load_model(tmp_path / "run" / "model.keras")
     served = tf.saved_model.load(str(export)).signatures["serving_default"](tf.constant(pixels))
@@ -248,6 +247,7 @@ def test_a_full_disk_in_the_middle_of_training(image_folder: MakeFolder, tmp_pat
         (["--weights", "nowhere.keras"], "--weights: no such file: nowhere.keras"),
         (["--weights", "imagenet"], "resnet18 has no ImageNet weights"),
         (["--epochs", "0"], "--epochs must be at least 1, not 0"),
+        (["--export", "/"], "--export: / is there already and is not a SavedModel"),
         (["--small-stem", "--backbone", "resnet50"], "--small-stem goes with --backbone resnet18 only"),
         (
             ["--das", "reduction=-1", "--attention", "das"],

@@ -17,16 +17,6 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
-    path = tmp_path / "saved_model"
-    for name in ("first", "second"):
-        with common.replacing(path) as temporary:
-            temporary.mkdir()
-            (temporary / name).touch()
-        assert [item.name for item in path.iterdir()] == [name]
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("first")

@@ -1,0 +1,78 @@
+"""Pictures of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import keras
+import numpy as np
+from matplotlib.figure import Figure
+
+import keras_das
+
+
+def draw_confusion_matrix(confusion: np.ndarray, class_names: tuple[str, ...], path: Path) -> None:
+    """A PNG of the confusion matrix; rows add up to 1, counts are written in while there is room."""
+    share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    few = len(class_names) <= 20
+    side = 3 + 0.6 * len(class_names) if few else 12
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    picture = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(picture, label="share of the true class")
+    axes.set(
+        xlabel="predicted", ylabel="true", title=f"test accuracy {confusion.trace() / confusion.sum():.3f}"
+    )
+    if few:
+        axes.set_xticks(range(len(class_names)), class_names, rotation=45, ha="right")
+        axes.set_yticks(range(len(class_names)), class_names)
+        for (row, column), count in np.ndenumerate(confusion):
+            colour = "white" if share[row, column] > 0.5 else "black"
+            axes.text(column, row, str(count), ha="center", va="center", color=colour)
+    figure.savefig(path, format="png", dpi=120)
+
+
+def draw_gates(model: keras.Model, images: np.ndarray, labels: list[str], path: Path) -> None:
+    """A PNG with a row for each image: where each stage reads around its middle, and its gate.
+
+    `images` are pixels of 0..255, `(N, H, W, 3)`; `model` is a classifier of `classify.build_model`.
+    """
+    features = next(layer for layer in model.layers if isinstance(layer, keras.Model))
+    before = model.layers[model.layers.index(features) - 1]
+    prepared = keras.Model(model.inputs, before.output)(images)
+    gates = [layer for layer in features.layers if isinstance(layer, keras_das.DASLayer)]
+    maps = keras.Model(features.inputs, [gate.input for gate in gates])(prepared)
+    figure = Figure(figsize=(2 * (1 + len(gates)), 2.1 * len(images)), layout="constrained")
+    grid = figure.subplots(len(images), 1 + len(gates), squeeze=False)
+    for row, (image, label) in enumerate(zip(images, labels, strict=True)):
+        grid[row, 0].imshow(image.astype("uint8"))
+        grid[row, 0].set_ylabel(label)
+    for column, (gate, x) in enumerate(zip(gates, maps, strict=True), start=1):
+        attention = keras.ops.convert_to_numpy(gate.gate(x)).mean(axis=-1)
+        points, strength = _sampled_points(gate, x, images.shape[1:3])
+        for row, axes in enumerate(grid[:, column]):
+            extent = (0, images.shape[2], images.shape[1], 0)
+            axes.imshow(attention[row], cmap="viridis", extent=extent, interpolation="bilinear")
+            axes.scatter(
+                points[row, :, 1], points[row, :, 0], s=60 * strength[row], c="white", edgecolors="red"
+            )
+            axes.set(xlim=extent[:2], ylim=extent[2:])
+        height, width = attention.shape[1:]
+        grid[0, column].set_title(f"{gate.name}\n{height}x{width}")
+    for axes in grid.flat:
+        axes.set_xticks([])
+        axes.set_yticks([])
+    figure.savefig(path, format="png", dpi=120)
+
+
+def _sampled_points(
+    gate: keras_das.DASLayer, x: np.ndarray, image_size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where the middle of a feature map reads, as `(N, taps, (y, x))` in image pixels, and the masks."""
+    offsets, mask = (keras.ops.convert_to_numpy(part) for part in gate.predict_offsets(x))
+    count, height, width = offsets.shape[:3]
+    row, column = height // 2, width // 2
+    kernel = np.stack(np.mgrid[-1:2, -1:2], axis=-1).reshape(9, 2)  # a 3x3 kernel's taps, row-major
+    moved = np.array([row, column]) + kernel + offsets[:, row, column].reshape(count, 9, 2)
+    stride = np.array([image_size[0] / height, image_size[1] / width])
+    return (moved + 0.5) * stride, mask[:, row, column]
