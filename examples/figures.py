@@ -48,7 +48,7 @@ def draw_gates(model: keras.Model, images: np.ndarray, labels: list[str], path: 
         grid[row, 0].imshow(image.astype("uint8"))
         grid[row, 0].set_ylabel(label)
     for column, (gate, x) in enumerate(zip(gates, maps, strict=True), start=1):
-        attention = keras.ops.convert_to_numpy(gate.gate(x)).mean(axis=-1)
+        attention = _to_numpy(gate.gate(x)).mean(axis=-1)
         points, strength = _sampled_points(gate, x, images.shape[1:3])
         for row, axes in enumerate(grid[:, column]):
             extent = (0, images.shape[2], images.shape[1], 0)
@@ -69,10 +69,20 @@ def _sampled_points(
     gate: keras_das.DASLayer, x: np.ndarray, image_size: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Where the middle of a feature map reads, as `(N, taps, (y, x))` in image pixels, and the masks."""
-    offsets, mask = (keras.ops.convert_to_numpy(part) for part in gate.predict_offsets(x))
+    offsets, mask = gate.predict_offsets(x)
+    offsets = _to_numpy(offsets)
     count, height, width = offsets.shape[:3]
     row, column = height // 2, width // 2
-    kernel = np.stack(np.mgrid[-1:2, -1:2], axis=-1).reshape(9, 2)  # a 3x3 kernel's taps, row-major
-    moved = np.array([row, column]) + kernel + offsets[:, row, column].reshape(count, 9, 2)
+    size, rate = np.array(gate.kernel_size), np.array(gate.dilation_rate)
+    taps = np.stack(np.indices(size), axis=-1).reshape(-1, 2) * rate - (size - 1) * rate // 2
+    # The first offset group's, which come first.
+    moved = offsets[:, row, column, : 2 * len(taps)].reshape(count, len(taps), 2)
     stride = np.array([image_size[0] / height, image_size[1] / width])
-    return (moved + 0.5) * stride, mask[:, row, column]
+    points = (np.array([row, column]) + taps + moved + 0.5) * stride
+    if mask is None:
+        return points, np.ones((count, len(taps)))
+    return points, _to_numpy(mask)[:, row, column, : len(taps)]
+
+
+def _to_numpy(x: keras.KerasTensor) -> np.ndarray:
+    return keras.ops.convert_to_numpy(keras.ops.cast(x, "float32"))

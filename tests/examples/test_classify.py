@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import keras_das
-from examples import backbones, classify
+from examples import backbones, classify, figures
 from examples.common import UserError
 
 from . import tiny
@@ -74,6 +74,7 @@ def test_trees_are_told_from_the_ground(attention: str, tmp_path: Path) -> None:
     assert [len(values) for values in results["history"].values()] == [4] * 5
     with Image.open(output / "confusion_matrix.png") as image:
         assert image.format == "PNG"
+    assert (output / "gates.png").is_file() == (attention == "das")
     assert list((output / "logs" / "train").glob("events.out.tfevents.*"))
     assert not (output / "backup").exists()
 
@@ -389,7 +390,7 @@ def test_backbones_of_other_libraries(library: str, weights: str, tmp_path: Path
     model = classify.build_model(config, ("a", "b"))
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert sum(isinstance(layer, keras_das.DASLayer) for layer in loaded._flatten_layers()) == 4
+    assert len(list(classify._gates(loaded))) == 4
     pixels = np.random.default_rng(0).uniform(0, 255, (1, 32, 32, 3))
     np.testing.assert_array_equal(loaded.predict(pixels, verbose=0), model.predict(pixels, verbose=0))
 
@@ -398,7 +399,7 @@ def test_backbones_of_other_libraries(library: str, weights: str, tmp_path: Path
 def test_backbones_of_keras_applications(name: str) -> None:
     config = classify.Config(backbone=name, image_size=64, attention="das")
     model = classify.build_model(config, ("a", "b", "c"))
-    assert sum(isinstance(layer, keras_das.DASLayer) for layer in model._flatten_layers()) == 4
+    assert len(list(classify._gates(model))) == 4
     assert model(np.zeros((1, 64, 64, 3))).shape == (1, 3)
 
 
@@ -431,6 +432,23 @@ def test_confusion_matrix_and_scores() -> None:
 
 def test_confusion_matrix_of_many_classes(tmp_path: Path) -> None:
     names = tuple(f"class {number}" for number in range(120))
-    classify.draw_confusion_matrix(np.eye(120, dtype=int), names, tmp_path / "a.png")
+    figures.draw_confusion_matrix(np.eye(120, dtype=int), names, tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as image:
         assert min(image.size) > 1000
+
+
+def test_points_of_the_gates_figure_follow_the_offsets() -> None:
+    """Rows before columns, in pixels of the image: one row of an 8x8 map is 4 rows of a 32x32 image."""
+    gate = keras_das.DASLayer(reduction=1)
+    maps = np.random.default_rng(0).normal(size=(1, 8, 8, 2)).astype("float32")
+    gate.build(maps.shape)
+    at_rest, masks = figures._sampled_points(gate, maps, (32, 32))
+    np.testing.assert_allclose(at_rest[0, 4], [18, 18])  # the middle of the pixel (4, 4)
+    np.testing.assert_allclose(at_rest[0, 1], [14, 18])  # the tap above it
+    np.testing.assert_allclose(masks, 0.5)
+    bias = gate.deform.offset_bias.numpy()
+    bias[2:4] = [2.0, -1.0]  # the second tap's, two rows down and one column left
+    gate.deform.offset_bias.assign(bias)
+    moved, _ = figures._sampled_points(gate, maps, (32, 32))
+    np.testing.assert_allclose(moved[0, 1] - at_rest[0, 1], [8, -4])
+    np.testing.assert_allclose(np.delete(moved, 1, axis=1), np.delete(at_rest, 1, axis=1))
