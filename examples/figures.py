@@ -39,9 +39,9 @@ def draw_gates(model: keras.Model, images: np.ndarray, labels: list[str], path: 
     """
     features = next(layer for layer in model.layers if isinstance(layer, keras.Model))
     before = model.layers[model.layers.index(features) - 1]
-    prepared = keras.Model(model.inputs, before.output)(images)
+    prepared = keras.Model(model.input, before.output)(images)
     gates = [layer for layer in features.layers if isinstance(layer, keras_das.DASLayer)]
-    maps = keras.Model(features.inputs, [gate.input for gate in gates])(prepared)
+    maps = keras.Model(features.input, [gate.input for gate in gates])(prepared)
     figure = Figure(figsize=(2 * (1 + len(gates)), 2.1 * len(images)), layout="constrained")
     grid = figure.subplots(len(images), 1 + len(gates), squeeze=False)
     for row, (image, label) in enumerate(zip(images, labels, strict=True)):
