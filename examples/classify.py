@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -248,9 +249,12 @@ def load_weights(model: keras.Model, path: Path) -> None:
             source = keras.models.load_model(path, compile=False)
             _check_class_count(path, source, model)
             model.set_weights(source.get_weights())
-        else:
+            return
+        with warnings.catch_warnings():
+            # Of a part that the file lacks, Keras says no more than a warning.
+            warnings.simplefilter("error", UserWarning)
             model.load_weights(path)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, UserWarning) as error:
         raise UserError(f"--weights: {path} does not fit this model: {common.first_line(error)}") from error
 
 
