@@ -137,8 +137,9 @@ class DeformableConv2DOperation(keras.Operation):
         if self.implementation == "native":
             native.can_use(raise_error=True)
         inputs, kernel, offsets, mask, bias = tensors
+        dtype = _result_dtype(inputs, kernel)
         if self.data_format == "channels_last":
-            return reference.deformable_conv2d(inputs, kernel, offsets, mask, bias, geometry)
+            return reference.deformable_conv2d(inputs, kernel, offsets, mask, bias, geometry, dtype)
         last = (0, 2, 3, 1)
         output = reference.deformable_conv2d(
             ops.transpose(inputs, last),
@@ -147,6 +148,7 @@ class DeformableConv2DOperation(keras.Operation):
             None if mask is None else ops.transpose(mask, last),
             bias,
             geometry,
+            dtype,
         )
         return ops.transpose(output, (0, 3, 1, 2))
 
@@ -162,7 +164,7 @@ class DeformableConv2DOperation(keras.Operation):
         _, (batch, height, width, filters) = self._check(inputs, kernel, offsets, mask, bias)
         last = self.data_format == "channels_last"
         shape = (batch, height, width, filters) if last else (batch, filters, height, width)
-        return KerasTensor(shape, dtype=keras.backend.result_type(inputs.dtype, kernel.dtype))
+        return KerasTensor(shape, dtype=_result_dtype(inputs, kernel))
 
     def _check(
         self, inputs: Tensor, kernel: Tensor, offsets: Tensor, mask: Tensor | None, bias: Tensor | None
@@ -231,6 +233,12 @@ def standardize_implementation(implementation: str) -> str:
             f"`implementation` must be one of {IMPLEMENTATIONS}. Received: implementation={implementation!r}"
         )
     return implementation
+
+
+def _result_dtype(inputs: Tensor, kernel: Tensor) -> str:
+    """Keras' result type, but float64 stays float64, which Keras lowers on JAX and torch."""
+    dtypes = {keras.backend.standardize_dtype(tensor.dtype) for tensor in (inputs, kernel)}
+    return "float64" if "float64" in dtypes else keras.backend.result_type(*dtypes)
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:

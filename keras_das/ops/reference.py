@@ -1,19 +1,18 @@
 """Deformable convolution in `keras.ops`: every backend, XLA, any order of gradient, bounded memory.
 
-The taps are taken one after another: one tap is sampled, weighted and added up before the next begins, in
-the gradient too, which samples again rather than keep what the forward pass saw. So the memory at the peak
-does not grow with the number of taps, and XLA fuses a tap into few passes over the feature map.
+A loop takes one tap after another: it is sampled, weighted and added up before the next begins, in the
+gradient too, which samples again rather than keep what the forward pass saw. So the memory at the peak does
+not grow with the number of taps, XLA fuses a tap into few passes over the feature map, and graphs stay small.
 
 Everything here is channels last. A position is held as a whole pixel and a fraction, `base + floor(offset)`
 and `offset - floor(offset)`: both are exact in float32, so the weights do not lose digits far from the
 origin.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_das.ops.geometry import Geometry
@@ -32,6 +31,7 @@ def deformable_conv2d(
     mask: Tensor | None,
     bias: Tensor | None,
     geometry: Geometry,
+    dtype: str,
 ) -> Tensor:
     """Samples, weights and adds up, tap by tap.
 
@@ -42,20 +42,21 @@ def deformable_conv2d(
         mask: `(N, Ho, Wo, offset_groups * kh * kw)`, or `None` for all ones.
         bias: `(filters,)` or `None`.
         geometry: Windows and groups. All arguments are validated by the caller.
+        dtype: Of the result.
 
     Returns:
-        `(N, Ho, Wo, filters)` in the result type of `inputs` and `kernel`.
+        `(N, Ho, Wo, filters)`.
     """
-    result_dtype = keras.backend.result_type(inputs.dtype, kernel.dtype)
-    frame = _Frame(inputs, geometry, "float64" if result_dtype == "float64" else "float32")
-    # Reshaped, a variable has become a tensor, as custom gradients need.
+    frame = _Frame(inputs, geometry, "float64" if dtype == "float64" else "float32")
+    taps = geometry.taps
+    # Reshaped, a variable has become a tensor, as custom gradients need. Taps come first, to be looped over.
     tensors = [
         ops.reshape(inputs, (frame.batch, frame.height, frame.width, frame.channels)),
-        ops.reshape(kernel, (geometry.taps, *kernel.shape[2:])),
-        ops.reshape(offsets, (*frame.grid, geometry.taps, 2)),
+        ops.reshape(kernel, (taps, *kernel.shape[2:])),
+        ops.transpose(ops.reshape(offsets, (*frame.grid, taps, 2)), (4, 0, 1, 2, 3, 5)),
     ]
     if mask is not None:
-        tensors.append(ops.reshape(mask, (*frame.grid, geometry.taps)))
+        tensors.append(ops.transpose(ops.reshape(mask, (*frame.grid, taps)), (4, 0, 1, 2, 3)))
 
     @ops.custom_gradient
     def accumulate(*tensors: Tensor) -> tuple[Tensor, Any]:
@@ -72,7 +73,7 @@ def deformable_conv2d(
     output = accumulate(*tensors)
     if bias is not None:
         output = output + ops.cast(bias, frame.dtype)
-    return ops.cast(output, result_dtype)
+    return ops.cast(output, dtype)
 
 
 def _with_mask(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -107,8 +108,8 @@ class _Frame:
         return padded[:, _TOP : _TOP + self.height, _LEFT : _LEFT + self.width, :]
 
 
-class _Samples(NamedTuple):
-    """Where all taps read. Each field is `(N, Ho, Wo, offset_groups, taps)`, four of them a corner each."""
+class _Sample(NamedTuple):
+    """Where one tap reads. Each field is `(N, Ho, Wo, offset_groups)`, four of them a corner each."""
 
     rows: tuple[Tensor, ...]  # in the table of pixels
     weights: tuple[Tensor, ...]
@@ -116,14 +117,14 @@ class _Samples(NamedTuple):
     fraction_x: Tensor
 
 
-def _locate(frame: _Frame, offsets: Tensor) -> _Samples:
-    """Turns offsets into the corners to read and their bilinear weights."""
+def _locate(frame: _Frame, offsets: Tensor, tap: Tensor) -> _Sample:
+    """Turns one tap's offsets into the corners to read and their bilinear weights."""
     geometry = frame.geometry
     offset_y, offset_x = (ops.cast(offsets[..., axis], frame.dtype) for axis in (0, 1))
-    base_y, base_x = _resting_positions(frame)
+    ky, kx = tap // geometry.columns.kernel, tap % geometry.columns.kernel
     floor_y, floor_x = ops.floor(offset_y), ops.floor(offset_x)
-    y, fraction_y = base_y + floor_y, offset_y - floor_y
-    x, fraction_x = base_x + floor_x, offset_x - floor_x
+    y, fraction_y = _resting_position(frame, ky, axis=1) + floor_y, offset_y - floor_y
+    x, fraction_x = _resting_position(frame, kx, axis=2) + floor_x, offset_x - floor_x
     # False for a NaN.
     inside = ops.logical_and(_on_image(y, fraction_y, frame.height), _on_image(x, fraction_x, frame.width))
     # Off the image all corners are zeros, and the fraction is 0, or NaN where the offset was.
@@ -134,9 +135,9 @@ def _locate(frame: _Frame, offsets: Tensor) -> _Samples:
     dtype = _index_dtype(frame.table_rows)
     y = ops.cast(ops.where(inside, y, ops.full_like(y, -_TOP)), dtype)
     x = ops.cast(ops.where(inside, x, ops.full_like(x, -_LEFT)), dtype)
-    image = ops.reshape(ops.cast(ops.arange(frame.batch), dtype), (frame.batch, 1, 1, 1, 1))
+    image = ops.reshape(ops.cast(ops.arange(frame.batch), dtype), (frame.batch, 1, 1, 1))
     groups = geometry.offset_groups
-    group = ops.reshape(ops.cast(ops.arange(groups), dtype), (1, 1, 1, groups, 1))
+    group = ops.reshape(ops.cast(ops.arange(groups), dtype), (1, 1, 1, groups))
     row = image * frame.padded_height + y + _TOP
     first = (row * frame.padded_width + x + _LEFT) * groups + group
     below = first + frame.padded_width * groups
@@ -146,92 +147,114 @@ def _locate(frame: _Frame, offsets: Tensor) -> _Samples:
         fraction_y * (1 - fraction_x),
         fraction_y * fraction_x,
     )
-    return _Samples((first, first + groups, below, below + groups), weights, fraction_y, fraction_x)
+    return _Sample((first, first + groups, below, below + groups), weights, fraction_y, fraction_x)
 
 
-def _resting_positions(frame: _Frame) -> tuple[Tensor, Tensor]:
-    """Where the taps read at offset zero: `(1, Ho, 1, 1, taps)` and `(1, 1, Wo, 1, taps)`, whole pixels."""
-    rows, columns = frame.geometry.rows, frame.geometry.columns
-    tap_y, tap_x = divmod(np.arange(frame.geometry.taps), columns.kernel)
-    positions = []
-    for window, tap, size, count, axis in (
-        (rows, tap_y, frame.height, frame.grid[1], 1),
-        (columns, tap_x, frame.width, frame.grid[2], 2),
-    ):
-        shape = [1, 1, 1, 1, frame.geometry.taps]
-        shape[axis] = count
-        first = ops.cast(ops.arange(count) * window.stride - window.pad_before(size), frame.dtype)
-        positions.append(ops.reshape(first[:, None] + (tap * window.dilation).astype(frame.dtype), shape))
-    return positions[0], positions[1]
+def _resting_position(frame: _Frame, k: Tensor, axis: int) -> Tensor:
+    """Where tap row or column `k` reads at offset zero, whole pixels along one axis of the grid."""
+    window = frame.geometry.rows if axis == 1 else frame.geometry.columns
+    size = frame.height if axis == 1 else frame.width
+    shape = [1, 1, 1, 1]
+    shape[axis] = frame.grid[axis]
+    first = ops.arange(frame.grid[axis]) * window.stride - window.pad_before(size)
+    positions = ops.cast(first, frame.dtype) + ops.cast(k * window.dilation, frame.dtype)
+    return ops.reshape(positions, shape)
 
 
 def _forward(frame: _Frame, inputs: Tensor, kernel: Tensor, offsets: Tensor, mask: Tensor | None) -> Tensor:
-    table, samples = frame.pad(inputs), _locate(frame, offsets)
-    weights = samples.weights
-    if mask is not None:
-        weights = tuple(weight * ops.cast(mask, frame.dtype) for weight in weights)
-    rows_by_tap, weights_by_tap = _by_tap(samples.rows), _by_tap(weights)
-    output = None
-    for tap in range(frame.geometry.taps):
-        ready = _after(table, output)
+    table = frame.pad(inputs)
+
+    def add_tap(tap: Tensor, output: Tensor) -> tuple[Tensor]:
+        sample = _locate(frame, ops.take(offsets, tap, axis=0), tap)
+        masked = _masked(sample.weights, _at_tap(frame, mask, tap))
         columns = 0.0
-        for rows, weight in zip(rows_by_tap[tap], weights_by_tap[tap], strict=True):
-            columns = columns + _read(frame, ready, rows) * weight[..., None]
+        for rows, weight in zip(sample.rows, masked, strict=True):
+            columns = columns + _read(frame, table, rows) * weight[..., None]
         columns = ops.reshape(columns, frame.columns_shape)
-        term = _apply_kernel(columns, ops.cast(kernel[tap], frame.dtype), frame.geometry.groups)
-        output = term if output is None else output + term
+        return (output + _apply_kernel(columns, _at_tap(frame, kernel, tap), frame.geometry.groups),)
+
+    (output,) = _over_taps(frame, add_tap, ops.zeros((*frame.grid[:3], kernel.shape[-1]), dtype=frame.dtype))
     return output
 
 
 def _backward(
     frame: _Frame, grad_output: Tensor, inputs: Tensor, kernel: Tensor, offsets: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, ...]:
-    table, samples = frame.pad(inputs), _locate(frame, offsets)
-    mask = None if mask is None else ops.cast(mask, frame.dtype)
-    masked = samples.weights if mask is None else tuple(weight * mask for weight in samples.weights)
-    rows_by_tap, weights_by_tap = _by_tap(samples.rows), _by_tap(masked)
-    grad_table = ops.zeros((frame.table_rows, frame.depth), dtype=frame.dtype)
-    grad_kernel, products_by_tap = [], []
-    for tap in range(frame.geometry.taps):
-        ready, upstream = _after(table, grad_table), _after(grad_output, grad_table)
-        weights = ops.cast(kernel[tap], frame.dtype)
+    table, groups = frame.pad(inputs), frame.geometry.groups
+
+    def add_tap(tap: Tensor, grad_table: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
+        sample = _locate(frame, ops.take(offsets, tap, axis=0), tap)
+        modulation, weights = _at_tap(frame, mask, tap), _at_tap(frame, kernel, tap)
         # What the loss gains from each sampled value, ahead of the mask.
-        grad_columns = _apply_kernel_transposed(upstream, weights, frame.geometry.groups)
+        grad_columns = _apply_kernel_transposed(grad_output, weights, groups)
         grad_columns = ops.reshape(grad_columns, (*frame.grid, frame.depth))
-        columns, products, shares = 0.0, [], []
-        for rows, weight in zip(rows_by_tap[tap], weights_by_tap[tap], strict=True):
-            pixels = _read(frame, ready, rows)
+        columns, products = 0.0, []
+        for rows, weight in zip(sample.rows, _masked(sample.weights, modulation), strict=True):
+            pixels = _read(frame, table, rows)
             products.append(ops.sum(pixels * grad_columns, axis=-1))
             columns = columns + pixels * weight[..., None]
-            shares.append(grad_columns * weight[..., None])
-        grad_table = grad_table + _spread(frame, rows_by_tap[tap], shares)
-        columns = ops.reshape(columns, frame.columns_shape)
-        grad_kernel.append(_kernel_gradient(columns, upstream, frame.geometry.groups))
-        products_by_tap.append(products)
-    products = [ops.stack(corner, axis=-1) for corner in zip(*products_by_tap, strict=True)]
-    gradients = (frame.crop(grad_table), ops.stack(grad_kernel), _offset_gradient(samples, products, mask))
-    if mask is None:
-        return gradients
-    return (
-        *gradients,
-        sum(weight * product for weight, product in zip(samples.weights, products, strict=True)),
+            grad_table = grad_table + _spread(frame, rows, grad_columns * weight[..., None])
+        grad_kernel = _kernel_gradient(ops.reshape(columns, frame.columns_shape), grad_output, groups)
+        by_tap = [grad_kernel, _offset_gradient(sample, products, modulation)]
+        if modulation is not None:
+            by_tap.append(sum(w * product for w, product in zip(sample.weights, products, strict=True)))
+        written = (
+            ops.scatter_update(all_taps, ops.reshape(tap, (1, 1)), value[None])
+            for all_taps, value in zip(grads, by_tap, strict=True)
+        )
+        return (grad_table, *written)
+
+    parts = [kernel, offsets] if mask is None else [kernel, offsets, mask]
+    grad_table, *grads = _over_taps(
+        frame,
+        add_tap,
+        ops.zeros((frame.table_rows, frame.depth), dtype=frame.dtype),
+        *(ops.zeros(ops.shape(part), dtype=frame.dtype) for part in parts),
     )
+    return (frame.crop(grad_table), *grads)
 
 
-def _offset_gradient(samples: _Samples, products: list[Tensor], mask: Tensor | None) -> Tensor:
+def _over_taps(frame: _Frame, body: Callable[..., tuple[Tensor, ...]], *state: Tensor) -> tuple[Tensor, ...]:
+    """Runs `state = body(tap, *state)` for each tap, each after the one before."""
+    taps = frame.geometry.taps
+    if keras.backend.backend() != "tensorflow":
+        return ops.fori_loop(0, taps, lambda tap, state: body(tap, *state), state)
+    import tensorflow as tf
+
+    def step(tap: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        # A graph with open sizes may know less of a shape after the body than before it.
+        return tap + 1, *(
+            tf.ensure_shape(new, old.shape) for new, old in zip(body(tap, *state), state, strict=True)
+        )
+
+    # `ops.fori_loop` would run ten taps ahead in a graph, and XLA could not take its gradient.
+    loop = tf.while_loop(
+        lambda tap, *_: tap < taps,
+        step,
+        (tf.constant(0), *state),
+        parallel_iterations=1,
+        maximum_iterations=taps,
+    )
+    return tuple(loop[1:])
+
+
+def _at_tap(frame: _Frame, x: Tensor | None, tap: Tensor) -> Tensor | None:
+    """One tap of a mask `(taps, N, Ho, Wo, offset_groups)` or a kernel `(taps, C / groups, filters)`."""
+    return None if x is None else ops.cast(ops.take(x, tap, axis=0), frame.dtype)
+
+
+def _masked(weights: tuple[Tensor, ...], modulation: Tensor | None) -> tuple[Tensor, ...]:
+    return weights if modulation is None else tuple(weight * modulation for weight in weights)
+
+
+def _offset_gradient(sample: _Sample, products: list[Tensor], modulation: Tensor | None) -> Tensor:
     """From what the loss gains from each corner's pixels, what it gains from moving among them."""
     p00, p01, p10, p11 = products
-    fy, fx = samples.fraction_y, samples.fraction_x
+    fy, fx = sample.fraction_y, sample.fraction_x
     gradient = ops.stack(
         [(1 - fx) * (p10 - p00) + fx * (p11 - p01), (1 - fy) * (p01 - p00) + fy * (p11 - p10)], axis=-1
     )
-    return gradient if mask is None else gradient * mask[..., None]
-
-
-def _by_tap(corners: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
-    """Four corners of all taps, as all taps' four corners."""
-    taps = corners[0].shape[-1]
-    return list(zip(*(ops.unstack(corner, taps, axis=-1) for corner in corners), strict=True))
+    return gradient if modulation is None else gradient * modulation[..., None]
 
 
 def _read(frame: _Frame, table: Tensor, rows: Tensor) -> Tensor:
@@ -245,13 +268,15 @@ def _read(frame: _Frame, table: Tensor, rows: Tensor) -> Tensor:
     return ops.cast(pixels, frame.dtype)
 
 
-def _spread(frame: _Frame, rows: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+def _spread(frame: _Frame, rows: Tensor, values: Tensor) -> Tensor:
     """The transpose of `_read`: adds `values` up where they were read from, in the table's shape."""
     batch, height, width, groups = frame.grid
     count = batch * height * width * groups
+    if isinstance(count, int) and count == 0:  # `ops.segment_sum` fails on torch
+        return ops.zeros((frame.table_rows, frame.depth), dtype=frame.dtype)
     return ops.segment_sum(
-        ops.concatenate([ops.reshape(v, (count, frame.depth)) for v in values]),
-        ops.concatenate([ops.reshape(r, (count,)) for r in rows]),
+        ops.reshape(values, (count, frame.depth)),
+        ops.reshape(rows, (count,)),
         num_segments=frame.table_rows,
     )
 
@@ -327,16 +352,3 @@ def _index_dtype(rows: Any) -> str:
             f"Received: {rows}"
         )
     return "int64"
-
-
-def _after(x: Tensor, done: Tensor | None) -> Tensor:
-    """`x`, but not before `done` is there.
-
-    A TensorFlow graph runs whatever is ready, all taps at once, and would hold all their samples at once.
-    """
-    if done is None or keras.backend.backend() != "tensorflow":
-        return x
-    import tensorflow as tf
-
-    with tf.control_dependencies([done]):
-        return tf.identity(x)
