@@ -198,10 +198,7 @@ def _backward(
         by_tap = [grad_kernel, _offset_gradient(sample, products, modulation)]
         if modulation is not None:
             by_tap.append(sum(w * product for w, product in zip(sample.weights, products, strict=True)))
-        written = (
-            ops.scatter_update(all_taps, ops.reshape(tap, (1, 1)), value[None])
-            for all_taps, value in zip(grads, by_tap, strict=True)
-        )
+        written = (_write(frame, x, tap, new) for x, new in zip(grads, by_tap, strict=True))
         return (grad_table, *written)
 
     parts = [kernel, offsets] if mask is None else [kernel, offsets, mask]
@@ -241,6 +238,13 @@ def _over_taps(frame: _Frame, body: Callable[..., tuple[Tensor, ...]], *state: T
 def _at_tap(frame: _Frame, x: Tensor | None, tap: Tensor) -> Tensor | None:
     """One tap of a mask `(taps, N, Ho, Wo, offset_groups)` or a kernel `(taps, C / groups, filters)`."""
     return None if x is None else ops.cast(ops.take(x, tap, axis=0), frame.dtype)
+
+
+def _write(frame: _Frame, x: Tensor, tap: Tensor, value: Tensor) -> Tensor:
+    """`x` with one tap's part replaced; TensorFlow's scatter would not take an empty batch."""
+    taps = frame.geometry.taps
+    here = ops.reshape(ops.equal(ops.arange(taps), tap), (taps, *[1] * len(value.shape)))
+    return ops.where(here, value[None], x)
 
 
 def _masked(weights: tuple[Tensor, ...], modulation: Tensor | None) -> tuple[Tensor, ...]:
