@@ -15,12 +15,12 @@ help: ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 demo: $(VENV)/.demo ## Train a ResNet-50 with DAS gates on aerial photographs, save it, export it, draw figures
-	$(RUN) examples/classify.py $(DEMO) --attention das --output runs/demo --export runs/demo/saved_model
+	$(RUN) examples/classify.py $(DEMO) --attention das --identity-init on --output runs/demo --export runs/demo/saved_model
 
 demo-none: $(VENV)/.demo ## The same without gates, to compare
 	$(RUN) examples/classify.py $(DEMO) --attention none --output runs/demo-none
 
-DEMO := --backbone resnet50 --data trees --image-size 64
+DEMO := --backbone resnet50 --data trees --image-size 64 --epochs 6 --progress bar $(DEMO_ARGS)
 
 test: lint suite ## Lint, type-check and test
 
