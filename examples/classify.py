@@ -52,7 +52,7 @@ class Config:
     # Keras's 0.99 is for long runs: over a few hundred steps its averages would not forget where they began.
     norm_momentum: float = 0.9
     dropout: float = 0.0
-    epochs: int = 12
+    epochs: int = 6
     batch_size: int = 16
     optimizer: str = "adamw"
     learning_rate: float = 1e-3
