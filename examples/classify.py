@@ -102,7 +102,9 @@ RECIPES: dict[str, dict[str, Any]] = {
         "schedule": "cosine",
     },
 }
-"""Arguments of the paper's experiments; what a user names on the command line wins over them."""
+"""After the paper's experiments, but not checked against its text: the usual arguments for these sets.
+
+What a user names on the command line wins over them."""
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "augment": ("auto", "none", "flip", "aerial", "crop", "zoom"),
