@@ -64,6 +64,8 @@ def deformable_conv2d(
         output = _forward(frame, *_with_mask([ops.stop_gradient(t) for t in tensors]))
 
         def gradient(*args: Tensor, upstream: Tensor | None = None) -> tuple[Tensor, ...]:
+            if isinstance(frame.batch, int) and frame.batch == 0:  # JAX refuses what reshapes make of it
+                return tuple(ops.zeros(tuple(of.shape), dtype=of.dtype) for of in tensors)
             grad_output = args[0] if upstream is None else upstream
             gradients = _backward(frame, grad_output, *_with_mask(tensors))
             return tuple(ops.cast(g, of.dtype) for g, of in zip(gradients, tensors, strict=True))
