@@ -64,7 +64,8 @@ def deformable_conv2d(
         output = _forward(frame, *_with_mask([ops.stop_gradient(t) for t in tensors]))
 
         def gradient(*args: Tensor, upstream: Tensor | None = None) -> tuple[Tensor, ...]:
-            if isinstance(frame.batch, int) and frame.batch == 0:  # JAX refuses what reshapes make of it
+            # JAX refuses what reshapes make of an empty batch, and torch's `segment_sum` fails on it.
+            if isinstance(frame.batch, int) and frame.batch == 0:
                 return tuple(ops.zeros(tuple(of.shape), dtype=of.dtype) for of in tensors)
             grad_output = args[0] if upstream is None else upstream
             gradients = _backward(frame, grad_output, *_with_mask(tensors))
@@ -278,8 +279,6 @@ def _spread(frame: _Frame, rows: Tensor, values: Tensor) -> Tensor:
     """The transpose of `_read`: adds `values` up where they were read from, in the table's shape."""
     batch, height, width, groups = frame.grid
     count = batch * height * width * groups
-    if isinstance(count, int) and count == 0:  # `ops.segment_sum` fails on torch
-        return ops.zeros((frame.table_rows, frame.depth), dtype=frame.dtype)
     return ops.segment_sum(
         ops.reshape(values, (count, frame.depth)),
         ops.reshape(rows, (count,)),
