@@ -1,17 +1,20 @@
-"""`keras-das info`: what is installed, and which implementation runs where."""
+"""`keras-das info`: what is installed, and which implementation runs where. `keras-das build`: the kernels."""
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
+import pathlib
 import platform
 import sys
 
 import keras
 
 import keras_das
-from keras_das.ops import native
+from keras_das.ops import library, native
 
 _PACKAGES = ("keras", "numpy", "tensorflow", "tensorflow-cpu", "jax", "torch", "keras-hub", "keras-cv")
+_CANNOT_BUILD, _BUILD_FAILED = 1, 3  # 2 is argparse's
 
 
 def collect() -> dict[str, dict[str, str]]:
@@ -58,6 +61,103 @@ def _table(sections: dict[str, dict[str, str]]) -> str:
     return "\n".join(lines).rstrip()
 
 
+def build(
+    framework: str | None = None,
+    force: bool = False,
+    jobs: int | None = None,
+    output: pathlib.Path | None = None,
+) -> int:
+    """Builds kernel libraries, and says on standard output what it does.
+
+    Args:
+        framework: "tensorflow", "jax", "all" (those of the two that are installed), or `None` for the one that
+            Keras uses.
+        force: Build even what is there.
+        jobs: How many files are compiled at once; `None` takes the number of processors.
+        output: The folder for libraries; `None` takes the user's cache folder.
+
+    Returns:
+        The exit status, as `keras-das build --help` has it.
+    """
+    from keras_das.ops import builder
+
+    framework = framework or keras.backend.backend()
+    names = [framework]
+    if framework == "all":
+        names = [name for name in library.FRAMEWORKS if importlib.util.find_spec(name)]
+    try:
+        for name in names:
+            if name not in library.FRAMEWORKS:
+                raise library.LibraryUnavailable(f"there are no kernels for Keras on {name}")
+            builder.build(library.target(name), library.LOADERS[name], output, force, jobs, _progress)
+    except (library.LibraryUnavailable, builder.NoCompiler) as error:
+        return _complain(error, _CANNOT_BUILD)
+    except builder.BuildError as error:
+        return _complain(error, _BUILD_FAILED)
+    return 0
+
+
+def clean(output: pathlib.Path | None = None) -> int:
+    """Removes the kernel libraries from the cache folder, and says which.
+
+    Args:
+        output: The folder for libraries; `None` takes the user's cache folder.
+
+    Returns:
+        The exit status.
+    """
+    from keras_das.ops import builder
+
+    try:
+        builder.clean(output, _progress)
+    except (library.LibraryUnavailable, builder.BuildError) as error:
+        return _complain(error, _BUILD_FAILED)
+    return 0
+
+
+def _progress(line: str) -> None:
+    print(line, flush=True)
+
+
+def _complain(error: Exception, status: int) -> int:
+    print(f"keras-das: {error}", file=sys.stderr)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="keras-das", description="Deformable attention for Keras.")
+    parser.add_argument("--version", action="version", version=f"keras-das {keras_das.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    info = commands.add_parser("info", help="versions, devices, and which implementation runs where and why")
+    info.add_argument("--json", action="store_true", help="print JSON rather than a table")
+    make = commands.add_parser(
+        "build",
+        help="compile the fused kernels for the installed framework",
+        description="Compiles the fused kernels into the user's cache folder, unless they are there and whole.",
+        epilog=f"Environment: CXX names the compiler; {library.CACHE_VARIABLE} names the cache folder. "
+        f"Exit status: {_CANNOT_BUILD} if nothing can be built here (no compiler, no such framework), "
+        f"{_BUILD_FAILED} if a build failed.",
+    )
+    make.add_argument(
+        "--framework",
+        choices=(*library.FRAMEWORKS, "all"),
+        help="whose kernels; all: of those that are installed (default: the backend that Keras uses)",
+    )
+    make.add_argument("--force", action="store_true", help="build even if the library is there")
+    make.add_argument("--clean", action="store_true", help="only remove all libraries from the folder")
+    make.add_argument(
+        "--jobs", type=_positive, metavar="N", help="files compiled at once (default: processors)"
+    )
+    make.add_argument("--output", type=pathlib.Path, metavar="FOLDER", help="a folder other than the cache")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line.
 
@@ -67,12 +167,11 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    parser = argparse.ArgumentParser(prog="keras-das", description="Deformable attention for Keras.")
-    parser.add_argument("--version", action="version", version=f"keras-das {keras_das.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    info = commands.add_parser("info", help="versions, devices, and which implementation runs where and why")
-    info.add_argument("--json", action="store_true", help="print JSON rather than a table")
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
+    if options.command == "build":
+        if options.clean:
+            return clean(options.output)
+        return build(options.framework, options.force, options.jobs, options.output)
     sections = collect()
     print(json.dumps(sections, indent=2) if options.json else _table(sections))
     return 0

@@ -1,0 +1,284 @@
+"""Compiles kernel libraries, for `keras-das build`: plain compiler calls, in parallel, under a lock."""
+
+import concurrent.futures
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from keras_das.ops import library
+from keras_das.ops.library import Target, Unit
+
+_COMPILERS = ("g++", "c++", "clang++")
+_LOCK = "lock"
+_UNFINISHED = ".unfinished-"
+_LIBRARY_FOLDER = re.compile(rf"({'|'.join(library.FRAMEWORKS)})-.+-[0-9a-f]{{16}}")
+_LAST_LINES = 20  # of a compiler's complaint
+
+Report = Callable[[str], None]
+
+
+class NoCompiler(RuntimeError):
+    """There is nothing to compile with."""
+
+
+class BuildError(RuntimeError):
+    """A build did not end in a library; the message says why."""
+
+
+def find_compiler() -> list[str]:
+    """Finds the C++ compiler: $CXX, else the first of g++, c++ and clang++ that there is.
+
+    Returns:
+        The words that a command for it begins with.
+
+    Raises:
+        NoCompiler: If there is none.
+    """
+    if named := shlex.split(os.environ.get("CXX", "")):
+        if shutil.which(named[0]) is None:
+            raise NoCompiler(f"no C++ compiler: the variable CXX names {named[0]}, which is not found")
+        return named
+    for name in _COMPILERS:
+        if found := shutil.which(name):
+            return [found]
+    raise NoCompiler(
+        f"no C++ compiler: none of {', '.join(_COMPILERS)} is found (Debian, Ubuntu: apt install g++), "
+        "and the variable CXX names no other"
+    )
+
+
+def build(
+    target: Target,
+    load: Callable[[pathlib.Path], Any],
+    root: pathlib.Path | None = None,
+    force: bool = False,
+    jobs: int | None = None,
+    report: Report = print,
+) -> pathlib.Path:
+    """Builds a library unless it is there and whole.
+
+    Everything happens in a folder aside, which is renamed when the library is complete and loads, so that no
+    other process ever sees half of one. Of two processes that build at once the second waits for the first.
+
+    Args:
+        target: What to build.
+        load: Opens the library, as a test; raises LibraryUnavailable if it cannot.
+        root: The folder for libraries; `None` takes the user's cache folder.
+        force: Build even if the library is there.
+        jobs: How many units are compiled at once; `None` takes the number of processors.
+        report: Called with each line of progress.
+
+    Returns:
+        The library's file.
+
+    Raises:
+        NoCompiler: If there is no compiler.
+        BuildError: If compiling, linking or loading fails, or a folder cannot be written.
+        LibraryUnavailable: If there is no home folder to have a cache in.
+    """
+    root = library.cache_folder() if root is None else root
+    folder = root / target.folder_name
+    if not force and (file := _whole(folder, target)):
+        report(f"The kernel library for {target} is built: {file}")
+        return file
+    compiler = find_compiler()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with _locked(root, report) as waited:
+            if (waited or not force) and (file := _whole(folder, target)):
+                report(f"Another process has built the kernel library for {target}: {file}")
+                return file
+            return _build(target, load, folder, compiler, jobs or _processors(), report)
+    except OSError as error:
+        raise BuildError(
+            f"{error.filename or root} cannot be written ({error.strerror}); "
+            f"{library.CACHE_VARIABLE} names another folder than {root}"
+        ) from error
+
+
+def clean(root: pathlib.Path | None = None, report: Report = print) -> None:
+    """Removes every kernel library from a folder, and the folder if nothing else is in it.
+
+    Args:
+        root: The folder; `None` takes the user's cache folder.
+        report: Called with a line for each library removed.
+
+    Raises:
+        BuildError: If something cannot be removed.
+        LibraryUnavailable: If there is no home folder to have a cache in.
+    """
+    root = library.cache_folder() if root is None else root
+    try:
+        if not root.is_dir():
+            report(f"Nothing to remove: there is no {root}")
+            return
+        with _locked(root, report):
+            folders = [f for f in sorted(root.iterdir()) if _LIBRARY_FOLDER.fullmatch(f.name)]
+            for folder in folders:
+                shutil.rmtree(folder)
+                report(f"Removed {folder}")
+            _remove_unfinished(root)
+        if not any(root.iterdir()):
+            root.rmdir()
+        if not folders:
+            report(f"Nothing to remove: no kernel library in {root}")
+    except OSError as error:
+        raise BuildError(f"{error.filename or root} cannot be removed ({error.strerror})") from error
+
+
+def _whole(folder: pathlib.Path, target: Target) -> pathlib.Path | None:
+    try:
+        return library.check(folder, target)
+    except library.LibraryUnavailable:
+        return None
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+@contextlib.contextmanager
+def _locked(root: pathlib.Path, report: Report) -> Iterator[bool]:
+    """Holds a folder's lock, which is released should this process die. Gives whether it had to wait."""
+    waited = False
+    while True:
+        with (root / _LOCK).open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                waited = True
+                report(f"Another process is at work in {root}: waiting for it")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if not _is_file(root / _LOCK, lock.fileno()):
+                continue  # who held it has removed it, and the next may hold a new one
+            try:
+                yield waited
+            finally:
+                (root / _LOCK).unlink()
+            return
+
+
+def _is_file(path: pathlib.Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _remove_unfinished(root: pathlib.Path) -> None:
+    """Removes what a killed process has left; whoever holds the lock may."""
+    for folder in root.glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(folder)
+
+
+def _build(
+    target: Target,
+    load: Callable[[pathlib.Path], Any],
+    folder: pathlib.Path,
+    compiler: list[str],
+    jobs: int,
+    report: Report,
+) -> pathlib.Path:
+    root = folder.parent
+    _remove_unfinished(root)
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=root) as aside:
+        objects, made = pathlib.Path(aside, "objects"), pathlib.Path(aside, target.folder_name)
+        objects.mkdir()
+        made.mkdir()
+        report(f"Building the kernel library for {target} with {shlex.join(compiler)}, {jobs} units at once")
+        compiled = _compile_all(target, compiler, objects, jobs, report)
+        file = made / library.FILE
+        _run([*compiler, *map(str, compiled), "-o", str(file), *target.link_flags], "linking")
+        _write_record(target, compiler, file)
+        try:
+            load(library.check(made, target))
+        except library.LibraryUnavailable as error:
+            raise BuildError(f"the library was compiled and does not work: {error}") from error
+        if folder.exists():
+            folder.rename(pathlib.Path(aside, "replaced"))
+        made.rename(folder)
+    size = (folder / library.FILE).stat().st_size
+    report(f"Built in {time.monotonic() - start:.0f} s: {folder / library.FILE} ({size / 2**20:.1f} MiB)")
+    return folder / library.FILE
+
+
+def _compile_all(
+    target: Target, compiler: list[str], objects: pathlib.Path, jobs: int, report: Report
+) -> list[pathlib.Path]:
+    """Compiles the units and one with the key; the first to fail stops the others."""
+    key_unit = objects / "key.cc"
+    key_unit.write_text(
+        f'extern "C" __attribute__((used)) extern const char {library.KEY_SYMBOL}[] = '
+        f'"{library.KEY_SYMBOL}={target.key}";\n'
+    )
+    units = [*target.units, Unit(str(key_unit))]
+    stop = threading.Event()
+
+    def compile_one(number: int) -> tuple[int, float]:
+        unit, start = units[number], time.monotonic()
+        command = [*compiler, *target.flags, *unit.flags, "-c", str(target.sources / unit.source)]
+        _run([*command, "-o", str(objects / f"{number}.o")], f"compiling {unit}", stop)
+        return number, time.monotonic() - start
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(compile_one, number) for number in range(len(units))]
+        try:
+            for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
+                number, seconds = future.result()
+                report(f"[{done}/{len(units)}] {units[number]}: {seconds:.1f} s")
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+    return [objects / f"{number}.o" for number in range(len(units))]
+
+
+def _run(command: list[str], purpose: str, stop: threading.Event | None = None) -> None:
+    """Runs a command to its end, or until `stop` is set. Its complaint becomes the BuildError."""
+    stop = stop or threading.Event()
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        try:
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        except OSError as error:
+            raise BuildError(f"{purpose} failed: {command[0]} does not run ({error.strerror})") from error
+        while not stop.is_set():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=0.1)
+                break
+        else:
+            process.terminate()
+            process.wait()
+        if process.returncode:
+            output.seek(0)
+            lines = output.read().strip().splitlines()[-_LAST_LINES:]
+            raise BuildError("\n".join([f"{purpose} failed (exit status {process.returncode}):", *lines]))
+
+
+def _write_record(target: Target, compiler: list[str], file: pathlib.Path) -> None:
+    content = file.read_bytes()
+    record = {
+        "key": target.key,
+        "size": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "ingredients": target.ingredients,
+        "compiler": _version(compiler),
+    }
+    (file.parent / library.RECORD).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _version(compiler: list[str]) -> str:
+    result = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False)
+    return result.stdout.partition("\n")[0]

@@ -1,0 +1,400 @@
+"""The kernel library: which one a framework needs, where it is looked for, and loading it.
+
+Nothing here compiles: `keras-das build` does, by `builder.py`. A framework is imported when its library is
+asked for, and not before.
+"""
+
+import ctypes
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import platform
+import re
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+FRAMEWORKS = ("tensorflow", "jax")
+CACHE_VARIABLE = "KERAS_DAS_CACHE"
+FILE, RECORD = "libkeras_das.so", "library.json"  # what the folder of a library holds
+KEY_SYMBOL = "keras_das_build_key"
+
+_PACKAGE = pathlib.Path(__file__).parents[1]
+_SOURCES = _PACKAGE / "csrc"
+_PREBUILT = _PACKAGE / "_lib"  # only in platform wheels
+
+_FLAGS = ("-std=c++17", "-O3", "-fPIC")
+_LINK_FLAGS = ("-shared", "-pthread")
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *_AVX2)
+_X86_64 = ("x86_64", "AMD64")
+
+_log = logging.getLogger("keras_das")
+
+
+class LibraryUnavailable(RuntimeError):
+    """There is no kernel library that this process can use; the message is the reason."""
+
+
+class _Broken(LibraryUnavailable):
+    """There is one, and something is wrong with it: worth a warning, which an absent one is not."""
+
+
+def tensorflow_ops() -> Any:
+    """The module of TensorFlow ops (`tf.load_op_library`), loaded at the first call and then kept.
+
+    Returns:
+        The module; `KerasDas>DeformableConv2D` is its function `keras_das_deformable_conv2d`.
+
+    Raises:
+        LibraryUnavailable: If there is none; the answer stays the same as long as the process runs.
+    """
+    return _SLOTS["tensorflow"].get()
+
+
+def jax_library() -> ctypes.CDLL:
+    """The library with the XLA FFI handlers for JAX, loaded at the first call and then kept.
+
+    Returns:
+        The library as `ctypes` opens it.
+
+    Raises:
+        LibraryUnavailable: If there is none; the answer stays the same as long as the process runs.
+    """
+    return _SLOTS["jax"].get()
+
+
+def why_not(framework: str) -> str:
+    """Loads a framework's library unless that was done before.
+
+    Args:
+        framework: "tensorflow" or "jax".
+
+    Returns:
+        Why there is no library, or "" if there is.
+    """
+    try:
+        _SLOTS[framework].get()
+    except LibraryUnavailable as error:
+        return str(error)
+    return ""
+
+
+def path(framework: str) -> pathlib.Path | None:
+    """Where the framework's library was loaded from, or `None` as long as none is."""
+    return _SLOTS[framework].path
+
+
+def instruction_set(framework: str) -> str:
+    """The instruction set that a framework's loaded library chose: "avx512", "avx2" or "baseline".
+
+    Args:
+        framework: "tensorflow" or "jax".
+
+    Returns:
+        Its name.
+
+    Raises:
+        LibraryUnavailable: If there is no library.
+    """
+    _SLOTS[framework].get()
+    function = ctypes.CDLL(str(path(framework))).keras_das_instruction_set
+    function.restype = ctypes.c_char_p
+    return function().decode()
+
+
+class Unit(NamedTuple):
+    """One call of the compiler: a source file, and flags beyond those of the whole library."""
+
+    source: str
+    flags: tuple[str, ...] = ()
+    variant: str = ""
+
+    def __str__(self) -> str:
+        """For lines of progress: "kernels.cc (avx2)"."""
+        name = pathlib.Path(self.source).name
+        return f"{name} ({self.variant})" if self.variant else name
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A library: what it is made of and for whom.
+
+    Attributes:
+        framework: "tensorflow" or "jax".
+        version: The framework's version.
+        abi: Which of GCC's two C++ ABIs the framework was built with, or "" if no C++ object passes between.
+        units: What to compile, slowest first.
+        flags: Of every unit; one that names a folder begins with -I.
+        link_flags: Of the library; one that names a folder begins with -L.
+        platform: Operating system and architecture.
+        sources: The folder of the units.
+    """
+
+    framework: str
+    version: str
+    abi: str
+    units: tuple[Unit, ...]
+    flags: tuple[str, ...] = _FLAGS
+    link_flags: tuple[str, ...] = _LINK_FLAGS
+    platform: str = f"{platform.system()} {platform.machine()}"
+    sources: pathlib.Path = _SOURCES
+
+    def __str__(self) -> str:
+        """For messages: "TensorFlow 2.21.0"."""
+        return f"{_TITLES.get(self.framework, self.framework)} {self.version}"
+
+    @functools.cached_property
+    def ingredients(self) -> dict[str, Any]:
+        """Everything that decides whether a library fits, wherever sources and framework are installed."""
+        return {
+            "framework": self.framework,
+            "version": self.version,
+            "abi": self.abi,
+            "platform": self.platform,
+            "flags": _without_folders(self.flags),
+            "link_flags": _without_folders(self.link_flags),
+            "units": [[unit.source, *unit.flags] for unit in self.units],
+            "sources": self._hash_sources(),
+        }
+
+    @functools.cached_property
+    def key(self) -> str:
+        """A hash of the ingredients."""
+        return hashlib.sha256(json.dumps(self.ingredients, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def folder_name(self) -> str:
+        """The name of this library's folder, below whatever folder holds libraries."""
+        return f"{self.framework}-{self.version}-{self.key}"
+
+    def _hash_sources(self) -> str:
+        names = {unit.source for unit in self.units} | {header.name for header in self.sources.glob("*.h")}
+        digest = hashlib.sha256()
+        for name in sorted(names):
+            digest.update(f"{name}\0".encode() + hashlib.sha256((self.sources / name).read_bytes()).digest())
+        return digest.hexdigest()
+
+
+def target(framework: str) -> Target:
+    """Describes the library that the installed version of a framework needs; imports the framework.
+
+    Args:
+        framework: "tensorflow" or "jax".
+
+    Returns:
+        The description.
+
+    Raises:
+        LibraryUnavailable: If the framework is not installed, or this system has no kernels.
+    """
+    if not sys.platform.startswith("linux"):
+        raise LibraryUnavailable(f"there are kernels for Linux only, and this is {platform.system()}")
+    try:
+        return _TARGETS[framework]()
+    except ModuleNotFoundError as error:
+        raise LibraryUnavailable(f"{_TITLES[framework]} is not installed (no module {error.name})") from None
+
+
+def _tensorflow_target() -> Target:
+    import tensorflow as tf
+
+    include = tf.sysconfig.get_include()
+    link = tf.sysconfig.get_link_flags()  # names libtensorflow_framework
+    external = (f"-I{include}/external/{part}" for part in ("highwayhash", "farmhash_archive/src"))
+    flags = (*_FLAGS, *tf.sysconfig.get_compile_flags(), *external, "-DKERAS_DAS_TENSORFLOW")
+    return Target(
+        framework="tensorflow",
+        version=tf.__version__,
+        abi=str(tf.sysconfig.CXX11_ABI_FLAG),
+        units=(Unit("xla_ops.cc"), Unit("tf_ops.cc"), *_common_units()),
+        flags=(*flags, *_architecture_flags()),
+        link_flags=(*_LINK_FLAGS, *link, "-l:libtensorflow_cc.so.2"),
+    )
+
+
+def _jax_target() -> Target:
+    import jax
+    import jaxlib
+
+    return Target(
+        framework="jax",
+        version=jaxlib.__version__,
+        abi="",
+        units=_common_units(),
+        flags=(*_FLAGS, f"-I{jax.ffi.include_dir()}", *_architecture_flags()),
+    )
+
+
+def _common_units() -> tuple[Unit, ...]:
+    variants: dict[str, tuple[str, ...]] = {"baseline": ()}
+    if platform.machine() in _X86_64:
+        variants = {"avx512": _AVX512, "avx2": _AVX2, "baseline": ()}
+    kernels = (Unit("kernels.cc", (f"-DKERAS_DAS_ISA={isa}", *flags), isa) for isa, flags in variants.items())
+    return (Unit("ffi.cc"), *kernels, Unit("deformable_conv2d.cc"), Unit("parallel.cc"))
+
+
+def _architecture_flags() -> tuple[str, ...]:
+    return ("-DKERAS_DAS_X86",) if platform.machine() in _X86_64 else ()
+
+
+_TITLES = {"tensorflow": "TensorFlow", "jax": "JAX"}
+_TARGETS = {"tensorflow": _tensorflow_target, "jax": _jax_target}
+
+
+def _without_folders(flags: tuple[str, ...]) -> list[str]:
+    return [flag for flag in flags if not flag.startswith(("-I", "-L"))]
+
+
+def cache_folder() -> pathlib.Path:
+    """Where `keras-das build` puts libraries: $KERAS_DAS_CACHE, else `keras_das` in the user's cache folder.
+
+    Returns:
+        The folder, which need not exist.
+
+    Raises:
+        LibraryUnavailable: If there is no home folder to have it in.
+    """
+    try:
+        if named := os.environ.get(CACHE_VARIABLE):
+            return pathlib.Path(named).expanduser().absolute()
+        user = os.environ.get("XDG_CACHE_HOME", "")
+        if os.path.isabs(user):  # the standard has others ignored
+            return pathlib.Path(user, "keras_das")
+        return pathlib.Path.home() / ".cache" / "keras_das"
+    except RuntimeError as error:
+        raise LibraryUnavailable(f"{error} Set {CACHE_VARIABLE}.") from None
+
+
+def find(wanted: Target) -> pathlib.Path:
+    """Finds a library that fits and is whole: in the package itself, else in the cache folder.
+
+    Args:
+        wanted: Which one.
+
+    Returns:
+        The library's file.
+
+    Raises:
+        LibraryUnavailable: If there is none, or none that is whole.
+    """
+    try:
+        name = wanted.folder_name
+    except OSError as error:
+        raise _Broken(f"the kernels' sources cannot be read ({error.filename}: {error.strerror})") from None
+    faults = []
+    for root in (_PREBUILT, cache_folder()):
+        try:
+            (root / name).stat()
+            return check(root / name, wanted)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            faults.append(f"{root} cannot be read ({error.strerror}); {CACHE_VARIABLE} names another folder")
+        except _Broken as error:
+            faults.append(str(error))
+    if faults:
+        raise _Broken("; ".join(faults))
+    raise LibraryUnavailable(f'the kernel library for {wanted} is not built: run "keras-das build"')
+
+
+def check(folder: pathlib.Path, wanted: Target) -> pathlib.Path:
+    """Checks a library without opening it, for opening a damaged one can end the process.
+
+    Args:
+        folder: The library's own folder.
+        wanted: What it must have been built as.
+
+    Returns:
+        The library's file.
+
+    Raises:
+        LibraryUnavailable: If something is wrong with it.
+    """
+    file = folder / FILE
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        content = file.read_bytes()
+        key, size, digest = record["key"], record["size"], record["sha256"]
+        built_for = f"{record['ingredients']['framework']} {record['ingredients']['version']}"
+    except OSError as error:
+        raise _broken(file, f"cannot be read ({error.filename}: {error.strerror})") from None
+    except (ValueError, TypeError, KeyError):  # not JSON, or not ours
+        raise _broken(file, f"has an unreadable {RECORD} beside it") from None
+    if len(content) != size:
+        raise _broken(file, f"has {len(content)} bytes and should have {size}")
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise _broken(file, "is damaged (its SHA-256 is not the one recorded)")
+    inside = re.search(rf"{KEY_SYMBOL}=(\w+)".encode(), content)
+    keys = {key, inside[1].decode() if inside else "none"}
+    if keys != {wanted.key}:
+        found = " and ".join(sorted(keys))
+        raise _broken(file, f"was built for {built_for}, not {wanted} (key {found}, not {wanted.key})")
+    return file
+
+
+def _broken(file: pathlib.Path, what: str) -> _Broken:
+    return _Broken(f'the kernel library {file} {what}: run "keras-das build"')
+
+
+class Slot:
+    """A library that is looked for once, at first use, by whichever thread comes first."""
+
+    def __init__(self, describe: Callable[[], Target], load: Callable[[pathlib.Path], Any]):
+        """Keeps how to describe the library and how to load its file."""
+        self.path: pathlib.Path | None = None
+        self._describe, self._load = describe, load
+        self._lock = threading.Lock()
+        self._library: Any = None
+        self._reason = ""
+
+    def get(self) -> Any:
+        """Returns what loading gave, or raises LibraryUnavailable."""
+        with self._lock:
+            if self._library is None and not self._reason:
+                self._try()
+        if self._reason:
+            raise LibraryUnavailable(self._reason)
+        return self._library
+
+    def _try(self) -> None:
+        try:
+            file = find(self._describe())
+            self._library, self.path = self._load(file), file
+        except _Broken as error:
+            self._reason = str(error)
+            _log.warning("keras_das uses its reference implementation: %s", error)
+        except LibraryUnavailable as error:
+            self._reason = str(error)
+            _log.info("keras_das uses its reference implementation: %s", error)
+
+
+def load_tensorflow(file: pathlib.Path) -> Any:
+    """Opens a checked library as TensorFlow ops; the same file twice gives the same ops."""
+    import tensorflow as tf
+
+    try:
+        return tf.load_op_library(str(file))
+    except (OSError, RuntimeError, tf.errors.OpError) as error:
+        raise _broken(file, f"cannot be loaded ({_first_line(error)})") from error
+
+
+def load_jax(file: pathlib.Path) -> ctypes.CDLL:
+    """Opens a checked library by itself."""
+    try:
+        return ctypes.CDLL(str(file))
+    except OSError as error:
+        raise _broken(file, f"cannot be loaded ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+LOADERS: dict[str, Callable[[pathlib.Path], Any]] = {"tensorflow": load_tensorflow, "jax": load_jax}
+_SLOTS = {name: Slot(functools.partial(target, name), LOADERS[name]) for name in FRAMEWORKS}
