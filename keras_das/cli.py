@@ -1,4 +1,4 @@
-"""`keras-das info`: what is installed, and which implementation runs where. `keras-das build`: the kernels."""
+"""`keras-das info`: which implementation runs where, and why; `keras-das build`: compile the kernels."""
 
 import argparse
 import importlib.metadata
@@ -70,8 +70,8 @@ def build(
     """Builds kernel libraries, and says on standard output what it does.
 
     Args:
-        framework: "tensorflow", "jax", "all" (those of the two that are installed), or `None` for the one that
-            Keras uses.
+        framework: "tensorflow", "jax", "all" for those of the two that are installed, or `None` for the one
+            that Keras uses.
         force: Build even what is there.
         jobs: How many files are compiled at once; `None` takes the number of processors.
         output: The folder for libraries; `None` takes the user's cache folder.
@@ -133,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     make = commands.add_parser(
         "build",
         help="compile the fused kernels for the installed framework",
-        description="Compiles the fused kernels into the user's cache folder, unless they are there and whole.",
+        description="Compiles the fused kernels into the user's cache folder, unless they are there already.",
         epilog=f"Environment: CXX names the compiler; {library.CACHE_VARIABLE} names the cache folder. "
         f"Exit status: {_CANNOT_BUILD} if nothing can be built here (no compiler, no such framework), "
         f"{_BUILD_FAILED} if a build failed.",

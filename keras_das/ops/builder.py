@@ -86,9 +86,9 @@ def build(
     Raises:
         NoCompiler: If there is no compiler.
         BuildError: If compiling, linking or loading fails, or a folder cannot be written.
-        LibraryUnavailable: If there is no home folder to have a cache in.
+        LibraryUnavailable: If the sources are missing, or there is no home folder to have a cache in.
     """
-    root = library.cache_folder() if root is None else root
+    root = library.cache_folder() if root is None else root.absolute()
     folder = root / target.folder_name
     if not force and (file := _whole(folder, target)):
         report(f"The kernel library for {target} is built: {file}")

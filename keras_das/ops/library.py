@@ -177,7 +177,11 @@ class Target:
         names = {unit.source for unit in self.units} | {header.name for header in self.sources.glob("*.h")}
         digest = hashlib.sha256()
         for name in sorted(names):
-            digest.update(f"{name}\0".encode() + hashlib.sha256((self.sources / name).read_bytes()).digest())
+            try:
+                content = (self.sources / name).read_bytes()
+            except OSError as error:
+                raise _Broken(f"the source {error.filename} cannot be read ({error.strerror})") from None
+            digest.update(f"{name}\0".encode() + hashlib.sha256(content).digest())
         return digest.hexdigest()
 
 
@@ -283,10 +287,7 @@ def find(wanted: Target) -> pathlib.Path:
     Raises:
         LibraryUnavailable: If there is none, or none that is whole.
     """
-    try:
-        name = wanted.folder_name
-    except OSError as error:
-        raise _Broken(f"the kernels' sources cannot be read ({error.filename}: {error.strerror})") from None
+    name = wanted.folder_name
     faults = []
     for root in (_PREBUILT, cache_folder()):
         try:
