@@ -220,9 +220,9 @@ def _compile_all(
 ) -> list[pathlib.Path]:
     """Compiles the units and one with the key; the first to fail stops the others."""
     key_unit = objects / "key.cc"
+    name = f"{library.KEY_SYMBOL}[]"
     key_unit.write_text(
-        f'extern "C" __attribute__((used)) extern const char {library.KEY_SYMBOL}[] = '
-        f'"{library.KEY_SYMBOL}={target.key}";\n'
+        f'extern "C" {{ extern const char {name}; const char {name} = "{library.KEY_SYMBOL}={target.key}"; }}\n'
     )
     units = [*target.units, Unit(str(key_unit))]
     stop = threading.Event()
