@@ -1,8 +1,8 @@
 """What pyproject.toml cannot say: how to make a platform wheel.
 
 The environment variable KERAS_DAS_PREBUILT names a folder that `keras-das build --output FOLDER` has filled.
-The wheel then carries its libraries in `keras_das/_lib` and is tagged for this platform, any Python 3. Without
-the variable the wheel is pure. See `make wheel`.
+The wheel then carries its libraries in `keras_das/_lib` and is tagged for this platform and any Python 3.
+Without the variable the wheel is pure. See `make wheel`.
 """
 
 import os

@@ -23,7 +23,12 @@ def collect() -> dict[str, dict[str, str]]:
     Returns:
         Sections by title, each a mapping from a name to what was found.
     """
-    return {"Versions": _versions(), "Backend": _backend(), "deformable_conv2d": _implementations()}
+    return {
+        "Versions": _versions(),
+        "Backend": _backend(),
+        "Kernel library": _kernel_library(),
+        "deformable_conv2d": _implementations(),
+    }
 
 
 def _versions() -> dict[str, str]:
@@ -48,9 +53,33 @@ def _backend() -> dict[str, str]:
 
 
 def _implementations() -> dict[str, str]:
-    reason = native.why_not()
-    auto = "native" if not reason else f"reference ({reason})"
-    return {f"{context}, implementation='auto'": auto for context in ("eager", "graph", "XLA (jit_compile)")}
+    shown = {"eager": "eager", "graph": "graph", "XLA": "XLA (jit_compile)"}
+    reasons = {name: native.why_not(context) for context, name in shown.items()}
+    return {
+        f"{name}, implementation='auto'": f"reference ({reason})" if reason else "native"
+        for name, reason in reasons.items()
+    }
+
+
+def _kernel_library() -> dict[str, str]:
+    """The library of the Keras backend in use, or why there is none."""
+    backend = keras.backend.backend()
+    if backend not in library.FRAMEWORKS:
+        return {"library": f"none (there are no kernels for Keras on {backend})"}
+    reason = library.why_not(backend)
+    try:
+        target, cache = library.target(backend), str(library.cache_folder())
+    except library.LibraryUnavailable as error:
+        return {"library": f"none ({error})"}
+    if reason:
+        return {"library": f"none ({reason})", "key wanted": target.key, "cache folder": cache}
+    return {
+        "library": str(library.path(backend)),
+        "built for": f"{target}, {target.platform}",
+        "key": target.key,
+        "instruction set": library.instruction_set(backend),
+        "cache folder": cache,
+    }
 
 
 def _table(sections: dict[str, dict[str, str]]) -> str:

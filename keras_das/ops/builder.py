@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -88,19 +89,18 @@ def build(
         BuildError: If compiling, linking or loading fails, or a folder cannot be written.
         LibraryUnavailable: If the sources are missing, or there is no home folder to have a cache in.
     """
-    root = library.cache_folder() if root is None else root.absolute()
-    folder = root / target.folder_name
-    if not force and (file := _whole(folder, target)):
-        report(f"The kernel library for {target} is built: {file}")
+    if not force and (file := _present(target, root)):
+        report(f"The kernel library for {target} is built: {file.absolute()}")
         return file
+    root = library.cache_folder() if root is None else root.absolute()
     compiler = find_compiler()
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _locked(root, report) as waited:
-            if (waited or not force) and (file := _whole(folder, target)):
+            if (waited or not force) and (file := _present(target, root)):
                 report(f"Another process has built the kernel library for {target}: {file}")
                 return file
-            return _build(target, load, folder, compiler, jobs or _processors(), report)
+            return _build(target, load, root / target.folder_name, compiler, jobs or _processors(), report)
     except OSError as error:
         raise BuildError(
             f"{error.filename or root} cannot be written ({error.strerror}); "
@@ -138,9 +138,10 @@ def clean(root: pathlib.Path | None = None, report: Report = print) -> None:
         raise BuildError(f"{error.filename or root} cannot be removed ({error.strerror})") from error
 
 
-def _whole(folder: pathlib.Path, target: Target) -> pathlib.Path | None:
+def _present(target: Target, root: pathlib.Path | None) -> pathlib.Path | None:
+    """The library's file if it is there and whole."""
     try:
-        return library.check(folder, target)
+        return library.find(target) if root is None else library.check(root / target.folder_name, target)
     except library.LibraryUnavailable:
         return None
 
@@ -200,6 +201,8 @@ def _build(
         made.mkdir()
         report(f"Building the kernel library for {target} with {shlex.join(compiler)}, {jobs} units at once")
         compiled = _compile_all(target, compiler, objects, jobs, report)
+        if dataclasses.replace(target).key != target.key:
+            raise BuildError(f"the sources in {target.sources} changed while they were compiled: build again")
         file = made / library.FILE
         _run([*compiler, *map(str, compiled), "-o", str(file), *target.link_flags], "linking")
         _write_record(target, compiler, file)
@@ -220,10 +223,8 @@ def _compile_all(
 ) -> list[pathlib.Path]:
     """Compiles the units and one with the key; the first to fail stops the others."""
     key_unit = objects / "key.cc"
-    name = f"{library.KEY_SYMBOL}[]"
-    key_unit.write_text(
-        f'extern "C" {{ extern const char {name}; const char {name} = "{library.KEY_SYMBOL}={target.key}"; }}\n'
-    )
+    name, text = f"const char {library.KEY_SYMBOL}[]", f"{library.KEY_SYMBOL}={target.key}"
+    key_unit.write_text(f'extern "C" {{ extern {name}; {name} = "{text}"; }}\n')
     units = [*target.units, Unit(str(key_unit))]
     stop = threading.Event()
 
