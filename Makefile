@@ -1,4 +1,5 @@
-# Everything runs in $(VENV), which the first target that needs it sets up. Nothing is installed elsewhere.
+# Everything runs in $(VENV), which the first target that needs it sets up. Nothing is installed elsewhere, but the
+# kernel library goes to the user's cache folder: `keras-das info` says where, `keras-das build --clean` removes it.
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
@@ -8,16 +9,17 @@ TENSORFLOW ?= tensorflow
 TORCH ?= torch==2.13.0
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help demo demo-none test lint suite test-torch wheel clean
+.PHONY: help demo demo-none test lint suite sanitize test-torch wheel clean
+.NOTPARALLEL: # one set-up at a time; what takes long brings its own parallelism
 .DEFAULT_GOAL := help
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
-demo: $(VENV)/.demo ## Train a ResNet-50 with DAS gates on aerial photographs, save it, export it, draw figures
+demo: $(VENV)/.demo $(VENV)/.kernels ## Train a ResNet-50 with DAS gates on aerial photographs, save it, export it, draw figures
 	$(RUN) examples/classify.py $(DEMO) --attention das --identity-init on --output runs/demo --export runs/demo/saved_model
 
-demo-none: $(VENV)/.demo ## The same without gates, to compare
+demo-none: $(VENV)/.demo $(VENV)/.kernels ## The same without gates, to compare
 	$(RUN) examples/classify.py $(DEMO) --attention none --output runs/demo-none
 
 DEMO := --backbone resnet50 --data trees --image-size 64 --epochs 6 --progress bar $(DEMO_ARGS)
@@ -29,14 +31,20 @@ lint: $(VENV)/.test
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-suite: $(VENV)/.test
+suite: $(VENV)/.test $(VENV)/.kernels
 	$(RUN) -m pytest
+
+sanitize: $(VENV)/.test ## The kernels' random cases under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(RUN) -m tests.ops.sanitize
 
 test-torch: $(VENV)-torch/.test ## The op on Keras' torch backend, in an environment without TensorFlow
 	KERAS_BACKEND=torch $(VENV)-torch/bin/python -m pytest tests/ops/test_backends.py
 
-wheel: $(VENV)/.test ## Build the source distribution and the wheel into dist/
+wheel: $(VENV)/.test ## Build into dist/: source distribution, pure wheel, wheel with the kernels for this TensorFlow
 	$(RUN) -m build
+	rm -rf build/platform build/prebuilt
+	$(RUN) -m keras_das build --framework tensorflow --output build/prebuilt
+	KERAS_DAS_PREBUILT=$(CURDIR)/build/prebuilt $(RUN) -m build --wheel
 
 clean: ## Remove environments, caches and build results; runs/ is kept
 	rm -rf $(VENV) $(VENV)-torch build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -54,6 +62,15 @@ $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
 $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --quiet '$(TENSORFLOW)' -e '.[tf,hub,cv,jax,viz,examples,dev]'
 	touch $@ $(VENV)/.demo
+
+# Without a compiler (exit status 1) the reference implementation serves. A build that fails stops the tests, and
+# not the demonstration. There is no stamp then, so that the next run tries again.
+demo demo-none: stop_at_failure := :
+$(VENV)/.kernels: $(VENV)/.demo $(wildcard keras_das/csrc/*) keras_das/ops/library.py
+	@$(RUN) -m keras_das build; status=$$?; \
+	if [ $$status = 0 ]; then touch $@; else \
+		echo 'No fused kernels (see above): going on with the reference implementation.'; \
+		[ $$status = 1 ] || $(or $(stop_at_failure),exit $$status); fi
 
 $(VENV)-torch/.test: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-torch
