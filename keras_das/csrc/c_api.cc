@@ -1,0 +1,98 @@
+// The kernels behind plain C functions: what `make sanitize` and the tests of single kernels call, without any
+// framework. In no library that users load.
+#include <condition_variable>
+#include <cstring>
+#include <deque>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "deformable_conv2d.h"
+
+namespace {
+
+// A pool that lives for one call.
+class Pool {
+ public:
+  explicit Pool(int64_t threads) {
+    for (int64_t i = 1; i < threads; ++i) threads_.emplace_back([this] { work(); });
+  }
+  ~Pool() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      closing_ = true;
+    }
+    wake_.notify_all();
+    for (std::thread& thread : threads_) thread.join();
+  }
+  void schedule(std::function<void()> closure) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      closures_.push_back(std::move(closure));
+    }
+    wake_.notify_one();
+  }
+
+ private:
+  void work() {
+    for (;;) {
+      std::unique_lock<std::mutex> lock(mutex_);
+      wake_.wait(lock, [this] { return closing_ || !closures_.empty(); });
+      if (closures_.empty()) return;
+      std::function<void()> closure = std::move(closures_.front());
+      closures_.pop_front();
+      lock.unlock();
+      closure();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::deque<std::function<void()>> closures_;
+  bool closing_ = false;
+  std::vector<std::thread> threads_;
+};
+
+int report(const std::string& problem, char* message, int64_t size) {
+  std::strncpy(message, problem.c_str(), static_cast<size_t>(size));
+  message[size - 1] = 0;
+  return problem.empty() ? 0 : 1;
+}
+
+}  // namespace
+
+extern "C" {
+
+// `settings`: stride, dilation (rows, columns each), same (0 or 1), padding (top, bottom, left, right), offset groups.
+// `sizes` receives the output's height and width. Returns 0, or 1 with what is wrong in `message`.
+int keras_das_geometry(const int64_t* inputs, const int64_t* kernel, const int64_t* settings, int64_t* sizes,
+                       keras_das::Geometry* geometry, char* message, int64_t message_size) {
+  keras_das::Settings s;
+  for (int axis = 0; axis < 2; ++axis) s.stride[axis] = settings[axis], s.dilation[axis] = settings[2 + axis];
+  s.same = settings[4];
+  for (int side = 0; side < 4; ++side) s.padding[side] = settings[5 + side];
+  s.offset_groups = settings[9];
+  const std::string problem = keras_das::make_geometry(inputs, kernel, s, geometry);
+  if (problem.empty()) sizes[0] = geometry->out_height, sizes[1] = geometry->out_width;
+  return report(problem, message, message_size);
+}
+
+int64_t keras_das_geometry_size() { return sizeof(keras_das::Geometry); }
+
+// `dtype` as in `keras_das::DType`; `buffers` in the order of the structures in deformable_conv2d.h.
+void keras_das_forward(int dtype, const keras_das::Geometry* geometry, void* const* buffers, int64_t threads) {
+  Pool pool(threads);
+  const keras_das::Workers workers{threads, [&](std::function<void()> f) { pool.schedule(std::move(f)); }};
+  const keras_das::ForwardBuffers b{buffers[0], buffers[1], buffers[2], buffers[3], buffers[4], buffers[5]};
+  keras_das::forward(static_cast<keras_das::DType>(dtype), *geometry, b, workers);
+}
+
+void keras_das_backward(int dtype, const keras_das::Geometry* geometry, void* const* buffers, int64_t threads) {
+  Pool pool(threads);
+  const keras_das::Workers workers{threads, [&](std::function<void()> f) { pool.schedule(std::move(f)); }};
+  const keras_das::BackwardBuffers b{buffers[0], buffers[1], buffers[2], buffers[3], buffers[4],
+                                     buffers[5], buffers[6], buffers[7], buffers[8], buffers[9]};
+  keras_das::backward(static_cast<keras_das::DType>(dtype), *geometry, b, workers);
+}
+
+}  // extern "C"

@@ -1,0 +1,83 @@
+// Deformable convolution on the CPU: plain C++ on pointers and sizes. Nothing here knows TensorFlow, XLA or JAX;
+// the doors to those (tf_ops.cc, xla_ops.cc, ffi.cc, c_api.cc) fill in these structures and call `forward` and
+// `backward`. Everything is channels last and densely packed.
+#ifndef KERAS_DAS_CSRC_DEFORMABLE_CONV2D_H_
+#define KERAS_DAS_CSRC_DEFORMABLE_CONV2D_H_
+
+#include <cstdint>
+#include <string>
+
+#include "parallel.h"
+
+namespace keras_das {
+
+// The type of `inputs` and `output`. All other tensors have the type that sums are taken in: double for kFloat64,
+// float for the rest.
+enum class DType { kFloat16, kBFloat16, kFloat32, kFloat64 };
+
+// A convolution's settings, as a door receives them.
+struct Settings {
+  int64_t stride[2] = {1, 1};    // rows, columns
+  int64_t dilation[2] = {1, 1};  // rows, columns
+  bool same = false;             // pad as TensorFlow's "same" does; `padding` is ignored then
+  int64_t padding[4] = {0, 0, 0, 0};  // top, bottom, left, right
+  int64_t offset_groups = 1;
+};
+
+// All sizes of one call. Only `make_geometry` makes one, so that a kernel can trust what it holds.
+struct Geometry {
+  int64_t batch, height, width, channels;         // of the inputs
+  int64_t out_height, out_width, filters;         // of the output
+  int64_t kernel_height, kernel_width;            // taps
+  int64_t stride[2], dilation[2], pad_top, pad_left;
+  int64_t groups, offset_groups;
+
+  int64_t taps() const { return kernel_height * kernel_width; }
+  int64_t out_pixels() const { return out_height * out_width; }  // of one image
+};
+
+// Checks settings and the shapes of `inputs` (N, H, W, C) and `kernel` (kh, kw, C / groups, filters) against one
+// another and fills `geometry`. Returns what is wrong, naming the argument, or "" if nothing is. No product of sizes
+// that a kernel forms overflows 64 bits afterwards.
+std::string make_geometry(const int64_t inputs_shape[4], const int64_t kernel_shape[4], const Settings& settings,
+                          Geometry* geometry);
+
+// Number of elements each tensor must have, for doors to check.
+int64_t output_elements(const Geometry& geometry);   // (N, Ho, Wo, filters)
+int64_t offsets_elements(const Geometry& geometry);  // (N, Ho, Wo, offset_groups * taps * 2)
+int64_t mask_elements(const Geometry& geometry);     // (N, Ho, Wo, offset_groups * taps)
+
+struct ForwardBuffers {
+  const void* inputs;
+  const void* kernel;
+  const void* offsets;
+  const void* mask;  // null: all ones
+  const void* bias;  // (filters,), or null: none
+  void* output;
+};
+
+// Gradients have the type that sums are taken in, whatever `inputs` has, and so does `grad_output`.
+struct BackwardBuffers {
+  const void* inputs;
+  const void* kernel;
+  const void* offsets;
+  const void* mask;  // null: all ones
+  const void* grad_output;
+  void* grad_inputs;
+  void* grad_kernel;
+  void* grad_offsets;
+  void* grad_mask;  // null exactly if `mask` is
+  void* grad_bias;  // null: not wanted
+};
+
+// Both give the same bits on any number of threads, and for an image whatever else is in the batch.
+void forward(DType dtype, const Geometry& geometry, const ForwardBuffers& buffers, const Workers& workers);
+void backward(DType dtype, const Geometry& geometry, const BackwardBuffers& buffers, const Workers& workers);
+
+// The instruction set that the kernels use on this machine: "avx512", "avx2" or "baseline". The environment variable
+// KERAS_DAS_ISA, read once, asks for a lesser one.
+const char* instruction_set();
+
+}  // namespace keras_das
+
+#endif  // KERAS_DAS_CSRC_DEFORMABLE_CONV2D_H_

@@ -1,0 +1,288 @@
+// Vectors of the instruction set that the including file is compiled for.
+//
+// Included once in each build of kernels.cc, inside a namespace named after the instruction set: no code is shared
+// between builds, so none that a processor lacks can be reached by accident.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace keras_das {
+namespace KERAS_DAS_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kRows = 12;  // of a matrix product's register tile: kRows x 2 sums, 2 columns, 1 broadcast
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+constexpr int kRows = 6;
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kRows = 6;
+#endif
+
+// Bits of a 16-bit float. `Half` is IEEE binary16, `BFloat16` the upper half of a float.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// The type that sums over `T` are taken in.
+template <class T>
+struct SumType {
+  using type = float;
+};
+template <>
+struct SumType<double> {
+  using type = double;
+};
+
+template <class A>
+struct Simd;
+template <>
+struct Simd<float> {
+  typedef float V __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t I __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t Int;
+  static constexpr int kLanes = kVectorBytes / 4;
+};
+template <>
+struct Simd<double> {
+  typedef double V __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t I __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t Int;
+  static constexpr int kLanes = kVectorBytes / 8;
+};
+template <class A>
+using Vec = typename Simd<A>::V;
+template <class A>
+using Ints = typename Simd<A>::I;
+using VF = Vec<float>;
+using VD = Vec<double>;
+
+inline float bits_to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
+inline float to_float(BFloat16 x) { return bits_to_float(uint32_t{x.bits} << 16); }
+
+inline float to_float(Half x) {
+  const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16, magnitude = x.bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);  // infinity, NaN
+  // Subnormals without subnormal arithmetic, which frameworks switch off: multiples of 2^-24. Else exponents differ
+  // by 112.
+  const uint32_t bits =
+      magnitude < 0x400u ? float_to_bits(static_cast<float>(magnitude) * 0x1p-24f) : (magnitude << 13) + 0x38000000u;
+  return bits_to_float(sign | bits);
+}
+
+inline BFloat16 to_bfloat16(float value) {
+  const uint32_t bits = float_to_bits(value);
+  if (value != value) return {static_cast<uint16_t>(bits >> 16 | 0x40u)};  // a NaN must not round to infinity
+  return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+}
+
+inline Half to_half(float value) {
+  const uint32_t bits = float_to_bits(value), magnitude = bits & 0x7fffffffu;
+  const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000u);
+  if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
+  if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // 65520 and more round to infinity
+  if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 leaves multiples of 2^-24, rounded to even
+    const uint32_t rounded = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
+    return {static_cast<uint16_t>(sign | rounded)};
+  }
+  const uint32_t rounded = magnitude + 0xfffu + (magnitude >> 13 & 1u) - 0x38000000u;
+  return {static_cast<uint16_t>(sign | rounded >> 13)};
+}
+
+inline float convert_to(float x, const float*) { return x; }
+inline double convert_to(double x, const double*) { return x; }
+inline Half convert_to(float x, const Half*) { return to_half(x); }
+inline BFloat16 convert_to(float x, const BFloat16*) { return to_bfloat16(x); }
+
+template <class A>
+inline Vec<A> splat(A value) {
+  return Vec<A>{} + value;
+}
+
+// ---- All lanes from and to memory of any alignment.
+
+template <class A>
+inline Vec<A> load(const A* from) {
+  Vec<A> v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <class A>
+inline void store(A* to, Vec<A> v) {
+  std::memcpy(to, &v, sizeof v);
+}
+
+inline VF load(const Half* from) {
+#if defined(__AVX512F__)
+  return (VF)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__AVX2__)
+  return (VF)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  VF v;
+  for (int i = 0; i < Simd<float>::kLanes; ++i) v[i] = to_float(from[i]);
+  return v;
+#endif
+}
+
+inline VF load(const BFloat16* from) {
+#if defined(__AVX512F__)
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return (VF)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+#elif defined(__AVX2__)
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return (VF)_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+#else
+  VF v;
+  for (int i = 0; i < Simd<float>::kLanes; ++i) v[i] = to_float(from[i]);
+  return v;
+#endif
+}
+
+// ---- The first `n` lanes only, 0 <= n <= lanes; memory after them is not touched. The others load as 0.
+
+template <class T>
+inline Vec<typename SumType<T>::type> load_first(const T* from, int n) {
+  T copy[Simd<typename SumType<T>::type>::kLanes] = {};
+  std::memcpy(copy, from, n * sizeof(T));
+  return load(static_cast<const T*>(copy));
+}
+
+#if defined(__AVX512F__)
+inline __mmask16 first16(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+
+template <>
+inline VF load_first(const float* from, int n) {
+  return (VF)_mm512_maskz_loadu_ps(first16(n), from);
+}
+template <>
+inline VD load_first(const double* from, int n) {
+  return (VD)_mm512_maskz_loadu_pd(static_cast<__mmask8>(first16(n)), from);
+}
+template <>
+inline VF load_first(const Half* from, int n) {
+  return (VF)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first16(n), from));
+}
+template <>
+inline VF load_first(const BFloat16* from, int n) {
+  const __m256i bits = _mm256_maskz_loadu_epi16(first16(n), from);
+  return (VF)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+inline void store_first(float* to, VF v, int n) { _mm512_mask_storeu_ps(to, first16(n), (__m512)v); }
+inline void store_first(double* to, VD v, int n) {
+  _mm512_mask_storeu_pd(to, static_cast<__mmask8>(first16(n)), (__m512d)v);
+}
+#elif defined(__AVX2__)
+inline __m256i first8(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline __m256i first4(int n) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+
+template <>
+inline VF load_first(const float* from, int n) {
+  return (VF)_mm256_maskload_ps(from, first8(n));
+}
+template <>
+inline VD load_first(const double* from, int n) {
+  return (VD)_mm256_maskload_pd(from, first4(n));
+}
+inline void store_first(float* to, VF v, int n) { _mm256_maskstore_ps(to, first8(n), (__m256)v); }
+inline void store_first(double* to, VD v, int n) { _mm256_maskstore_pd(to, first4(n), (__m256d)v); }
+#else
+template <class A>
+inline void store_first(A* to, Vec<A> v, int n) {
+  std::memcpy(to, &v, n * sizeof(A));
+}
+#endif
+
+// Rounds to a 16-bit type on the way.
+template <class T>
+inline void store_first(T* to, VF v, int n) {
+  for (int i = 0; i < n; ++i) to[i] = convert_to(v[i], to);
+}
+
+// ---- Arithmetic that operators do not spell.
+
+template <class A>
+inline Vec<A> select(Ints<A> condition, Vec<A> yes, Vec<A> no) {
+  return condition ? yes : no;
+}
+
+template <class A>
+inline Vec<A> floor(Vec<A> v) {
+  for (int i = 0; i < Simd<A>::kLanes; ++i) v[i] = std::floor(v[i]);
+  return v;
+}
+#if defined(__AVX512F__)
+template <>
+inline VF floor<float>(VF v) {
+  return (VF)_mm512_floor_ps((__m512)v);
+}
+template <>
+inline VD floor<double>(VD v) {
+  return (VD)_mm512_floor_pd((__m512d)v);
+}
+#elif defined(__AVX2__)
+template <>
+inline VF floor<float>(VF v) {
+  return (VF)_mm256_floor_ps((__m256)v);
+}
+template <>
+inline VD floor<double>(VD v) {
+  return (VD)_mm256_floor_pd((__m256d)v);
+}
+#endif
+
+// The sum of each of four vectors.
+template <class A>
+inline void sum_lanes(const Vec<A> (&v)[4], A* sums) {
+  for (int k = 0; k < 4; ++k) {
+    A lanes[Simd<A>::kLanes];
+    store(lanes, v[k]);
+    for (int width = Simd<A>::kLanes / 2; width; width /= 2) {
+      for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+    }
+    sums[k] = lanes[0];
+  }
+}
+#if defined(__AVX2__)
+inline __m128 sum4(__m128 a, __m128 b, __m128 c, __m128 d) {
+  return _mm_hadd_ps(_mm_hadd_ps(a, b), _mm_hadd_ps(c, d));
+}
+inline __m128 fold(VF v) {
+#if defined(__AVX512F__)
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+#else
+  const __m256 half = (__m256)v;
+#endif
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+template <>
+inline void sum_lanes<float>(const VF (&v)[4], float* sums) {
+  _mm_storeu_ps(sums, sum4(fold(v[0]), fold(v[1]), fold(v[2]), fold(v[3])));
+}
+#endif
+
+}  // namespace KERAS_DAS_ISA
+}  // namespace keras_das

@@ -1,0 +1,75 @@
+"""Random geometries, to try many: `python -m tests.ops.random_cases --count 5000` runs them on an implementation."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import numpy as np
+
+from tests.ops.op_cases import DTYPES, Case, assert_as_expected, draw, split_upstream
+
+
+def random_case(rng):
+    """A geometry that stays small, and often odd: one channel, one pixel, strides beyond the kernel."""
+    pick = lambda *choices: choices[rng.integers(len(choices))]  # noqa: E731
+    groups, offset_groups = pick(1, 1, 2, 3), pick(1, 1, 2)
+    channels = groups * offset_groups * pick(1, 1, 2, 3, 7, 17)
+    filters = groups * pick(1, 2, 5)
+    if rng.random() < 0.4:  # depthwise
+        channels = filters = groups = offset_groups * int(rng.integers(1, 41))
+    kernel_size = (pick(1, 2, 3), pick(1, 3, 3, 5))
+    image = (int(rng.integers(1, 9)), int(rng.integers(1, 9)))
+    dilation_rate = (pick(1, 1, 2), pick(1, 1, 3))
+    padding = pick("same", "same", "valid", tuple(tuple(map(int, rng.integers(0, 4, 2))) for _ in range(2)))
+    extents = [(k - 1) * d + 1 for k, d in zip(kernel_size, dilation_rate, strict=True)]
+    sides = ((0, 0), (0, 0)) if padding == "valid" else padding
+    if padding != "same" and any(
+        n + sum(s) < e for n, s, e in zip(image, sides, extents, strict=True)
+    ):  # the kernel does not fit
+        padding = "same"
+    return Case(
+        "random",
+        batch=pick(1, 2, 3),
+        image=image,
+        channels=channels,
+        filters=filters,
+        kernel_size=kernel_size,
+        groups=groups,
+        strides=(pick(1, 1, 2, 3), pick(1, 1, 2)),
+        padding=padding,
+        dilation_rate=dilation_rate,
+        offset_groups=offset_groups,
+        modulated=bool(rng.random() < 0.8),
+        use_bias=bool(rng.random() < 0.5),
+    )
+
+
+def check(value_and_gradients, count, rng, dtypes=DTYPES):
+    """Hold `value_and_gradients(arguments, upstream, threads=, **options)` against the oracle `count` times."""
+    for number in range(count):
+        case, dtype = random_case(rng), dtypes[number % len(dtypes)]
+        tensors = draw(case, rng, dtype)
+        arguments, upstream = split_upstream(tensors)
+        results = value_and_gradients(arguments, upstream, threads=1 + number % 2, **case.options)
+        try:
+            assert_as_expected(case, tensors, dtype, *results)
+        except AssertionError:
+            print(f"case {number}: {case!r}", file=sys.stderr)
+            raise
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("library", help="a library with csrc/c_api.cc in it")
+    parser.add_argument("--count", type=int, default=5000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    from tests.ops.plain_kernels import PlainKernels
+
+    check(PlainKernels(options.library).value_and_gradients, options.count, np.random.default_rng(options.seed))
+    print(f"{options.count} random cases agree with the oracle")
+
+
+if __name__ == "__main__":
+    main()
