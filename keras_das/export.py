@@ -6,6 +6,8 @@ from pathlib import Path
 
 import keras
 
+from keras_das.ops import native
+
 FORMATS = ("saved_model",)
 
 
@@ -45,7 +47,8 @@ def export(
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
         written = Path(scratch) / "new"
-        model.export(str(written), format="tf_saved_model", verbose=verbose)
+        with native.reference_only():
+            model.export(str(written), format="tf_saved_model", verbose=verbose)
         _check_operations(written)
         if target.exists():
             target.rename(Path(scratch) / "old")

@@ -1,6 +1,6 @@
 """`deformable_conv2d`: check the arguments, choose an implementation, call it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -134,14 +134,13 @@ class DeformableConv2DOperation(keras.Operation):
             None if t is None else ops.convert_to_tensor(t) for t in (inputs, kernel, offsets, mask, bias)
         ]
         geometry, _ = self._check(*tensors)
-        if self.implementation == "native":
-            native.can_use(raise_error=True)
         inputs, kernel, offsets, mask, bias = tensors
         dtype = _result_dtype(inputs, kernel)
+        compute = self._choose(tensors, dtype)
         if self.data_format == "channels_last":
-            return reference.deformable_conv2d(inputs, kernel, offsets, mask, bias, geometry, dtype)
+            return compute(inputs, kernel, offsets, mask, bias, geometry, dtype)
         last = (0, 2, 3, 1)
-        output = reference.deformable_conv2d(
+        output = compute(
             ops.transpose(inputs, last),
             kernel,
             ops.transpose(offsets, last),
@@ -151,6 +150,14 @@ class DeformableConv2DOperation(keras.Operation):
             dtype,
         )
         return ops.transpose(output, (0, 3, 1, 2))
+
+    def _choose(self, tensors: Sequence[Tensor | None], dtype: str) -> Callable[..., Tensor]:
+        """The implementation for this call."""
+        if self.implementation != "reference" and not native.must_be_portable(tensors):
+            named = self.implementation == "native"
+            if native.can_use(tensors=tensors, dtype=dtype, raise_error=named):
+                return native.deformable_conv2d
+        return reference.deformable_conv2d
 
     def compute_output_spec(
         self,

@@ -1,14 +1,41 @@
-"""The fused kernels: whether they can serve a call, and if not, why.
+"""The fused kernels: whether they can serve a call, and if not, why; and the call itself.
 
-This version of the package ships no kernel library, so the answer is always no and `implementation="auto"`
-takes the reference path.
+The frameworks' own parts, `native_tensorflow.py` and `native_jax.py`, are imported by the first call that the
+kernels serve. Nothing of them or of the kernel library is touched before.
 """
 
+import contextlib
+import contextvars
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-def can_use(raise_error: bool = False) -> bool:
-    """Whether the fused kernels can serve a call.
+import keras
+
+from keras_das.ops import library
+from keras_das.ops.geometry import Geometry
+from keras_das.ops.kernel_attributes import make_attributes
+
+Tensor = Any
+
+CONTEXTS = ("eager", "graph", "XLA")
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+_reference_only = contextvars.ContextVar("keras_das_reference_only", default=False)
+
+
+def can_use(
+    context: str | None = None,
+    tensors: Sequence[Tensor | None] = (),
+    dtype: str = "float32",
+    raise_error: bool = False,
+) -> bool:
+    """Whether the fused kernels can serve a call: `why_not` as a yes or no.
 
     Args:
+        context: See `why_not`.
+        tensors: See `why_not`.
+        dtype: See `why_not`.
         raise_error: Raise instead of returning `False`.
 
     Returns:
@@ -17,12 +44,146 @@ def can_use(raise_error: bool = False) -> bool:
     Raises:
         RuntimeError: With `raise_error`, saying why the kernels cannot be used.
     """
-    reason = why_not()
+    reason = why_not(context, tensors, dtype)
     if reason and raise_error:
         raise RuntimeError(f'implementation="native" cannot be used: {reason}. Use "auto" or "reference".')
     return not reason
 
 
-def why_not() -> str:
-    """Says why the fused kernels cannot be used, or "" where they can."""
-    return "this version of keras_das has no kernel library"
+def why_not(context: str | None = None, tensors: Sequence[Tensor | None] = (), dtype: str = "float32") -> str:
+    """Says why the fused kernels cannot serve a call.
+
+    Without tensors the answer is for calls from this place in the program: under the Keras backend in force,
+    on the device that it would use, and in any of the contexts, whichever it is itself in.
+
+    Args:
+        context: How the call runs: "eager", "graph" (a `tf.function`) or "XLA" (`jit_compile=True`, and
+            everything on JAX). `None` takes the context that this is called in.
+        tensors: The call's arguments, as far as there are any; `None` among them is passed over.
+        dtype: The dtype of the result.
+
+    Returns:
+        The reason, or "" where the kernels can serve the call. Loads the kernel library if nothing else
+        speaks against them.
+
+    Raises:
+        ValueError: If `context` is none of those.
+    """
+    if context is not None and context not in CONTEXTS:
+        raise ValueError(f"`context` must be one of {CONTEXTS} or None. Received: context={context!r}")
+    backend = keras.backend.backend()
+    if backend not in _DEVICE_CHECKS:
+        return f"there are no kernels for Keras' {backend} backend"
+    if dtype not in _DTYPES:
+        return f"there is no kernel for {dtype}"
+    present = [tensor for tensor in tensors if tensor is not None]
+    return _DEVICE_CHECKS[backend](context, present) or library.why_not(backend)
+
+
+def deformable_conv2d(
+    inputs: Tensor,
+    kernel: Tensor,
+    offsets: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    geometry: Geometry,
+    dtype: str,
+) -> Tensor:
+    """The convolution by the kernels, where `can_use` allows it; arguments as of the reference's.
+
+    Args:
+        inputs: `(N, H, W, C)`.
+        kernel: `(kh, kw, C / groups, filters)`.
+        offsets: `(N, Ho, Wo, offset_groups * kh * kw * 2)`, in input pixels.
+        mask: `(N, Ho, Wo, offset_groups * kh * kw)`, or `None` for all ones.
+        bias: `(filters,)` or `None`.
+        geometry: Windows and groups. All arguments are validated by the caller.
+        dtype: Of the result.
+
+    Returns:
+        `(N, Ho, Wo, filters)`.
+    """
+    door = importlib.import_module(f"keras_das.ops.native_{keras.backend.backend()}")
+    attributes = make_attributes(geometry, mask is not None, bias is not None)
+    # All but the inputs have the type that sums are taken in.
+    sums = "float64" if dtype == "float64" else "float32"
+    return door.deformable_conv2d(inputs, (kernel, offsets, mask, bias), attributes, dtype, sums)
+
+
+@contextlib.contextmanager
+def reference_only() -> Iterator[None]:
+    """Within it, in this thread, only the reference is taken: for graphs that must run without the kernels."""
+    token = _reference_only.set(True)
+    try:
+        yield
+    finally:
+        _reference_only.reset(token)
+
+
+def must_be_portable(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether the graph that is being built must run without the kernel library: an export.
+
+    Keras' own `model.export`, in all its formats, has no hook that would say so; it is seen on the stack.
+    """
+    if _reference_only.get():
+        return True
+    if not _is_tracing(tensors):
+        return False
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith("keras.src.export."):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _is_tracing(tensors: Sequence[Tensor | None]) -> bool:
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return not tf.executing_eagerly()
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return any(isinstance(tensor, jax.core.Tracer) for tensor in tensors)
+    return False
+
+
+def _tensorflow_device(context: str | None, tensors: Sequence[Tensor]) -> str:
+    import tensorflow as tf
+
+    if all(device.device_type == "CPU" for device in tf.config.list_logical_devices()):
+        return ""
+    if tensors and context in (None, "eager") and tf.executing_eagerly():
+        devices = [tensor.device for tensor in tensors]
+    else:
+        devices = [tf.constant(0.0).device]  # where this place in the program puts things
+    for device in devices:
+        kind = tf.DeviceSpec.from_string(device).device_type
+        if kind != "CPU":
+            where = (
+                f"this would run on {device}"
+                if kind
+                else "there is a GPU, and no device scope asks for the CPU"
+            )
+            return f"the kernels run on the CPU only, and {where}"
+    return ""
+
+
+def _jax_device(context: str | None, tensors: Sequence[Tensor]) -> str:
+    import jax
+
+    platforms = {jax.default_backend()}
+    for tensor in tensors:
+        if isinstance(tensor, jax.Array) and not isinstance(tensor, jax.core.Tracer):
+            platforms |= {device.platform for device in tensor.devices()}
+    others = platforms - {"cpu"}
+    if others:
+        return f"the kernels run on the CPU only, and this would run on {', '.join(sorted(others))}"
+    return ""
+
+
+_DEVICE_CHECKS: dict[str, Callable[[str | None, Sequence[Tensor]], str]] = {
+    "tensorflow": _tensorflow_device,
+    "jax": _jax_device,
+}

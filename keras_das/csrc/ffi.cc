@@ -1,0 +1,193 @@
+// The kernels as typed XLA FFI handlers, for programs that XLA compiles: TensorFlow's `jit_compile=True`, and JAX.
+// Compiles against either's headers.
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <utility>
+
+#include "arguments.h"
+#include "deformable_conv2d.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace keras_das {
+namespace {
+
+namespace ffi = xla::ffi;
+
+using Integers = ffi::Span<const int64_t>;
+using Result = ffi::Result<ffi::AnyBuffer>;
+
+Shape shape_of(const ffi::AnyBuffer& buffer) {
+  return Shape(buffer.dimensions().begin(), buffer.dimensions().end());
+}
+
+Attributes make_attributes(Integers strides, Integers dilations, std::string_view padding,
+                           Integers explicit_paddings, int64_t offset_groups, bool has_mask, bool has_bias) {
+  const auto copy = [](Integers values) { return Shape(values.begin(), values.end()); };
+  return {copy(strides), copy(dilations), copy(explicit_paddings), std::string(padding),
+          offset_groups, has_mask, has_bias};
+}
+
+// Checks tensors one after another and keeps what is wrong with the first that does not fit.
+class Checker {
+ public:
+  Checker(const Attributes& attributes, const ffi::AnyBuffer& inputs, const ffi::AnyBuffer& kernel) {
+    switch (inputs.element_type()) {
+      case ffi::F16: dtype_ = DType::kFloat16; break;
+      case ffi::BF16: dtype_ = DType::kBFloat16; break;
+      case ffi::F32: dtype_ = DType::kFloat32; break;
+      case ffi::F64: dtype_ = DType::kFloat64; break;
+      default: wrong_ = "`inputs` must be float16, bfloat16, float32 or float64. Received: XLA type " +
+                        std::to_string(static_cast<int>(inputs.element_type()));
+    }
+    inputs_type_ = inputs.element_type();
+    sum_type_ = dtype_ == DType::kFloat64 ? ffi::F64 : ffi::F32;
+    if (wrong_.empty()) wrong_ = make_plan(attributes, shape_of(inputs), shape_of(kernel), &plan_);
+    check_type("kernel", kernel, sum_type_);
+  }
+
+  // A tensor of the type that sums are taken in.
+  void check(const char* name, const ffi::AnyBuffer& buffer, const Shape& wanted) {
+    check_type(name, buffer, sum_type_);
+    if (wrong_.empty()) wrong_ = check_shape(name, shape_of(buffer), wanted);
+  }
+
+  void check_output(const ffi::AnyBuffer& buffer) {
+    check_type("output", buffer, inputs_type_);
+    if (wrong_.empty()) wrong_ = check_shape("output", shape_of(buffer), plan_.output);
+  }
+
+  const std::string& wrong() const { return wrong_; }
+  const Plan& plan() const { return plan_; }
+  DType dtype() const { return dtype_; }
+
+ private:
+  void check_type(const std::string& name, const ffi::AnyBuffer& buffer, ffi::DataType wanted) {
+    if (!wrong_.empty() || buffer.element_type() == wanted) return;
+    wrong_ = "`" + name + "` must have XLA type " + std::to_string(static_cast<int>(wanted)) +
+             " where `inputs` has " + std::to_string(static_cast<int>(inputs_type_)) +
+             ". Received: " + std::to_string(static_cast<int>(buffer.element_type()));
+  }
+
+  DType dtype_ = DType::kFloat32;
+  ffi::DataType inputs_type_, sum_type_;
+  Plan plan_;
+  std::string wrong_;
+};
+
+// Valid while `pool` is.
+Workers make_workers(ffi::ThreadPool& pool) {
+  Workers workers;
+  workers.threads = std::max<int64_t>(pool.num_threads(), 1);  // 0: the program runs without a pool
+  workers.schedule = [&pool](std::function<void()> work) { pool.Schedule(std::move(work)); };
+  return workers;
+}
+
+ffi::Error forward_handler(ffi::ThreadPool pool, ffi::AnyBuffer inputs, ffi::AnyBuffer kernel,
+                           ffi::AnyBuffer offsets, ffi::AnyBuffer mask, ffi::AnyBuffer bias, Result output,
+                           Integers strides, Integers dilations, std::string_view padding,
+                           Integers explicit_paddings, int64_t offset_groups, bool has_mask, bool has_bias) {
+  Checker checker(
+      make_attributes(strides, dilations, padding, explicit_paddings, offset_groups, has_mask, has_bias), inputs,
+      kernel);
+  const Plan& plan = checker.plan();
+  checker.check("offsets", offsets, plan.offsets);
+  checker.check("mask", mask, plan.mask);
+  checker.check("bias", bias, plan.bias);
+  checker.check_output(*output);
+  if (!checker.wrong().empty()) return ffi::Error::InvalidArgument(checker.wrong());
+  ForwardBuffers buffers{};
+  buffers.inputs = inputs.untyped_data();
+  buffers.kernel = kernel.untyped_data();
+  buffers.offsets = offsets.untyped_data();
+  buffers.mask = has_mask ? mask.untyped_data() : nullptr;
+  buffers.bias = has_bias ? bias.untyped_data() : nullptr;
+  buffers.output = output->untyped_data();
+  forward(checker.dtype(), plan.geometry, buffers, make_workers(pool));
+  return ffi::Error::Success();
+}
+
+ffi::Error backward_handler(ffi::ThreadPool pool, ffi::AnyBuffer inputs, ffi::AnyBuffer kernel,
+                            ffi::AnyBuffer offsets, ffi::AnyBuffer mask, ffi::AnyBuffer grad_output,
+                            Result grad_inputs, Result grad_kernel, Result grad_offsets, Result grad_mask,
+                            Result grad_bias, Integers strides, Integers dilations, std::string_view padding,
+                            Integers explicit_paddings, int64_t offset_groups, bool has_mask, bool has_bias) {
+  Checker checker(
+      make_attributes(strides, dilations, padding, explicit_paddings, offset_groups, has_mask, has_bias), inputs,
+      kernel);
+  const Plan& plan = checker.plan();
+  checker.check("offsets", offsets, plan.offsets);
+  checker.check("mask", mask, plan.mask);
+  checker.check("grad_output", grad_output, plan.output);
+  checker.check("grad_inputs", *grad_inputs, shape_of(inputs));
+  checker.check("grad_kernel", *grad_kernel, shape_of(kernel));
+  checker.check("grad_offsets", *grad_offsets, plan.offsets);
+  checker.check("grad_mask", *grad_mask, plan.mask);
+  checker.check("grad_bias", *grad_bias, plan.bias);
+  if (!checker.wrong().empty()) return ffi::Error::InvalidArgument(checker.wrong());
+  BackwardBuffers buffers{};
+  buffers.inputs = inputs.untyped_data();
+  buffers.kernel = kernel.untyped_data();
+  buffers.offsets = offsets.untyped_data();
+  buffers.mask = has_mask ? mask.untyped_data() : nullptr;
+  buffers.grad_output = grad_output.untyped_data();
+  buffers.grad_inputs = grad_inputs->untyped_data();
+  buffers.grad_kernel = grad_kernel->untyped_data();
+  buffers.grad_offsets = grad_offsets->untyped_data();
+  buffers.grad_mask = has_mask ? grad_mask->untyped_data() : nullptr;
+  buffers.grad_bias = has_bias ? grad_bias->untyped_data() : nullptr;
+  backward(checker.dtype(), plan.geometry, buffers, make_workers(pool));
+  return ffi::Error::Success();
+}
+
+// Both handlers take five tensors and the same attributes.
+auto bind_arguments() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>();
+}
+
+template <typename Binding>
+auto bind_attributes(Binding binding) {
+  return std::move(binding)
+      .template Attr<Integers>("strides")
+      .template Attr<Integers>("dilations")
+      .template Attr<std::string_view>("padding")
+      .template Attr<Integers>("explicit_paddings")
+      .template Attr<int64_t>("offset_groups")
+      .template Attr<bool>("has_mask")
+      .template Attr<bool>("has_bias");
+}
+
+auto bind_forward() { return bind_attributes(bind_arguments().Ret<ffi::AnyBuffer>()); }
+
+auto bind_backward() {
+  return bind_attributes(bind_arguments()
+                             .Ret<ffi::AnyBuffer>()
+                             .Ret<ffi::AnyBuffer>()
+                             .Ret<ffi::AnyBuffer>()
+                             .Ret<ffi::AnyBuffer>()
+                             .Ret<ffi::AnyBuffer>());
+}
+
+}  // namespace
+}  // namespace keras_das
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(KerasDasDeformableConv2D, keras_das::forward_handler, keras_das::bind_forward());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(KerasDasDeformableConv2DGrad, keras_das::backward_handler, keras_das::bind_backward());
+
+#ifdef KERAS_DAS_TENSORFLOW
+// TensorFlow exports this function, but not the header's `XLA_FFI_GetApi`.
+namespace xla::ffi {
+const XLA_FFI_Api* GetXlaFfiApi();
+}
+
+XLA_FFI_REGISTER_HANDLER(xla::ffi::GetXlaFfiApi(), "keras_das_deformable_conv2d", "Host", KerasDasDeformableConv2D);
+XLA_FFI_REGISTER_HANDLER(xla::ffi::GetXlaFfiApi(), "keras_das_deformable_conv2d_grad", "Host",
+                         KerasDasDeformableConv2DGrad);
+#endif

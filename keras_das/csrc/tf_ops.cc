@@ -1,0 +1,256 @@
+// The kernels as TensorFlow ops: their declarations, shape functions and CPU kernels.
+#include <algorithm>
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "arguments.h"
+#include "deformable_conv2d.h"
+#include "tensorflow/core/framework/common_shape_fns.h"
+#include "tensorflow/core/framework/op.h"
+#include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/framework/shape_inference.h"
+#include "tensorflow/core/lib/core/threadpool.h"
+#include "tf_arguments.h"
+
+namespace keras_das {
+namespace {
+
+using tensorflow::DEVICE_CPU;
+using tensorflow::OpKernel;
+using tensorflow::OpKernelConstruction;
+using tensorflow::OpKernelContext;
+using tensorflow::Tensor;
+using tensorflow::TensorShape;
+using tensorflow::shape_inference::DimensionHandle;
+using tensorflow::shape_inference::InferenceContext;
+
+constexpr int64_t kUnknown = -1;
+
+// One input of an op while its graph is built.
+struct Found {
+  Shape shape;  // unknown sizes are negative
+  bool rank_known;
+};
+
+Found find_input(InferenceContext* context, int index) {
+  const auto handle = context->input(index);
+  Found found{{}, context->RankKnown(handle)};
+  for (int axis = 0; found.rank_known && axis < context->Rank(handle); ++axis) {
+    found.shape.push_back(context->Value(context->Dim(handle, axis)));
+  }
+  return found;
+}
+
+// The least size of an input along an axis for which there is an output, or 1 where that is beyond 64 bits.
+int64_t least_size(int64_t taps, int64_t dilation) {
+  int64_t size;
+  return __builtin_mul_overflow(taps - 1, dilation, &size) || __builtin_add_overflow(size, 1, &size) ? 1 : size;
+}
+
+bool all_known(const Shape& shape) {
+  return std::all_of(shape.begin(), shape.end(), [](int64_t size) { return size >= 0; });
+}
+
+// What can be said of the shapes before all sizes are known. The fields of `plan` other than `geometry` are filled.
+std::string infer_plan(const Attributes& attributes, const Found& inputs, const Found& kernel, Plan* plan) {
+  std::string wrong = inputs.rank_known ? check_rank("inputs", inputs.shape, 4) : "";
+  if (wrong.empty() && kernel.rank_known) wrong = check_rank("kernel", kernel.shape, 4);
+  if (!wrong.empty()) return wrong;
+  const bool solvable = inputs.rank_known && kernel.rank_known && all_known(kernel.shape) && inputs.shape[3] >= 0;
+  if (!solvable) {
+    const int64_t batch = inputs.rank_known ? inputs.shape[0] : kUnknown;
+    const int64_t filters = kernel.rank_known ? kernel.shape[3] : kUnknown;
+    const Shape field{batch, kUnknown, kUnknown, kUnknown};
+    plan->offsets = field;
+    plan->mask = attributes.has_mask ? field : Shape{0};
+    plan->bias = Shape{attributes.has_bias ? filters : 0};
+    plan->output = Shape{batch, kUnknown, kUnknown, filters};
+    return "";
+  }
+  // Unknown sizes are taken as ones that fit, and forgotten again in the result.
+  Shape trial = inputs.shape;
+  if (trial[0] < 0) trial[0] = 1;
+  for (int axis : {0, 1}) {
+    if (trial[axis + 1] < 0) trial[axis + 1] = least_size(kernel.shape[axis], attributes.dilations[axis]);
+  }
+  wrong = make_plan(attributes, trial, kernel.shape, plan);
+  if (!wrong.empty()) return wrong;
+  for (Shape* shape : {&plan->offsets, &plan->mask, &plan->output}) {
+    for (int axis = 0; axis < 3 && shape->size() == 4; ++axis) {
+      if (inputs.shape[axis] < 0) (*shape)[axis] = kUnknown;
+    }
+  }
+  return "";
+}
+
+// Plans the call and checks the inputs; `fifth` and `wanted` are the last input's name and shape.
+absl::Status infer_and_check(InferenceContext* context, const char* fifth, Shape Plan::*wanted, Plan* plan) {
+  Attributes attributes;
+  DType dtype;
+  TF_RETURN_IF_ERROR(read_attributes(context, &attributes, &dtype));
+  TF_RETURN_IF_ERROR(to_status(infer_plan(attributes, find_input(context, 0), find_input(context, 1), plan)));
+  const auto check = [&](int index, const char* name, const Shape& shape) {
+    const Found found = find_input(context, index);
+    return to_status(found.rank_known ? check_shape(name, found.shape, shape) : "");
+  };
+  TF_RETURN_IF_ERROR(check(2, "offsets", plan->offsets));
+  TF_RETURN_IF_ERROR(check(3, "mask", plan->mask));
+  return check(4, fifth, plan->*wanted);
+}
+
+tensorflow::shape_inference::ShapeHandle to_handle(InferenceContext* context, const Shape& shape) {
+  std::vector<DimensionHandle> sizes;
+  for (int64_t size : shape) sizes.push_back(size < 0 ? context->UnknownDim() : context->MakeDim(size));
+  return context->MakeShape(sizes);
+}
+
+absl::Status infer_forward(InferenceContext* context) {
+  Plan plan;
+  TF_RETURN_IF_ERROR(infer_and_check(context, "bias", &Plan::bias, &plan));
+  context->set_output(0, to_handle(context, plan.output));
+  return absl::OkStatus();
+}
+
+absl::Status infer_backward(InferenceContext* context) {
+  Plan plan;
+  TF_RETURN_IF_ERROR(infer_and_check(context, "grad_output", &Plan::output, &plan));
+  for (int i = 0; i < 4; ++i) context->set_output(i, context->input(i));
+  context->set_output(4, to_handle(context, plan.bias));
+  return absl::OkStatus();
+}
+
+Shape shape_of(const Tensor& tensor) {
+  const auto sizes = tensor.shape().dim_sizes();
+  return Shape(sizes.begin(), sizes.end());
+}
+
+Workers make_workers(OpKernelContext* context) {
+  const auto* threads = context->device()->tensorflow_cpu_worker_threads();
+  Workers workers;
+  workers.threads = threads->num_threads;
+  workers.schedule = [pool = threads->workers](std::function<void()> work) { pool->Schedule(std::move(work)); };
+  return workers;
+}
+
+// What both ops share: the attributes, and the checks ahead of a kernel.
+class DeformableConv2DOpBase : public OpKernel {
+ public:
+  explicit DeformableConv2DOpBase(OpKernelConstruction* context) : OpKernel(context) {
+    OP_REQUIRES_OK(context, read_attributes(context, &attributes_, &dtype_));
+  }
+
+ protected:
+  // Plans the call and checks the inputs; `fifth` and `wanted` are the last input's name and shape.
+  absl::Status plan(OpKernelContext* context, const char* fifth, Shape Plan::*wanted, Plan* plan) const {
+    const auto check = [&](int index, const char* name, const Shape& shape) {
+      return to_status(check_shape(name, shape_of(context->input(index)), shape));
+    };
+    TF_RETURN_IF_ERROR(
+        to_status(make_plan(attributes_, shape_of(context->input(0)), shape_of(context->input(1)), plan)));
+    TF_RETURN_IF_ERROR(check(2, "offsets", plan->offsets));
+    TF_RETURN_IF_ERROR(check(3, "mask", plan->mask));
+    return check(4, fifth, plan->*wanted);
+  }
+
+  Attributes attributes_;
+  DType dtype_;
+};
+
+class DeformableConv2DOp : public DeformableConv2DOpBase {
+ public:
+  using DeformableConv2DOpBase::DeformableConv2DOpBase;
+
+  void Compute(OpKernelContext* context) override {
+    Plan plan;
+    OP_REQUIRES_OK(context, this->plan(context, "bias", &Plan::bias, &plan));
+    Tensor* output;
+    OP_REQUIRES_OK(context, context->allocate_output(0, TensorShape(plan.output), &output));
+    ForwardBuffers buffers{};
+    buffers.inputs = context->input(0).data();
+    buffers.kernel = context->input(1).data();
+    buffers.offsets = context->input(2).data();
+    buffers.mask = attributes_.has_mask ? context->input(3).data() : nullptr;
+    buffers.bias = attributes_.has_bias ? context->input(4).data() : nullptr;
+    buffers.output = output->data();
+    forward(dtype_, plan.geometry, buffers, make_workers(context));
+  }
+};
+
+class DeformableConv2DGradOp : public DeformableConv2DOpBase {
+ public:
+  using DeformableConv2DOpBase::DeformableConv2DOpBase;
+
+  void Compute(OpKernelContext* context) override {
+    Plan plan;
+    OP_REQUIRES_OK(context, this->plan(context, "grad_output", &Plan::output, &plan));
+    Tensor* gradients[5];
+    for (int i = 0; i < 5; ++i) {
+      const TensorShape shape = i < 4 ? context->input(i).shape() : TensorShape(plan.bias);
+      OP_REQUIRES_OK(context, context->allocate_output(i, shape, &gradients[i]));
+    }
+    BackwardBuffers buffers{};
+    buffers.inputs = context->input(0).data();
+    buffers.kernel = context->input(1).data();
+    buffers.offsets = context->input(2).data();
+    buffers.mask = attributes_.has_mask ? context->input(3).data() : nullptr;
+    buffers.grad_output = context->input(4).data();
+    buffers.grad_inputs = gradients[0]->data();
+    buffers.grad_kernel = gradients[1]->data();
+    buffers.grad_offsets = gradients[2]->data();
+    buffers.grad_mask = attributes_.has_mask ? gradients[3]->data() : nullptr;
+    buffers.grad_bias = attributes_.has_bias ? gradients[4]->data() : nullptr;
+    backward(dtype_, plan.geometry, buffers, make_workers(context));
+  }
+};
+
+}  // namespace
+
+// `A` is the type that sums are taken in: double if `T` is, else float. An absent mask or bias is a tensor of shape
+// (0,), and so is its gradient.
+REGISTER_OP("KerasDas>DeformableConv2D")
+    .Input("inputs: T")
+    .Input("kernel: A")
+    .Input("offsets: A")
+    .Input("mask: A")
+    .Input("bias: A")
+    .Output("output: T")
+    .Attr("T: {half, bfloat16, float, double}")
+    .Attr("A: {float, double}")
+    .Attr("strides: list(int)")
+    .Attr("dilations: list(int)")
+    .Attr("padding: {'SAME', 'EXPLICIT'}")
+    .Attr("explicit_paddings: list(int)")
+    .Attr("offset_groups: int")
+    .Attr("has_mask: bool")
+    .Attr("has_bias: bool")
+    .SetShapeFn(infer_forward);
+
+REGISTER_OP("KerasDas>DeformableConv2DGrad")
+    .Input("inputs: T")
+    .Input("kernel: A")
+    .Input("offsets: A")
+    .Input("mask: A")
+    .Input("grad_output: A")
+    .Output("grad_inputs: A")
+    .Output("grad_kernel: A")
+    .Output("grad_offsets: A")
+    .Output("grad_mask: A")
+    .Output("grad_bias: A")
+    .Attr("T: {half, bfloat16, float, double}")
+    .Attr("A: {float, double}")
+    .Attr("strides: list(int)")
+    .Attr("dilations: list(int)")
+    .Attr("padding: {'SAME', 'EXPLICIT'}")
+    .Attr("explicit_paddings: list(int)")
+    .Attr("offset_groups: int")
+    .Attr("has_mask: bool")
+    .Attr("has_bias: bool")
+    .SetShapeFn(infer_backward);
+
+REGISTER_KERNEL_BUILDER(Name("KerasDas>DeformableConv2D").Device(DEVICE_CPU), DeformableConv2DOp);
+REGISTER_KERNEL_BUILDER(Name("KerasDas>DeformableConv2DGrad").Device(DEVICE_CPU), DeformableConv2DGradOp);
+
+}  // namespace keras_das

@@ -1,0 +1,130 @@
+// The TensorFlow ops inside programs that XLA compiles: each becomes a custom call to its handler in ffi.cc.
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "arguments.h"
+#include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
+#include "tensorflow/compiler/tf2xla/xla_op_registry.h"
+#include "tensorflow/core/framework/op_kernel.h"
+#include "tf_arguments.h"
+#include "xla/hlo/builder/xla_builder.h"
+#include "xla/shape_util.h"
+
+namespace keras_das {
+namespace {
+
+using tensorflow::OpKernelConstruction;
+using tensorflow::XlaOpKernel;
+using tensorflow::XlaOpKernelContext;
+
+std::string to_mlir(const Shape& values) {
+  std::string text = "array<i64";
+  for (size_t i = 0; i < values.size(); ++i) text += (i ? ", " : ": ") + std::to_string(values[i]);
+  return text + ">";
+}
+
+// The attributes as a typed handler reads them: an MLIR dictionary.
+std::string to_mlir(const Attributes& attributes) {
+  const auto flag = [](bool value) { return std::string(value ? "true" : "false"); };
+  return "{strides = " + to_mlir(attributes.strides) + ", dilations = " + to_mlir(attributes.dilations) +
+         ", padding = \"" + attributes.padding + "\"" +
+         ", explicit_paddings = " + to_mlir(attributes.explicit_paddings) +
+         ", offset_groups = " + std::to_string(attributes.offset_groups) + " : i64" +
+         ", has_mask = " + flag(attributes.has_mask) + ", has_bias = " + flag(attributes.has_bias) + "}";
+}
+
+// Row-major, as the kernels read and write.
+xla::Shape to_xla(xla::PrimitiveType type, const Shape& shape) {
+  return xla::ShapeUtil::MakeShapeWithDescendingLayout(type, shape);
+}
+
+using Shapes = std::vector<Shape>;
+
+// What both ops share: the attributes, the checks while compiling, and the call. A kernel may compile two programs at
+// once, so nothing of a call is kept in it.
+class DeformableConv2DXlaOpBase : public XlaOpKernel {
+ public:
+  explicit DeformableConv2DXlaOpBase(OpKernelConstruction* context) : XlaOpKernel(context) {
+    OP_REQUIRES_OK(context, read_attributes(context, &attributes_, &dtype_));
+  }
+
+ protected:
+  // Reads the inputs' shapes, plans the call and checks it; `fifth` and `wanted` are the last input's name and shape.
+  absl::Status plan(XlaOpKernelContext* context, const char* fifth, Shape Plan::*wanted, Shapes* shapes,
+                    Plan* plan) const {
+    for (int i = 0; i < context->num_inputs(); ++i) {
+      const auto shape = context->InputXlaShape(i);
+      TF_RETURN_IF_ERROR(shape.status());
+      if (shape->is_dynamic()) {
+        return absl::UnimplementedError(
+            "The fused deformable convolution takes no XLA tensor of dynamic size; use "
+            "implementation=\"reference\". Received: argument " + std::to_string(i) + " of shape " +
+            shape->ToString());
+      }
+      shapes->emplace_back(shape->dimensions().begin(), shape->dimensions().end());
+    }
+    TF_RETURN_IF_ERROR(to_status(make_plan(attributes_, (*shapes)[0], (*shapes)[1], plan)));
+    TF_RETURN_IF_ERROR(to_status(check_shape("offsets", (*shapes)[2], plan->offsets)));
+    TF_RETURN_IF_ERROR(to_status(check_shape("mask", (*shapes)[3], plan->mask)));
+    return to_status(check_shape(fifth, (*shapes)[4], plan->*wanted));
+  }
+
+  xla::XlaOp custom_call(XlaOpKernelContext* context, const char* target, const Shapes& shapes,
+                         const xla::Shape& result) const {
+    std::vector<xla::XlaOp> operands;
+    std::vector<xla::Shape> operand_shapes;
+    for (int i = 0; i < context->num_inputs(); ++i) {
+      operands.push_back(context->Input(i));
+      operand_shapes.push_back(to_xla(context->input_xla_type(i), shapes[i]));
+    }
+    return xla::CustomCallWithLayout(context->builder(), target, operands, result, operand_shapes,
+                                     to_mlir(attributes_), /*has_side_effect=*/false, /*output_operand_aliasing=*/{},
+                                     /*literal=*/nullptr, xla::CustomCallSchedule::SCHEDULE_NONE,
+                                     xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
+  }
+
+  Attributes attributes_;
+  DType dtype_;
+};
+
+class DeformableConv2DXlaOp : public DeformableConv2DXlaOpBase {
+ public:
+  using DeformableConv2DXlaOpBase::DeformableConv2DXlaOpBase;
+
+  void Compile(XlaOpKernelContext* context) override {
+    Shapes shapes;
+    Plan plan;
+    OP_REQUIRES_OK(context, this->plan(context, "bias", &Plan::bias, &shapes, &plan));
+    const xla::Shape result = to_xla(context->input_xla_type(0), plan.output);
+    context->SetOutput(0, custom_call(context, "keras_das_deformable_conv2d", shapes, result));
+  }
+};
+
+class DeformableConv2DGradXlaOp : public DeformableConv2DXlaOpBase {
+ public:
+  using DeformableConv2DXlaOpBase::DeformableConv2DXlaOpBase;
+
+  void Compile(XlaOpKernelContext* context) override {
+    Shapes shapes;
+    Plan plan;
+    OP_REQUIRES_OK(context, this->plan(context, "grad_output", &Plan::output, &shapes, &plan));
+    const xla::PrimitiveType type = context->input_xla_type(1);
+    std::vector<xla::Shape> results;
+    for (int i = 0; i < 4; ++i) results.push_back(to_xla(type, shapes[i]));
+    results.push_back(to_xla(type, plan.bias));
+    const xla::XlaOp call = custom_call(context, "keras_das_deformable_conv2d_grad", shapes,
+                                        xla::ShapeUtil::MakeTupleShape(results));
+    for (int i = 0; i < 5; ++i) context->SetOutput(i, xla::GetTupleElement(call, i));
+  }
+};
+
+// Not by REGISTER_XLA_OP: TensorFlow turns what that collects into kernels once, when its runtime starts, and this
+// library may be loaded later. The handlers are registered for "Host", so there is no other device.
+REGISTER_KERNEL_BUILDER(Name("KerasDas>DeformableConv2D").Device(tensorflow::DEVICE_CPU_XLA_JIT),
+                        DeformableConv2DXlaOp);
+REGISTER_KERNEL_BUILDER(Name("KerasDas>DeformableConv2DGrad").Device(tensorflow::DEVICE_CPU_XLA_JIT),
+                        DeformableConv2DGradXlaOp);
+
+}  // namespace
+}  // namespace keras_das

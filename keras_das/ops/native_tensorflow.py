@@ -1,0 +1,72 @@
+"""The kernels as TensorFlow ops, and their gradients. Imported by the first call that they serve."""
+
+from typing import Any
+
+import tensorflow as tf
+
+from keras_das.ops import library, reference
+from keras_das.ops.kernel_attributes import Attributes, make_geometry
+
+Tensor = Any
+
+
+def deformable_conv2d(
+    inputs: Tensor, others: tuple[Tensor | None, ...], attributes: Attributes, dtype: str, sums: str
+) -> Tensor:
+    """Calls the op; see `native.deformable_conv2d`.
+
+    Args:
+        inputs: The feature map.
+        others: Kernel, offsets, mask and bias; the last two may be `None`.
+        attributes: Of the op.
+        dtype: Of the result.
+        sums: The dtype that sums are taken in.
+
+    Returns:
+        The output.
+    """
+    given = [tf.zeros([0], sums) if other is None else tf.cast(other, sums) for other in others]
+    ops = library.tensorflow_ops()
+    return ops.keras_das_deformable_conv2d(tf.cast(inputs, dtype), *given, **attributes._asdict())
+
+
+@tf.RegisterGradient("KerasDas>DeformableConv2D")
+def _gradient(op: Any, grad_output: Tensor) -> tuple[Tensor, ...]:
+    inputs, kernel, offsets, mask, _ = op.inputs
+    gradients = library.tensorflow_ops().keras_das_deformable_conv2d_grad(
+        inputs, kernel, offsets, mask, tf.cast(grad_output, kernel.dtype), **_attributes(op)._asdict()
+    )
+    return tf.cast(gradients[0], inputs.dtype), *gradients[1:]
+
+
+@tf.RegisterGradient("KerasDas>DeformableConv2DGrad")
+def _second_gradient(op: Any, *upstream: Tensor) -> tuple[Tensor, ...]:
+    """By the reference, which can be differentiated any number of times."""
+    attributes = _attributes(op)
+    sums = op.inputs[1].dtype
+    given = [tf.cast(tensor, sums) for tensor in op.inputs]
+    with tf.GradientTape() as outer:
+        outer.watch(given)
+        inputs, kernel, offsets, mask, grad_output = given
+        with tf.GradientTape() as inner:
+            inner.watch(given)
+            output = reference.deformable_conv2d(
+                inputs,
+                kernel,
+                offsets,
+                mask if attributes.has_mask else None,
+                None,
+                make_geometry(attributes, inputs.shape[-1], tuple(kernel.shape)),
+                sums.name,
+            )
+        gradients = inner.gradient(output, given[:4], grad_output, unconnected_gradients="zero")
+        if attributes.has_bias:
+            gradients.append(tf.reduce_sum(grad_output, axis=(0, 1, 2)))
+    seconds = outer.gradient(gradients, given, list(upstream[: len(gradients)]), unconnected_gradients="zero")
+    return tf.cast(seconds[0], op.inputs[0].dtype), *seconds[1:]
+
+
+def _attributes(op: Any) -> Attributes:
+    values = {name: op.get_attr(name) for name in Attributes._fields}
+    values["padding"] = tf.compat.as_str(values["padding"])
+    return Attributes(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
