@@ -1,0 +1,120 @@
+"""Times a ResNet-50 at 224x224, batch 8, without gates and with four DAS gates.
+
+    python benchmarks/bench_model.py          # everything: about half an hour on two cores
+    python benchmarks/bench_model.py --mode inference --models none-graph,native-graph --repetitions 5
+
+Training steps and inference, with XLA and without, the gates' convolution from the fused kernels and from
+the reference. The models run in turn, each in a process of its own; a figure is the median of the
+repetitions. All gated models start from the same weights, and their first results are compared. `report.py`
+writes the tables into RESULTS.md.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import shlex
+import sys
+import tempfile
+
+import machine
+import report
+from harness import Failed, OtherLoad, Worker, comma_separated, interleave
+
+MODELS = {
+    f"{gates}-{how}": f"{text}, {'XLA' if how == 'xla' else 'graph'}"
+    for how in ("graph", "xla")
+    for gates, text in {
+        "none": "no gates",
+        "native": "four gates, native",
+        "reference": "four gates, reference",
+    }.items()
+}
+MODES = ("training", "inference")
+BOUND = 1e-3  # worst deviation between gated models' first results, relative to the largest value
+
+
+def main():
+    options = parse_arguments()
+    document = {
+        "benchmark": "model",
+        "command": shlex.join(["python", "benchmarks/bench_model.py", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "threads": options.threads,
+        "machine": machine.describe(),
+        "versions": {},
+        "missing": {},
+        "cells": [cell for mode in options.mode for cell in time_mode(mode, options)],
+    }
+    for cell in document["cells"]:
+        document["versions"][cell["contender"]] = cell.pop("versions", {})
+    report.print_model(document)
+    options.output.write_text(json.dumps(document, indent=1) + "\n")
+    print(f"\nwritten to {options.output}")
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--mode", type=comma_separated(MODES), default=MODES, help=",".join(MODES))
+    add("--models", type=comma_separated(MODELS), default=list(MODELS), help=",".join(MODELS))
+    add("--batch", type=int, default=8)
+    add("--image-size", type=int, default=224)
+    add("--repetitions", type=int, default=15)
+    add("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    add("--output", type=pathlib.Path, default=pathlib.Path(__file__).with_name("model.json"))
+    return parser.parse_args()
+
+
+def time_mode(mode, options) -> list[dict]:
+    """One cell for each model; processes are started afresh, so that memory is this mode's."""
+    cells, workers = {}, []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in options.models:
+            gates, _, how = name.partition("-")
+            cells[name] = {
+                "contender": name,
+                "base": f"none-{how}",
+                "mode": mode,
+                "description": MODELS[name],
+            }
+            try:
+                worker = Worker(name, "model_worker.py", options.threads)
+                workers.append(worker)
+                arguments = {"mode": mode, "batch": options.batch, "image_size": options.image_size}
+                cells[name] |= worker.ask("load", **arguments)
+                compare(worker, os.path.join(folder, f"{'none' if gates == 'none' else 'gated'}.npz"))
+            except Failed as failure:
+                cells[name]["failed"] = str(failure)
+                print(f"without {name}: {failure}", flush=True)
+    ready = [worker for worker in workers if "failed" not in cells[worker.name]]
+    load = OtherLoad(ready)
+    figures, failures = interleave(ready, options.repetitions)
+    cores = load.cores()
+    for worker in workers:
+        cell = cells[worker.name]
+        cell |= {"other_load": cores, **figures.get(worker.name, {})}
+        if worker.name in failures:
+            cell["failed"] = failures[worker.name]
+        elif "failed" not in cell:
+            cell["memory"] = worker.ask("memory")
+        worker.close()
+    print(mode, {name: round(figure["milliseconds"], 1) for name, figure in figures.items()}, flush=True)
+    return list(cells.values())
+
+
+def compare(worker, path):
+    """Raises `Failed` unless a model starts as the first of its kind did."""
+    if not os.path.exists(path):
+        worker.ask("save", path=path)
+        return
+    error = worker.ask("error", path=path)
+    if not error <= BOUND:
+        raise Failed(f"its first results deviate by {error:.1e}, more than {BOUND:.0e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""Times deformable convolution: keras_das against what else there is, all in one run.
+
+    python benchmarks/bench_op.py                                   # everything: about an hour on two cores
+    python benchmarks/bench_op.py --op depthwise --mode forward --shapes 8x56x56x51 --repetitions 5
+    python benchmarks/bench_op.py --contenders native-eager,gather-taps-xla --output /tmp/op.json
+
+Contenders run in turn, each in a process of its own; a figure is the median of the repetitions. First each
+contender's results are compared with float64 NumPy loops on a small problem, and then, on each problem that
+is timed, with one another's. The peers' environments come from benchmarks/environments.sh; one that is
+missing is reported. `report.py` writes the tables into RESULTS.md.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import shlex
+import sys
+import tempfile
+
+import numpy as np
+
+import machine
+import report
+from contenders import CONTENDERS
+from harness import GIVE_BACK, Failed, OtherLoad, Worker, comma_separated, interleave
+from problem import MODES, OPERATIONS, SHAPES, Problem
+
+sys.path.append(str(pathlib.Path(__file__).parents[1]))
+from tests import oracle
+
+# Worst deviation allowed, relative to a tensor's largest value.
+SMALL, SMALL_BOUND = "2x7x6x5", 1e-5
+BOUND = 1e-4  # float32 sums of up to 25,600 terms, each in an order of its own
+
+
+def main():
+    options = parse_arguments()
+    document = {
+        "benchmark": "op",
+        "command": shlex.join(["python", "benchmarks/bench_op.py", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "threads": options.threads,
+        "machine": machine.describe(),
+        "rates": machine.measure_rates(options.threads),
+        "versions": {},
+        "missing": {},
+        "cells": [],
+        "memory": [],
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        workers = start(options, document, folder)
+        for operation in options.op:
+            for mode in options.mode:
+                for shape in options.shapes:
+                    document["cells"] += time_cell(workers, operation, mode, shape, options, folder)
+    for worker in workers:
+        worker.close()
+    document["rates"] = machine.better(document["rates"], machine.measure_rates(options.threads))
+    document["memory"] = measure_memory(options)
+    report.print_op(document)
+    options.output.write_text(json.dumps(document, indent=1) + "\n")
+    print(f"\nwritten to {options.output}")
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    default = [name for name in CONTENDERS if name != "reference-eager"]
+    here = [name for name, contender in CONTENDERS.items() if not contender.environment]
+    add = parser.add_argument
+    add("--op", type=comma_separated(OPERATIONS), default=OPERATIONS, help=",".join(OPERATIONS))
+    add("--mode", type=comma_separated(MODES), default=MODES, help=",".join(MODES))
+    add("--shapes", type=lambda text: text.split(","), default=SHAPES, help="of the inputs: NxHxWxC,...")
+    add("--contenders", type=comma_separated(CONTENDERS), default=default, help=",".join(CONTENDERS))
+    memory_help = f"whose memory to measure: {','.join(here)}"
+    add("--memory", type=comma_separated(here), default=["native-eager"], help=memory_help)
+    add("--no-memory", dest="memory", action="store_const", const=[], help="measure no memory")
+    add("--repetitions", type=int, default=15)
+    add("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    add("--output", type=pathlib.Path, default=pathlib.Path(__file__).with_name("op.json"))
+    return parser.parse_args()
+
+
+def start(options, document, folder) -> list[Worker]:
+    """A worker for each contender that can be reached and that computes what the oracle does."""
+    expected = {operation: write_expected(operation, folder) for operation in options.op}
+    workers = []
+    for name in options.contenders:
+        try:
+            workers.append(start_one(name, options, document, expected))
+        except Failed as failure:
+            document["missing"][name] = str(failure)
+            print(f"without {name}: {failure}", flush=True)
+    return workers
+
+
+def start_one(name, options, document, expected) -> Worker:
+    worker = Worker(name, "op_worker.py", options.threads, CONTENDERS[name].environment)
+    try:
+        document["versions"][name] = worker.ask("load", threads=options.threads)
+        for operation in options.op:
+            for mode in set(options.mode) & set(CONTENDERS[name].modes):
+                worker.ask("prepare", operation=operation, shape=SMALL, mode=mode)
+                check(worker, expected[operation][mode], SMALL_BOUND, "float64 loops")
+    except Failed:
+        worker.close()
+        raise
+    return worker
+
+
+def write_expected(operation, folder) -> dict[str, str]:
+    """The small problem's results for each mode, by the loops that the tests measure everything with."""
+    arrays = dict(Problem(operation, SMALL).arrays)
+    upstream = arrays.pop("grad_output")
+    output = oracle.deformable_conv2d(**arrays, padding="same")
+    gradients = oracle.deformable_conv2d_gradients(upstream, **arrays, padding="same")
+    results = [output, *(gradients[name] for name in ("inputs", "kernel", "offsets", "mask"))]
+    paths = {mode: os.path.join(folder, f"{operation}_{mode}.npz") for mode in MODES}
+    np.savez(paths["forward"], output)
+    np.savez(paths["forward_backward"], *results)
+    return paths
+
+
+def check(worker, path, bound, of):
+    """Raises `Failed` unless the results are those of a file."""
+    error = worker.ask("error", path=path)
+    if not error <= bound:
+        raise Failed(f"its results are not those of {of}: they deviate by {error:.1e}, more than {bound:.0e}")
+
+
+def time_cell(workers, operation, mode, shape, options, folder) -> list[dict]:
+    """One problem for every contender that can do it."""
+    ready, failures = [], {}
+    path = os.path.join(folder, "expected.npz")
+    able = [worker for worker in workers if mode in CONTENDERS[worker.name].modes]
+    # Kernels are measured by the others, not the others by them.
+    for worker in sorted(able, key=lambda worker: CONTENDERS[worker.name].native):
+        try:
+            worker.ask("prepare", operation=operation, shape=shape, mode=mode)
+            if ready:
+                check(worker, path, BOUND, ready[0].name)
+            else:
+                worker.ask("save", path=path)
+            ready.append(worker)
+        except Failed as failure:
+            failures[worker.name] = str(failure)
+    load = OtherLoad(ready)
+    figures, failed = interleave(ready, options.repetitions)
+    cell = {"op": operation, "mode": mode, "shape": shape, "other_load": load.cores()}
+    failures |= failed
+    times = {name: round(figure["milliseconds"], 2) for name, figure in figures.items()}
+    print(operation, mode, shape, times, flush=True)
+    for name, reason in failures.items():
+        print(f"  {name} failed: {reason}", flush=True)
+    return [
+        *({**cell, "contender": name, **figure} for name, figure in figures.items()),
+        *({**cell, "contender": name, "failed": reason} for name, reason in failures.items()),
+    ]
+
+
+def measure_memory(options) -> list[dict]:
+    """Each figure from a process of its own."""
+    rows = []
+    for name in options.memory:
+        for operation in options.op:
+            for mode in options.mode:
+                for shape in options.shapes:
+                    row = {"contender": name, "op": operation, "mode": mode, "shape": shape}
+                    rows.append(row)
+                    worker = Worker(name, "op_worker.py", options.threads, settings=GIVE_BACK)
+                    try:
+                        worker.ask("load", threads=options.threads)
+                        row["bytes"] = worker.ask("memory", operation=operation, shape=shape, mode=mode)
+                    except Failed as failure:
+                        row["failed"] = str(failure)
+                        print(f"memory of {name}, {operation}, {mode}, {shape}: {failure}", flush=True)
+                    worker.close()
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""What is measured. To add a contender: a line in `CONTENDERS`, and a module unless one here already fits.
+
+A module has `VERSIONS`, names of the distributions whose versions are reported, and
+
+    prepare(problem, mode, threads, **options) -> (run, collect)
+
+`run()` computes once and returns when the result is there; it alone is timed. `collect(run())` gives the
+result as NumPy arrays in keras_das' layout: the output and, for mode "forward_backward", then the gradients
+for inputs, kernel, offsets and mask. Layouts are changed ahead of `run` or in `collect`, never in `run`.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Contender:
+    """How to reach a contender."""
+
+    module: str
+    description: str
+    # Where it runs: "" is the environment that the benchmark is started from, else see environments.sh.
+    environment: str = ""
+    modes: tuple[str, ...] = ("forward", "forward_backward")
+    options: dict = field(default_factory=dict)
+
+    @property
+    def native(self) -> bool:
+        """Whether it is what the others are compared with."""
+        return self.options.get("implementation") == "native"
+
+
+def _ours(implementation: str, how: str) -> Contender:
+    options = {"implementation": implementation, "how": how}
+    return Contender("keras_das_op", f"keras_das, {implementation}, {how}", options=options)
+
+
+def _gather(how: str, taps_at_once: bool) -> Contender:
+    form = "all taps at once" if taps_at_once else "tap by tap"
+    options = {"how": how, "taps_at_once": taps_at_once}
+    return Contender("tensorflow_gather", f"tf.gather, {form}, {how}", options=options)
+
+
+FORWARD = ("forward",)
+
+CONTENDERS = {
+    "native-eager": _ours("native", "eager"),
+    "native-graph": _ours("native", "graph"),
+    "native-xla": _ours("native", "xla"),
+    "reference-eager": _ours("reference", "eager"),
+    "reference-graph": _ours("reference", "graph"),
+    "reference-xla": _ours("reference", "xla"),
+    "gather-graph": _gather("graph", taps_at_once=True),
+    "gather-xla": _gather("xla", taps_at_once=True),
+    "gather-taps-xla": _gather("xla", taps_at_once=False),
+    "tfa": Contender("addons", "tensorflow-addons' resampler, graph", environment="tfa"),
+    "torchvision": Contender("torchvision_op", "torchvision, deform_conv2d", environment="torchvision"),
+    "onnxruntime": Contender("onnxruntime_op", "onnxruntime, DeformConv", "onnxruntime", FORWARD),
+    "openvino": Contender("openvino_op", "OpenVINO, DeformableConvolution", "openvino", FORWARD),
+}

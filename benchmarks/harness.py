@@ -1,0 +1,226 @@
+"""Runs contenders, each in a process and an environment of its own, and times them in turn.
+
+The benchmark starts `Worker`s and asks them for things; the worker's script answers with `serve`. Needs the
+standard library alone, for it is imported in every contender's environment.
+"""
+
+import argparse
+import collections
+import ctypes
+import gc
+import importlib.metadata
+import json
+import os
+import pathlib
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+import traceback
+
+HERE = pathlib.Path(__file__).parent
+ENVIRONMENTS = pathlib.Path(os.environ.get("KERAS_DAS_BENCHMARK_ENVS", HERE / ".envs"))
+# So that memory is given back when it is freed; without, a peak shows only what was not kept from earlier.
+GIVE_BACK = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "TF_ENABLE_ONEDNN_OPTS": "0",  # its allocator keeps what it once had
+}
+
+
+class Failed(Exception):
+    """A contender that cannot do what it was asked, and why."""
+
+
+class Worker:
+    """A contender's process."""
+
+    def __init__(self, name, script, threads, environment="", settings=None):
+        """Starts `script NAME` in one of the environments, on that many cores."""
+        self.name = name
+        here = pathlib.Path(sys.executable)
+        python = ENVIRONMENTS / environment / "bin" / "python" if environment else here
+        if not python.exists():
+            raise Failed(f"no {python}; set it up with: benchmarks/environments.sh {environment}")
+        cores = sorted(os.sched_getaffinity(0))[:threads]
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, it lives as long as the process
+        self._process = subprocess.Popen(
+            [python, HERE / script, name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env={
+                **os.environ,
+                "CUDA_VISIBLE_DEVICES": "-1",
+                "KERAS_BACKEND": "tensorflow",
+                "OMP_NUM_THREADS": str(threads),
+                "TF_CPP_MIN_LOG_LEVEL": "2",
+                "TF_NUM_INTRAOP_THREADS": str(threads),
+                **(settings or {}),
+            },
+            preexec_fn=lambda: os.sched_setaffinity(0, cores),
+        )
+
+    def ask(self, method: str, **arguments):
+        """Calls one of the methods that the script serves."""
+        try:
+            print(json.dumps([method, arguments]), file=self._process.stdin, flush=True)
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            self._errors.seek(0)
+            last = "".join(self._errors.readlines()[-3:]).strip()
+            raise Failed(f"the process ended with status {self._process.wait()} during '{method}': {last}")
+        answer = json.loads(line)
+        if "failed" in answer:
+            raise Failed(answer["failed"])
+        return answer["result"]
+
+    def cpu_seconds(self) -> float:
+        """Processor time that it has used, while it runs."""
+        if self._process.poll() is not None:
+            return 0.0  # then os.times() has it
+        fields = pathlib.Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def close(self):
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+        self._errors.close()
+
+
+def comma_separated(known):
+    """A type for argparse: some of the known names."""
+
+    def split(text: str) -> list[str]:
+        chosen = text.split(",")
+        if unknown := [name for name in chosen if name not in known]:
+            raise argparse.ArgumentTypeError(f"unknown: {unknown}; known: {', '.join(known)}")
+        return chosen
+
+    return split
+
+
+def serve(methods: dict):
+    """Answers a `Worker`'s questions until it closes."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print is no answer
+    for line in sys.stdin:
+        method, arguments = json.loads(line)
+        try:
+            answer = {"result": methods[method](**arguments)}
+        except Exception as error:
+            traceback.print_exc()
+            answer = {"failed": _in_one_line(error)}
+        print(json.dumps(answer), file=answers)
+
+
+def _in_one_line(error: Exception) -> str:
+    """What an error says, without the trace that TensorFlow puts ahead and Keras' highlighting."""
+    kind = type(error).__name__
+    said = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).rpartition(f"{kind}: ")[2]
+    return f"{kind}: {textwrap.shorten(said, 400)}"
+
+
+def installed(distributions) -> dict[str, str]:
+    """Versions of those that this environment has."""
+    found = {}
+    for name in distributions:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # One of two names for the same package, such as tensorflow and tensorflow-cpu.
+    return found
+
+
+def time_calls(run, seconds: float) -> list[float]:
+    """Milliseconds of single calls, for that long; if calls are shorter, the first does not count."""
+    times = []
+    elapsed = _time(run)
+    if elapsed >= seconds:
+        times.append(elapsed)
+    while sum(times) < seconds:
+        times.append(_time(run))
+    return [1e3 * t for t in times]
+
+
+def _time(run) -> float:
+    start = time.perf_counter()
+    result = run()
+    elapsed = time.perf_counter() - start
+    del result  # not timed
+    return elapsed
+
+
+def memory_rise(run) -> tuple[int, int]:
+    """How far this process' memory rises while `run` runs, and to what: in bytes. Linux only."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    before = _resident("VmRSS")
+    result = run()
+    peak = _resident("VmHWM")
+    del result
+    return peak - before, peak
+
+
+def _resident(field: str) -> int:
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+
+
+def interleave(workers: list[Worker], repetitions: int, seconds: float = 0.05) -> tuple[dict, dict]:
+    """Times all workers in turn, so that whatever else happens on the machine happens to all.
+
+    Each repetition is the median of calls over `seconds`, or one longer call.
+
+    Returns:
+        By name, the median, lowest and highest repetition in milliseconds; and why workers failed.
+    """
+    times = {worker.name: [] for worker in workers}
+    failures = {}
+    order = collections.deque(workers)
+    for _ in range(repetitions):
+        for worker in tuple(order):
+            time.sleep(0.05)  # until the idle threads of the one before have gone to sleep
+            try:
+                times[worker.name].append(statistics.median(worker.ask("sample", seconds=seconds)))
+            except Failed as failure:
+                failures[worker.name] = str(failure)
+                order.remove(worker)
+        order.rotate(-1)
+    return {name: summarize(values) for name, values in times.items() if name not in failures}, failures
+
+
+def summarize(milliseconds: list[float]) -> dict:
+    return {
+        "milliseconds": statistics.median(milliseconds),
+        "lowest": min(milliseconds),
+        "highest": max(milliseconds),
+        "repetitions": len(milliseconds),
+    }
+
+
+class OtherLoad:
+    """Cores that other processes kept busy while the workers were timed: a figure's quality."""
+
+    def __init__(self, workers: list[Worker]):
+        self._workers = workers
+        self._start = self._now()
+
+    def cores(self) -> float:
+        (busy, ours, then), (busy_before, ours_before, before) = self._now(), self._start
+        return max(0.0, round((busy - busy_before - ours + ours_before) / (then - before), 2))
+
+    def _now(self):
+        fields = [int(f) for f in pathlib.Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        user, nice, system, _idle, _waiting, interrupts, soft, stolen = fields
+        busy = (user + nice + system + interrupts + soft + stolen) / os.sysconf("SC_CLK_TCK")
+        own = os.times()
+        ours = sum(own[:4]) + sum(worker.cpu_seconds() for worker in self._workers)
+        return busy, ours, time.monotonic()

@@ -1,0 +1,70 @@
+"""One contender of bench_model.py in a process of its own: `python model_worker.py NAME`."""
+
+import sys
+
+import numpy as np
+
+import harness
+from problem import largest_error
+
+
+class ModelWorker:
+    """A ResNet-50, with gates or without, compiled by XLA or not; what bench_model.py can ask of it."""
+
+    def __init__(self, name):
+        # "none", "native" or "reference"; "graph" or "xla".
+        self.implementation, self.compiler = name.split("-")
+
+    def load(self, mode, batch, image_size):
+        """Builds the model and takes two steps; the versions of what it runs on."""
+        import keras
+        import keras_das
+
+        keras.utils.set_random_seed(0)  # so that all have the same weights and data
+        base = keras.applications.ResNet50(
+            weights=None, input_shape=(image_size, image_size, 3), classifier_activation=None
+        )
+        model = base
+        if self.implementation != "none":
+            # The paper's gate: at exactly 1, as `identity_init` starts it, it would hide a wrong convolution.
+            model = keras_das.attach_das(base, identity_init=False, implementation=self.implementation)
+        model.compile(
+            keras.optimizers.SGD(1e-3, momentum=0.9),
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            jit_compile=self.compiler == "xla",
+        )
+        generator = np.random.default_rng(0)
+        images = generator.uniform(0, 255, (batch, image_size, image_size, 3)).astype(np.float32)
+        labels = generator.integers(0, 1000, batch)
+        if mode == "inference":
+            self.run = lambda: model.predict_on_batch(images)
+        else:
+            self.run = lambda: np.asarray(model.train_on_batch(images, labels))
+        self.first = self.run()  # logits, or the loss at the weights that all start from
+        self.run()
+        return {
+            "versions": harness.installed(("keras-das", "keras", "tensorflow", "tensorflow-cpu")),
+            "parameters": model.count_params(),
+        }
+
+    def save(self, path):
+        """Writes the first step's result, for others to be compared with."""
+        np.savez(path, self.first)
+
+    def error(self, path):
+        """How far the first step's result is from the one in a file."""
+        with np.load(path) as expected:
+            return largest_error([self.first], expected.values())
+
+    def sample(self, seconds):
+        return harness.time_calls(self.run, seconds)
+
+    def memory(self):
+        """The most memory that the process has while it takes a step, in bytes."""
+        _, peak = harness.memory_rise(self.run)
+        return peak
+
+
+if __name__ == "__main__":
+    worker = ModelWorker(sys.argv[1])
+    harness.serve({name: getattr(worker, name) for name in ("load", "save", "error", "sample", "memory")})

@@ -1,0 +1,68 @@
+"""One contender of bench_op.py in a process of its own: `python op_worker.py NAME`."""
+
+import functools
+import importlib
+import sys
+
+import numpy as np
+
+import harness
+from contenders import CONTENDERS
+from problem import Problem, largest_error
+
+
+class OpWorker:
+    """What bench_op.py can ask for."""
+
+    def __init__(self, contender):
+        self.contender = contender
+
+    def load(self, threads):
+        """Imports the contender; its versions."""
+        self.threads = threads
+        self.module = importlib.import_module(f"contenders.{self.contender.module}")
+        return harness.installed(self.module.VERSIONS)
+
+    def prepare(self, operation, shape, mode):
+        """Sets the contender up for a problem, in place of the one before, and runs it once."""
+        self.run = self.collect = None
+        self.problem, self.mode = Problem(operation, shape), mode
+        self.run, self.collect = self._prepare(self.problem)
+        self.run()
+
+    def save(self, path):
+        """Writes the results, for others to be compared with."""
+        np.savez(path, *self.collect(self.run()))
+
+    def error(self, path):
+        """How far the results are from those in a file."""
+        with np.load(path) as expected:
+            return largest_error(self.collect(self.run()), expected.values())
+
+    def sample(self, seconds):
+        return harness.time_calls(self.run, seconds)
+
+    def memory(self, operation, shape, mode):
+        """Bytes needed at most during a run, beyond the problem's own tensors and the results.
+
+        What a contender keeps from one call to the next counts: only a small problem goes before. Those that
+        compile have to run once before.
+        """
+        self.prepare(operation, "1x4x4x3", mode)
+        if self.contender.options["how"] == "eager":
+            self.problem = Problem(operation, shape)
+            self.run, _ = self._prepare(self.problem)
+        else:
+            self.prepare(operation, shape, mode)
+        rise, _ = harness.memory_rise(self.run)
+        return rise - self.problem.result_bytes(mode)
+
+    def _prepare(self, problem):
+        prepare = functools.partial(self.module.prepare, problem, self.mode, self.threads)
+        return prepare(**self.contender.options)
+
+
+if __name__ == "__main__":
+    worker = OpWorker(CONTENDERS[sys.argv[1]])
+    names = ("load", "prepare", "save", "error", "sample", "memory")
+    harness.serve({name: getattr(worker, name) for name in names})

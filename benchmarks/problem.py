@@ -1,0 +1,114 @@
+"""What is computed: shapes, tensors, and the least work that a machine must do for it.
+
+Needs NumPy alone, for it is imported in every contender's environment.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+OPERATIONS = ("depthwise", "dense")
+MODES = ("forward", "forward_backward")
+# A gate's deformable convolution after each stage of a ResNet-50: eight images at 224x224, one at 640x640.
+SHAPES = (
+    "8x56x56x51",
+    "8x28x28x102",
+    "8x14x14x205",
+    "8x7x7x410",
+    "1x160x160x51",
+    "1x80x80x102",
+    "1x40x40x205",
+    "1x20x20x410",
+)
+TAPS = 9
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A modulated 3x3 deformable convolution: stride 1, same padding, one offset group, no bias.
+
+    `shape` is the input's as text, "NxHxWxC". Tensors are float32 NumPy arrays in keras_das' layout.
+    """
+
+    operation: str
+    shape: str
+    arrays: dict[str, np.ndarray] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        n, h, w, c = self.sizes
+        generator = np.random.default_rng(0)
+        # Odd multiples of 2^-11: no position is a whole pixel, where the gradient jumps, and float32 holds
+        # every position exactly, so that all contenders read the same cells.
+        offsets = (np.floor(generator.normal(0, 2, (n, h, w, TAPS * 2)) * 1024) + 0.5) / 1024
+        kernel_shape = (3, 3, 1 if self.depthwise else c, self.filters)
+        arrays = {
+            "inputs": generator.standard_normal((n, h, w, c)),
+            "kernel": generator.standard_normal(kernel_shape) / np.sqrt(TAPS * kernel_shape[2]),
+            "offsets": offsets,
+            "mask": generator.random((n, h, w, TAPS)),
+            "grad_output": generator.standard_normal((n, h, w, self.filters)),
+        }
+        object.__setattr__(self, "arrays", {name: a.astype(np.float32) for name, a in arrays.items()})
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        n, h, w, c = map(int, self.shape.split("x"))
+        return n, h, w, c
+
+    @property
+    def depthwise(self) -> bool:
+        return self.operation == "depthwise"
+
+    @property
+    def channels(self) -> int:
+        return self.sizes[3]
+
+    @property
+    def filters(self) -> int:
+        return self.channels * (1 if self.depthwise else 5)
+
+    @property
+    def groups(self) -> int:
+        return self.channels if self.depthwise else 1
+
+    def result_bytes(self, mode: str) -> int:
+        """Size of what a run returns: the output, and the gradients with `forward_backward`."""
+        output = self.arrays["grad_output"].nbytes
+        return output if mode == "forward" else output + self._input_bytes()
+
+    def least_bytes(self, mode: str) -> int:
+        """Bytes moved if each pass reads each of its inputs once and writes each of its results once."""
+        output, inputs = self.arrays["grad_output"].nbytes, self._input_bytes()
+        forward = inputs + output
+        backward = inputs + output + inputs
+        return forward if mode == "forward" else forward + backward
+
+    def multiply_adds(self, mode: str) -> int:
+        """Multiply-adds of a pass that stores no columns, so that the backward pass samples again."""
+        n, h, w, c = self.sizes
+        samples = n * h * w * TAPS * c
+        kernel = 1 if self.depthwise else self.filters
+        forward = 4 + kernel  # four corners, then the kernel
+        # The four corners for the kernel's gradient, for those of offsets and mask, and for the input's.
+        backward = 4 + 4 + 4 + 2 * kernel
+        return samples * (forward if mode == "forward" else forward + backward)
+
+    def _input_bytes(self) -> int:
+        return sum(a.nbytes for name, a in self.arrays.items() if name != "grad_output")
+
+
+def channels_first(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(np.moveaxis(array, -1, 1))
+
+
+def channels_last(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(np.moveaxis(array, 1, -1))
+
+
+def largest_error(results, expected) -> float:
+    """The worst deviation in any tensor, relative to the tensor's largest value. NaN anywhere gives NaN."""
+    errors = [
+        np.max(np.abs(np.asarray(result, np.float64) - right)) / np.max(np.abs(right))
+        for result, right in zip(results, expected, strict=True)
+    ]
+    return float(np.max(errors))

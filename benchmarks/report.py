@@ -1,0 +1,185 @@
+"""Turns what the benchmarks wrote into tables.
+
+python benchmarks/report.py [op.json] [model.json]      # writes them into RESULTS.md, between its markers
+"""
+
+import itertools
+import json
+import pathlib
+import statistics
+import sys
+
+from contenders import CONTENDERS
+from problem import Problem
+
+HERE = pathlib.Path(__file__).parent
+TITLES = {"forward": "forward", "forward_backward": "forward and backward"}
+
+
+def print_op(document):
+    print("\n" + "\n".join(op_lines(document)))
+
+
+def print_model(document):
+    print("\n" + "\n".join(model_lines(document)))
+
+
+def op_lines(document) -> list[str]:
+    """Markdown of bench_op.py's results."""
+    lines = [*_setting(document), *_rates(document)]
+    groups = itertools.groupby(document["cells"], key=lambda cell: (cell["op"], cell["mode"]))
+    for (operation, mode), cells in groups:
+        cells = list(cells)
+        for batch in dict.fromkeys(_batch(cell) for cell in cells):
+            of_batch = [cell for cell in cells if _batch(cell) == batch]
+            lines += ["", f"### {operation}, {TITLES[mode]}, batch {batch}", ""]
+            lines += _times(of_batch, operation, mode, document["rates"])
+    lines += _memory(document["memory"])
+    return lines
+
+
+def model_lines(document) -> list[str]:
+    """Markdown of bench_model.py's results."""
+    lines = _setting(document)
+    for mode, cells in itertools.groupby(document["cells"], key=lambda cell: cell["mode"]):
+        by_name = {cell["contender"]: cell for cell in cells}
+        rows = []
+        for cell in by_name.values():
+            took, without = (c.get("milliseconds") for c in (cell, by_name.get(cell["base"], {})))
+            ratio = took / without if took and without else None
+            rows.append(
+                [cell["description"], _number(took), _number(ratio, "x"), _mebibytes(cell.get("memory"))]
+            )
+        heading = ["", "ms", "over the same without gates", "resident at most, MiB"]
+        lines += ["", f"### {mode}", "", *_table(heading, rows), *_failures(by_name.values())]
+    return lines
+
+
+def _times(cells, operation, mode, rates) -> list[str]:
+    """One row a contender, fastest last sum first, then what the machine could do."""
+    shapes = list(dict.fromkeys(cell["shape"] for cell in cells))
+    times = {}
+    for cell in cells:
+        if "milliseconds" in cell:
+            times.setdefault(cell["contender"], {})[cell["shape"]] = cell["milliseconds"]
+    sums = {name: sum(by_shape.values()) for name, by_shape in times.items() if len(by_shape) == len(shapes)}
+    peers = {name: total for name, total in sums.items() if not CONTENDERS[name].native}
+    fastest = min(peers, key=peers.get, default=None)
+    floors = {shape: floor(Problem(operation, shape), mode, rates) for shape in shapes}
+    least = None if None in floors.values() else sum(floors.values())
+
+    rows = []
+    for name in sorted(times, key=lambda name: sums.get(name, float("inf"))):
+        total = sums.get(name)
+        row = [_emphasize(name), *(_number(times[name].get(shape)) for shape in shapes), _number(total)]
+        row.append(_number(peers[fastest] / total if fastest and total else None, "x"))
+        row.append(_number(total / least if least and total else None, "x"))
+        rows.append(row)
+    rows.append(["floor", *(_number(floors[shape]) for shape in shapes), _number(least), "", ""])
+    heading = ["ms", *shapes, "sum", f"times as fast as {fastest or 'the fastest peer'}", "over the floor"]
+    return [*_table(heading, rows), *_failures(cells)]
+
+
+def floor(problem: Problem, mode: str, rates) -> float | None:
+    """Milliseconds that this machine needs at least, or `None` if it could not be measured."""
+    if isinstance(rates, str):
+        return None
+    return 1e3 * max(
+        problem.least_bytes(mode) / rates["copy_bytes_per_second"],
+        problem.multiply_adds(mode) / rates["multiply_adds_per_second"],
+    )
+
+
+def _memory(rows) -> list[str]:
+    if not rows:
+        return []
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    found = {}
+    for row in rows:
+        found.setdefault((row["contender"], row["op"], row["mode"]), {})[row["shape"]] = row.get("bytes")
+    table = [
+        [_emphasize(name), operation, TITLES[mode], *(_mebibytes(by_shape.get(shape)) for shape in shapes)]
+        for (name, operation, mode), by_shape in found.items()
+    ]
+    lines = ["", "### Memory beyond the arguments and the results, at most", ""]
+    return [*lines, *_table(["MiB", "", "", *shapes], table), *_failures(rows)]
+
+
+def _setting(document) -> list[str]:
+    about = document["machine"]
+    versions = {}
+    for found in document["versions"].values():
+        for package, version in found.items():
+            versions.setdefault(package, set()).add(version)
+    listed = ", ".join(f"{package} {' and '.join(sorted(v))}" for package, v in sorted(versions.items()))
+    loads = [cell["other_load"] for cell in document["cells"]] or [0.0]
+    lines = [
+        f"{document['date']}, `{document['command']}`, {document['threads']} threads.",
+        f"{about['processor']}, {about['cores']} cores, {about['memory_gb']} GB, {about['system']}, "
+        f"Python {about['python']}; {listed}.",
+        f"Other processes kept {statistics.median(loads):.2f} cores busy meanwhile "
+        f"({max(loads):.2f} at most).",
+    ]
+    return lines + [f"Without {name}: {reason}" for name, reason in document["missing"].items()]
+
+
+def _rates(document) -> list[str]:
+    rates = document["rates"]
+    if isinstance(rates, str):
+        return [f"The floor is not known: {rates}."]
+    return [
+        f"The machine copies {rates['copy_bytes_per_second'] / 1e9:.1f} GB/s and does "
+        f"{rates['multiply_adds_per_second'] / 1e9:.1f} G float32 multiply-adds a second, as measured here."
+    ]
+
+
+def _failures(cells) -> list[str]:
+    failed = [cell for cell in cells if "failed" in cell]
+    whys = {f"{cell['contender']}, {cell.get('shape', cell['mode'])}, failed: {cell['failed']}" for cell in failed}
+    return [line for why in sorted(whys) for line in ("", why)]
+
+
+def _table(heading, rows) -> list[str]:
+    rules = ["---", *["--:"] * (len(heading) - 1)]
+    return ["| " + " | ".join(map(str, row)) + " |" for row in (heading, rules, *rows)]
+
+
+def _number(value, unit: str = "") -> str:
+    if value is None:
+        return "-"
+    digits = next((digits for digits, least in enumerate((100, 10, 0.1)) if value >= least), 3)
+    return f"{value:.{digits}f}{unit}"
+
+
+def _mebibytes(size) -> str:
+    return "-" if size is None else f"{size / 2**20:.1f}"
+
+
+def _emphasize(name: str) -> str:
+    return f"**{name}**" if CONTENDERS[name].native else name
+
+
+def _batch(cell) -> str:
+    return cell["shape"].split("x")[0]
+
+
+def write(results: pathlib.Path, name: str, lines: list[str]):
+    """Replaces what stands between the markers of that name."""
+    begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->\n"
+    text = results.read_text()
+    if begin not in text or end not in text:
+        raise SystemExit(f"{results} has no markers {begin.strip()} and {end.strip()}")
+    head, tail = text.split(begin)[0], text.split(end)[1]
+    results.write_text(head + begin + "\n" + "\n".join(lines) + "\n\n" + end + tail)
+
+
+def main():
+    paths = [pathlib.Path(path) for path in sys.argv[1:]] or [HERE / "op.json", HERE / "model.json"]
+    for path in paths:
+        document = json.loads(path.read_text())
+        lines = {"op": op_lines, "model": model_lines}[document["benchmark"]](document)
+        write(HERE / "RESULTS.md", document["benchmark"], lines)
+
+
+if __name__ == "__main__":
+    main()
