@@ -12,6 +12,7 @@ import pytest
 
 import keras_das
 from keras_das import cli
+from keras_das.ops import library
 
 
 def _run(code, **environment):
@@ -41,6 +42,23 @@ def test_import_brings_nothing_heavy_along():
         """
     )
     assert set(result.stdout.split()) <= {"keras_das", *sys.stdlib_module_names}, result.stdout
+
+
+def test_import_looks_for_no_library():
+    """Neither for one to load nor for what would build one."""
+    result = _run(
+        """
+        import sys
+        import keras_das
+        from keras_das.ops import library
+        print(*(name for name in sys.modules if name.startswith("keras_das.ops.")))
+        print(*(slot._reason or slot.path for slot in library._SLOTS.values()))
+        """
+    )
+    modules, slots = result.stdout.splitlines()
+    assert "keras_das.ops.library" in modules.split()
+    assert not {"keras_das.ops.builder", "keras_das.ops.native_tensorflow"} & set(modules.split())
+    assert slots == "None None"
 
 
 def test_missing_tensorflow_is_one_clear_error():
@@ -86,9 +104,43 @@ def test_info_as_json(capsys):
     assert sections["Versions"]["keras-das"] == keras_das.__version__
     assert sections["Versions"]["keras"] == keras.__version__
     assert sections["Backend"]["keras backend"] == "tensorflow"
+    reason = library.why_not("tensorflow")
     for context in ("eager", "graph", "XLA"):
         (value,) = (v for k, v in sections["deformable_conv2d"].items() if k.startswith(context))
+        assert value == (f"reference ({reason})" if reason else "native")
+    found = sections["Kernel library"]
+    if reason:
+        assert found["library"] == f"none ({reason})"
+        assert found["key wanted"] == library.target("tensorflow").key
+    else:
+        assert found["key"] == library.target("tensorflow").key
+        assert found["key"] in found["library"]
+        assert found["instruction set"] in ("avx512", "avx2", "baseline")
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "numpy"])
+def test_info_says_why_the_reference_runs(backend, tmp_path):
+    """With nothing built, and under a backend that has no kernels."""
+    result = _run(
+        """
+        import pathlib, sys
+        from keras_das import cli
+from keras_das.ops import library
+        from keras_das.ops import library
+        library._PREBUILT = pathlib.Path("/no/such/folder")
+        sys.exit(cli.main(["info", "--json"]))
+        """,
+        KERAS_BACKEND=backend,
+        KERAS_DAS_CACHE=str(tmp_path / "empty"),
+    )
+    assert result.returncode == 0, result.stderr
+    sections = json.loads(result.stdout)
+    words = {"tensorflow": 'run "keras-das build"', "numpy": "no kernels for Keras"}[backend]
+    assert words in sections["Kernel library"]["library"]
+    assert len(sections["deformable_conv2d"]) == 3
+    for value in sections["deformable_conv2d"].values():
         assert value.startswith("reference (")
+        assert words in value
 
 
 def test_info_as_table(capsys):
