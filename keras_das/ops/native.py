@@ -6,8 +6,8 @@ kernels serve. Nothing of them or of the kernel library is touched before.
 
 import contextlib
 import contextvars
-import importlib
 import sys
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -103,16 +103,24 @@ def deformable_conv2d(
     Returns:
         `(N, Ho, Wo, filters)`.
     """
-    door = importlib.import_module(f"keras_das.ops.native_{keras.backend.backend()}")
+    call: Callable[..., Tensor]
+    if keras.backend.backend() == "jax":
+        from keras_das.ops import native_jax
+
+        call = native_jax.deformable_conv2d
+    else:
+        from keras_das.ops import native_tensorflow
+
+        call = native_tensorflow.deformable_conv2d
     attributes = make_attributes(geometry, mask is not None, bias is not None)
     # All but the inputs have the type that sums are taken in.
     sums = "float64" if dtype == "float64" else "float32"
-    return door.deformable_conv2d(inputs, (kernel, offsets, mask, bias), attributes, dtype, sums)
+    return call(inputs, (kernel, offsets, mask, bias), attributes, dtype, sums)
 
 
 @contextlib.contextmanager
 def reference_only() -> Iterator[None]:
-    """Within it, in this thread, only the reference is taken: for graphs that must run without the kernels."""
+    """Within it, in this thread, only the reference is taken: for graphs to run without the kernels."""
     token = _reference_only.set(True)
     try:
         yield
@@ -129,7 +137,7 @@ def must_be_portable(tensors: Sequence[Tensor | None]) -> bool:
         return True
     if not _is_tracing(tensors):
         return False
-    frame = sys._getframe()
+    frame: types.FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_globals.get("__name__", "").startswith("keras.src.export."):
             return True

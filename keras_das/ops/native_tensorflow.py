@@ -67,6 +67,6 @@ def _second_gradient(op: Any, *upstream: Tensor) -> tuple[Tensor, ...]:
 
 
 def _attributes(op: Any) -> Attributes:
-    values = {name: op.get_attr(name) for name in Attributes._fields}
-    values["padding"] = tf.compat.as_str(values["padding"])
-    return Attributes(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    values = [op.get_attr(name) for name in Attributes._fields]
+    plain = (tf.compat.as_str(value) if isinstance(value, bytes) else value for value in values)
+    return Attributes._make(tuple(value) if isinstance(value, list) else value for value in plain)
