@@ -118,7 +118,7 @@ def build(
         for name in names:
             if name not in library.FRAMEWORKS:
                 raise library.LibraryUnavailable(f"there are no kernels for Keras on {name}")
-            builder.build(library.target(name), library.LOADERS[name], output, force, jobs, _progress)
+            builder.build(library.target(name), output, force, jobs, _progress)
     except (library.LibraryUnavailable, builder.NoCompiler) as error:
         return _complain(error, _CANNOT_BUILD)
     except builder.BuildError as error:

@@ -125,7 +125,6 @@ def test_info_says_why_the_reference_runs(backend, tmp_path):
         """
         import pathlib, sys
         from keras_das import cli
-from keras_das.ops import library
         from keras_das.ops import library
         library._PREBUILT = pathlib.Path("/no/such/folder")
         sys.exit(cli.main(["info", "--json"]))

@@ -12,11 +12,11 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from keras_das.ops import library
 from keras_das.ops.library import Target, Unit
@@ -26,6 +26,11 @@ _LOCK = "lock"
 _UNFINISHED = ".unfinished-"
 _LIBRARY_FOLDER = re.compile(rf"({'|'.join(library.FRAMEWORKS)})-.+-[0-9a-f]{{16}}")
 _LAST_LINES = 20  # of a compiler's complaint
+# In a process of its own: what is loaded cannot be unloaded, and may end the process.
+_TRIALS = {
+    "tensorflow": "import sys, tensorflow; tensorflow.load_op_library(sys.argv[1])",
+    "jax": "import ctypes, sys; ctypes.CDLL(sys.argv[1])",
+}
 
 Report = Callable[[str], None]
 
@@ -62,7 +67,6 @@ def find_compiler() -> list[str]:
 
 def build(
     target: Target,
-    load: Callable[[pathlib.Path], Any],
     root: pathlib.Path | None = None,
     force: bool = False,
     jobs: int | None = None,
@@ -75,7 +79,6 @@ def build(
 
     Args:
         target: What to build.
-        load: Opens the library, as a test; raises LibraryUnavailable if it cannot.
         root: The folder for libraries; `None` takes the user's cache folder.
         force: Build even if the library is there.
         jobs: How many units are compiled at once; `None` takes the number of processors.
@@ -100,7 +103,7 @@ def build(
             if (waited or not force) and (file := _present(target, root)):
                 report(f"Another process has built the kernel library for {target}: {file}")
                 return file
-            return _build(target, load, root / target.folder_name, compiler, jobs or _processors(), report)
+            return _build(target, root / target.folder_name, compiler, jobs or _processors(), report)
     except OSError as error:
         raise BuildError(
             f"{error.filename or root} cannot be written ({error.strerror}); "
@@ -186,7 +189,6 @@ def _remove_unfinished(root: pathlib.Path) -> None:
 
 def _build(
     target: Target,
-    load: Callable[[pathlib.Path], Any],
     folder: pathlib.Path,
     compiler: list[str],
     jobs: int,
@@ -206,10 +208,7 @@ def _build(
         file = made / library.FILE
         _run([*compiler, *map(str, compiled), "-o", str(file), *target.link_flags], "linking")
         _write_record(target, compiler, file)
-        try:
-            load(library.check(made, target))
-        except library.LibraryUnavailable as error:
-            raise BuildError(f"the library was compiled and does not work: {error}") from error
+        _run([sys.executable, "-c", _TRIALS[target.framework], str(file)], "loading the library")
         if folder.exists():
             folder.rename(pathlib.Path(aside, "replaced"))
         made.rename(folder)

@@ -34,6 +34,7 @@ _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *_AVX2)
 _X86_64 = ("x86_64", "AMD64")
 
+_LOADED = "_keras_das_library"  # an attribute of the tensorflow module: the file whose ops it has
 _log = logging.getLogger("keras_das")
 
 
@@ -379,10 +380,17 @@ def load_tensorflow(file: pathlib.Path) -> Any:
     """Opens a checked library as TensorFlow ops; the same file twice gives the same ops."""
     import tensorflow as tf
 
+    # Another copy of keras_das in this process may have loaded another file, which this module cannot know. A
+    # kernel that is registered twice can no longer be called.
+    loaded = getattr(tf, _LOADED, str(file))
+    if loaded != str(file):
+        raise _Broken(f"this process has already loaded another kernel library, {loaded}, besides {file}")
     try:
-        return tf.load_op_library(str(file))
+        ops = tf.load_op_library(str(file))
     except (OSError, RuntimeError, tf.errors.OpError) as error:
         raise _broken(file, f"cannot be loaded ({_first_line(error)})") from error
+    setattr(tf, _LOADED, str(file))
+    return ops
 
 
 def load_jax(file: pathlib.Path) -> ctypes.CDLL:
@@ -397,5 +405,7 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-LOADERS: dict[str, Callable[[pathlib.Path], Any]] = {"tensorflow": load_tensorflow, "jax": load_jax}
-_SLOTS = {name: Slot(functools.partial(target, name), LOADERS[name]) for name in FRAMEWORKS}
+_SLOTS = {
+    "tensorflow": Slot(functools.partial(target, "tensorflow"), load_tensorflow),
+    "jax": Slot(functools.partial(target, "jax"), load_jax),
+}

@@ -64,4 +64,4 @@ def _report(line):
 
 if __name__ == "__main__":
     sources, root = map(pathlib.Path, sys.argv[1:])
-    builder.build(target_of(sources), library.load_jax, root, report=_report)
+    builder.build(target_of(sources), root, report=_report)
