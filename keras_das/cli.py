@@ -42,9 +42,11 @@ def _versions() -> dict[str, str]:
 
 
 def _backend() -> dict[str, str]:
-    devices = keras.distribution.list_devices()
+    backend = keras.backend.backend()
+    # Keras lists devices of these backends only.
+    devices = keras.distribution.list_devices() if backend in ("tensorflow", "jax") else []
     return {
-        "keras backend": keras.backend.backend(),
+        "keras backend": backend,
         "platform": f"{platform.system()} {platform.machine()}",
         "devices": ", ".join(devices) or "none that Keras names",
         "image data format": keras.config.image_data_format(),
