@@ -125,9 +125,9 @@ def to_tensor(array):
     return keras.ops.convert_to_tensor(array, array.dtype.name)
 
 
-def check(case, arrays, dtype, mode, data_format):
+def check(case, arrays, dtype, mode, data_format, implementation):
     arguments, upstream = split_upstream(to_tensors(arrays, data_format))
-    function = functools.partial(call, case=case, data_format=data_format)
+    function = functools.partial(call, case=case, data_format=data_format, implementation=implementation)
     outputs, gradients = AUTODIFF.value_and_gradients(function, arguments, upstream, mode)
     assert keras.backend.standardize_dtype(outputs.dtype) == dtype
     assert_as_expected(
@@ -144,8 +144,8 @@ def check(case, arrays, dtype, mode, data_format):
     [(case, DATA_FORMATS[number % 2]) for number, case in enumerate(COMPILED_CASES)],
     ids=str,
 )
-def test_values_and_gradients(rng, case, data_format):
-    check(case, draw(case, rng), "float32", AUTODIFF.modes[0], data_format)
+def test_values_and_gradients(rng, case, data_format, implementation):
+    check(case, draw(case, rng), "float32", AUTODIFF.modes[0], data_format, implementation)
 
 
 @pytest.mark.parametrize("mode", AUTODIFF.modes)
@@ -153,19 +153,19 @@ def test_values_and_gradients(rng, case, data_format):
     ("dtype", "data_format"),
     [(dtype, DATA_FORMATS[number % 2]) for number, dtype in enumerate(PRECISIONS)],
 )
-def test_dtypes(rng, dtype, mode, data_format):
+def test_dtypes(rng, dtype, mode, data_format, implementation):
     case = Case("", kernel_size=(1, 2), groups=2, offset_groups=2, padding="same", strides=2)
-    check(case, draw(case, rng, dtype), dtype, mode, data_format)
+    check(case, draw(case, rng, dtype), dtype, mode, data_format, implementation)
 
 
-def test_second_order_gradients(rng):
+def test_second_order_gradients(rng, implementation):
     """Against finite differences of the oracle's gradients, in the direction of `directions`."""
     case = Case("", batch=1, image=(4, 5), kernel_size=(1, 2), groups=2, offset_groups=2, padding="same")
     arrays, _ = split_upstream(draw(case, rng, generic=True))
     directions = {
         name: rng.uniform(-1, 1, size=array.shape).astype("float32") for name, array in arrays.items()
     }
-    function = functools.partial(call, case=case)
+    function = functools.partial(call, case=case, implementation=implementation)
     seconds = AUTODIFF.second_order(function, to_tensors(arrays), to_tensors(directions))
 
     def first_order(distance):
@@ -180,17 +180,17 @@ def test_second_order_gradients(rng):
             assert relative_error(to_numpy(second), wanted) < 1e-5, name
 
 
-def test_borders_and_bad_numbers(rng):
+def test_borders_and_bad_numbers(rng, implementation):
     """Whole pixels, both edges, far away and NaN, in one image."""
     case = Case("", kernel_size=(1, 1), image=(8, 8))
     arrays = draw(case, rng)
     special = [-1, 0, 1, 7, 8, -1e9, 1e30, np.inf, 0.5, -0.25]
     arrays["offsets"][:] = rng.choice(special, size=arrays["offsets"].shape)
-    check(case, arrays, "float32", AUTODIFF.modes[0], "channels_last")
+    check(case, arrays, "float32", AUTODIFF.modes[0], "channels_last", implementation)
 
     arrays["offsets"][0, 3, 2, 1] = np.nan
     arguments, _ = split_upstream(to_tensors(arrays))
-    outputs = to_numpy(call(arguments, case))
+    outputs = to_numpy(call(arguments, case, implementation=implementation))
     assert np.isnan(outputs[0, 3, 2]).all()
     assert np.isnan(outputs).sum() == case.filters
 

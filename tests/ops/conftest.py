@@ -5,6 +5,7 @@ import pathlib
 import keras
 import pytest
 
+from keras_das.ops import library
 from tests.ops.op_cases import IMPLEMENTATIONS
 
 # The test modules here drive TensorFlow, but for the one that runs `backend_check.py` on another backend.
@@ -13,7 +14,21 @@ if keras.backend.backend() != "tensorflow":
     collect_ignore = [module.name for module in modules if module.name != "test_backends.py"]
 
 
+@pytest.fixture(scope="session")
+def kernels():
+    """Skips a test of the kernels where none are built; `make test` builds them. Broken ones are an error."""
+    backend = keras.backend.backend()
+    if backend not in library.FRAMEWORKS:
+        pytest.skip(f"there are no kernels for Keras' {backend} backend")
+    reason = library.why_not(backend)
+    if "is not built" in reason or "for Linux only" in reason:
+        pytest.skip(reason)
+    assert not reason
+
+
 @pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request):
     """Each implementation in turn."""
+    if request.param == "native":
+        request.getfixturevalue("kernels")
     return request.param

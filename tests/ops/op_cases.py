@@ -10,8 +10,8 @@ import numpy as np
 from keras_das import ops
 from tests import oracle
 
-# The implementations under test; "native" joins this list.
-IMPLEMENTATIONS = ["reference"]
+# The implementations under test.
+IMPLEMENTATIONS = ["reference", "native"]
 
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
 DATA_FORMATS = ["channels_last", "channels_first"]

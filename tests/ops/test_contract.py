@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 from keras_das import ops
+from keras_das.ops import library
 from tests.ops.op_cases import (
     DATA_FORMATS,
     GRADIENT_BOUND,
@@ -107,7 +108,8 @@ def test_refuses_channels_last_offsets_in_channels_first():
         ops.deformable_conv2d(**arguments, data_format="channels_first")
 
 
-def test_unknown_sizes_are_checked_when_they_are_known():
+@pytest.mark.parametrize("jit_compile", [False, True], ids=["graph", "xla"])
+def test_unknown_sizes_are_checked_when_they_are_known(jit_compile, implementation):
     """Offsets of another image must not be read past their end."""
     case = Case("", padding="same")
     tensors = tensors_of({name: np.zeros(s, "float32") for name, s in case.shapes.items()})
@@ -120,12 +122,21 @@ def test_unknown_sizes_are_checked_when_they_are_known():
         unknown[name] = tf.TensorSpec([None, None, None, arguments[name].shape[-1]], "float32")
     unknown["inputs"] = tf.TensorSpec([None, None, None, case.channels], "float32")
     with pytest.raises((ValueError, tf.errors.InvalidArgumentError)):
-        tf.function(lambda given: call(given, case), input_signature=[unknown])(arguments)
+        tf.function(
+            lambda given: call(given, case, implementation=implementation),
+            input_signature=[unknown],
+            jit_compile=jit_compile,
+            autograph=False,
+        )(arguments)
 
 
-def test_native_says_why_it_cannot():
-    with pytest.raises(RuntimeError, match=r"native.*(librar|build)"):
+def test_native_says_why_it_cannot(monkeypatch):
+    monkeypatch.setattr(library, "why_not", lambda framework: f"no library for {framework}")
+    with pytest.raises(
+        RuntimeError, match=r'"native" cannot be used: no library for tensorflow\. Use "auto"'
+    ):
         ops.deformable_conv2d(**good_arguments(), implementation="native")
+    assert ops.deformable_conv2d(**good_arguments(), implementation="auto").shape == (2, 5, 6, 6)
 
 
 def test_auto_is_the_default(rng):
@@ -221,7 +232,7 @@ def test_symbolic_shapes(size, options, wanted, data_format):
 
 @pytest.mark.parametrize("data_format", DATA_FORMATS)
 @pytest.mark.parametrize("constant_kernel", [False, True], ids=["kernel_input", "kernel_constant"])
-def test_functional_model_round_trip(rng, tmp_path, data_format, constant_kernel):
+def test_functional_model_round_trip(rng, tmp_path, data_format, constant_kernel, implementation):
     case = Case("", padding="same", strides=2, offset_groups=2)
     arrays, _ = split_upstream(draw(case, rng))
     arrays = {name: to_layout(name, a, data_format) for name, a in arrays.items()}
@@ -232,18 +243,18 @@ def test_functional_model_round_trip(rng, tmp_path, data_format, constant_kernel
     if constant_kernel:
         del symbols["kernel"]
     fixed = {"kernel": arrays["kernel"]} if constant_kernel else {}
-    model = keras.Model(symbols, call({**symbols, **fixed}, case, data_format))
+    model = keras.Model(symbols, call({**symbols, **fixed}, case, data_format, implementation))
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     given = {name: arrays[name] for name in symbols}
-    direct = call(arrays, case, data_format)
+    direct = call(arrays, case, data_format, implementation)
     np.testing.assert_array_equal(model(given), direct)
     np.testing.assert_array_equal(loaded(given), direct)
 
 
-def test_inputs_may_be_variables_and_arrays(rng):
+def test_inputs_may_be_variables_and_arrays(rng, implementation):
     case = Case("", padding="same")
     arrays, upstream = split_upstream(draw(case, rng))
-    wanted, _ = run(case, {**arrays, "outputs": upstream})
+    wanted, _ = run(case, {**arrays, "outputs": upstream}, implementation=implementation)
     mixed = {**arrays, "kernel": keras.Variable(arrays["kernel"]), "inputs": tf.Variable(arrays["inputs"])}
-    np.testing.assert_array_equal(call(mixed, case), wanted)
+    np.testing.assert_array_equal(call(mixed, case, implementation=implementation), wanted)

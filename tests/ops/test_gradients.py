@@ -1,5 +1,7 @@
 """First- and second-order gradients against finite differences."""
 
+import functools
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -25,37 +27,58 @@ def test_random_directions_match_finite_differences(rng, implementation):
     assert abs(slope - wanted) <= 1e-8 * scale
 
 
-SECOND = Case("", batch=1, image=(4, 5), kernel_size=(1, 2), groups=2, offset_groups=2, padding="same")
+SECOND = [
+    Case("modulated", batch=1, image=(4, 5), kernel_size=(1, 2), groups=2, offset_groups=2, padding="same"),
+    Case("plain", image=(4, 5), kernel_size=(2, 1), strides=2, modulated=False, use_bias=False),
+]
 
 
-def first_order(arguments, upstream):
+def first_order(arguments, upstream, case, implementation):
     with tf.GradientTape() as tape:
         tape.watch(arguments)
-        loss = tf.reduce_sum(upstream * call(arguments, SECOND))
+        loss = tf.reduce_sum(upstream * call(arguments, case, implementation=implementation))
     return tape.gradient(loss, arguments)
 
 
-def hessian_times(arguments, upstream, directions):
+def hessian_times(arguments, upstream, directions, **how):
     """Gradients of the first gradients' inner product with `directions`."""
     with tf.GradientTape() as tape:
-        tape.watch(arguments)
-        gradients = first_order(arguments, upstream)
+        tape.watch((arguments, upstream))
+        gradients = first_order(arguments, upstream, **how)
         product = tf.add_n([tf.reduce_sum(gradients[name] * directions[name]) for name in directions])
-    return tape.gradient(product, arguments, unconnected_gradients="zero")
+    return tape.gradient(product, {**arguments, "upstream": upstream}, unconnected_gradients="zero")
 
 
 @pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
-def test_second_order_gradients(rng, mode):
-    """The reference's only: fused kernels have no second-order gradient."""
-    arguments, upstream = split_upstream(tensors_of(draw(SECOND, rng, "float64", generic=True)))
+@pytest.mark.parametrize("case", SECOND, ids=str)
+def test_second_order_gradients(rng, case, mode, implementation):
+    """The kernels' own go through the reference."""
+    arguments, upstream = split_upstream(tensors_of(draw(case, rng, "float64", generic=True)))
     directions = {name: tf.constant(rng.uniform(-1, 1, size=a.shape)) for name, a in arguments.items()}
-    seconds = MODES[mode](hessian_times)(arguments, upstream, directions)
+    how = {"case": case, "implementation": implementation}
+    seconds = MODES[mode](functools.partial(hessian_times, **how))(arguments, upstream, directions)
     step = 1e-5
-    ahead, behind = (
-        first_order({name: a + way * step * directions[name] for name, a in arguments.items()}, upstream)
-        for way in (1, -1)
-    )
+    moved = [{name: a + way * step * directions[name] for name, a in arguments.items()} for way in (1, -1)]
+    ahead, behind = (first_order(to, upstream, **how) for to in moved)
+    # How the outputs change in that direction is what the upstream gradient is multiplied with.
+    ahead["upstream"], behind["upstream"] = (call(to, **how) for to in moved)
     for name, second in seconds.items():
         np.testing.assert_allclose(
             second, (ahead[name] - behind[name]) / (2 * step), rtol=1e-6, atol=1e-7, err_msg=name
         )
+
+
+def test_forward_mode(rng, implementation):
+    case = SECOND[0]
+    arguments, _ = split_upstream(tensors_of(draw(case, rng, "float64", generic=True)))
+    directions = {name: tf.constant(rng.uniform(-1, 1, size=a.shape)) for name, a in arguments.items()}
+    names = list(arguments)
+    with tf.autodiff.ForwardAccumulator(
+        [arguments[name] for name in names], [directions[name] for name in names]
+    ) as accumulator:
+        outputs = call(arguments, case, implementation=implementation)
+    ahead, behind = (
+        call({name: a + way * 1e-5 * directions[name] for name, a in arguments.items()}, case)
+        for way in (1, -1)
+    )
+    np.testing.assert_allclose(accumulator.jvp(outputs), (ahead - behind) / 2e-5, rtol=1e-6, atol=1e-7)

@@ -40,15 +40,22 @@ def geometries(draw_from):
 OFFSETS = st.sampled_from([-1e9, -3.0, -1.0, -0.75, -0.5, 0.0, 0.25, 0.5, 1.0, 2.0, 4.5, 1e9])
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    # The fixture is the name of an implementation, which examples may share.
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 @given(
     case=geometries(),
     offsets=st.lists(OFFSETS, min_size=1, max_size=12),
     data_format=st.sampled_from(["channels_last", "channels_first"]),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_any_geometry(case, offsets, data_format, seed):
+def test_any_geometry(implementation, case, offsets, data_format, seed):
     rng = np.random.default_rng(seed)
     tensors = draw(case, rng, "float64")
     tensors["offsets"][:] = rng.choice(offsets, size=tensors["offsets"].shape)
-    assert_as_expected(case, tensors, "float64", *run(case, tensors, data_format=data_format))
+    results = run(case, tensors, data_format=data_format, implementation=implementation)
+    assert_as_expected(case, tensors, "float64", *results)

@@ -1,0 +1,586 @@
+"""The doors to the kernels under TensorFlow: which calls take them, what they refuse, and that all agree."""
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import threading
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_das
+from keras_das.ops import library, native, reference
+from tests.ops.op_cases import DATA_FORMATS, DTYPES, Case, assert_as_expected, call, draw, split_upstream
+from tests.ops.tf_harness import MODES, run, tensors_of, value_and_gradients
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+FORWARD, BACKWARD = "KerasDas>DeformableConv2D", "KerasDas>DeformableConv2DGrad"
+DEPTHWISE = Case("depthwise", image=(9, 8), groups=4, filters=4, padding="same")
+DENSE = Case("dense", image=(9, 8), strides=2, groups=2, offset_groups=2, modulated=False)
+
+
+@pytest.fixture
+def no_reference(monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("this went through the reference")
+
+    monkeypatch.setattr(reference, "deformable_conv2d", refuse)
+
+
+def run_script(script, *arguments, **environment):
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
+        env={**os.environ, **environment},
+        cwd=os.path.dirname(os.path.dirname(os.path.dirname(__file__))),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+# Which calls take the kernels
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
+@pytest.mark.parametrize("data_format", DATA_FORMATS)
+def test_auto_takes_the_kernels(rng, mode, data_format, no_reference):
+    tensors = draw(DEPTHWISE, rng)
+    results = run(DEPTHWISE, tensors, mode, data_format, implementation="auto")
+    assert_as_expected(DEPTHWISE, tensors, "float32", *results)
+
+
+def test_reference_does_not(rng, monkeypatch):
+    monkeypatch.setattr(native, "deformable_conv2d", None)
+    arguments, _ = split_upstream(draw(DEPTHWISE, rng))
+    assert call(arguments, DEPTHWISE, implementation="reference").shape == DEPTHWISE.shapes["outputs"]
+
+
+def test_compiled_programs_hold_the_calls(rng):
+    arguments, upstream = split_upstream(tensors_of(draw(DEPTHWISE, rng)))
+
+    def compute(arguments, upstream):
+        return value_and_gradients(arguments, upstream, case=DEPTHWISE, implementation="auto")
+
+    compiled = tf.function(compute, jit_compile=True)
+    hlo = compiled.experimental_get_compiler_ir(arguments, upstream)(stage="optimized_hlo")
+    for name in ("keras_das_deformable_conv2d", "keras_das_deformable_conv2d_grad"):
+        assert hlo.count(f'custom_call_target="{name}"') == 1, hlo
+
+
+def test_compiled_although_the_runtime_started_without_the_library():
+    """TensorFlow collects XLA's kernels when its runtime starts, which is before the first call here."""
+    found = run_script(
+        """
+        import tensorflow as tf
+        tf.function(lambda x: x + 1, jit_compile=True)(tf.ones(()))
+        import keras_das
+        from keras_das.ops import library
+        assert library.path("tensorflow") is None
+        layer = keras_das.DeformableConv2D(2, 3, implementation="native")
+        print(tf.function(layer, jit_compile=True)(tf.ones((1, 5, 5, 1))).shape)
+        """
+    )
+    assert found.strip() == "(1, 3, 3, 2)"
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16", "float64"])
+@pytest.mark.parametrize("jit_compile", [False, True], ids=["graph", "xla"])
+def test_layers_train_with_the_kernels(rng, policy, jit_compile, no_reference):
+    layers = [
+        keras_das.DASLayer(reduction=0.5, dtype=policy),
+        keras_das.DeformableConv2D(3, 3, offset_initializer="random_normal", dtype=policy),
+    ]
+    model = keras.Sequential([keras.Input((8, 9, 4)), *layers])
+    model.compile("sgd", "mse", jit_compile=jit_compile)
+    before = [np.array(weight) for weight in model.trainable_weights]
+    images, targets = rng.normal(size=(2, 8, 9, 4)), rng.normal(size=(2, 6, 7, 3))
+    assert np.isfinite(model.fit(images, targets, verbose=0).history["loss"][0])
+    for weight, old in zip(model.trainable_weights, before, strict=True):
+        assert np.any(weight != old), weight.path
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_mixed_precision_is_as_near_as_the_reference(rng, policy):
+    images = rng.normal(size=(2, 9, 9, 4))
+    layer = keras_das.DeformableConv2D(3, 3, offset_initializer="random_normal", dtype=policy)
+    layer.build(images.shape)
+    outputs = {}
+    for layer.implementation in ("native", "reference"):
+        outputs[layer.implementation] = np.asarray(layer(images)).astype("float64")
+    ulp = 2.0**-10 if policy == "mixed_float16" else 2.0**-7
+    np.testing.assert_allclose(outputs["native"], outputs["reference"], rtol=ulp, atol=ulp)
+
+
+# Why not
+
+
+class Device:
+    """As much of a `tf.config.LogicalDevice` as is looked at."""
+
+    def __init__(self, device_type):
+        self.device_type = device_type
+
+
+@pytest.fixture
+def with_gpu(monkeypatch):
+    """As if a GPU were there."""
+    monkeypatch.setattr(tf.config, "list_logical_devices", lambda: [Device("CPU"), Device("GPU")])
+
+
+@pytest.mark.parametrize("context", [None, *native.CONTEXTS])
+def test_why_not_answers_without_tensors(context, monkeypatch):
+    assert native.why_not(context) == ""
+    assert native.can_use(context)
+    monkeypatch.setattr(library, "why_not", lambda framework: "it is Sunday")
+    assert native.why_not(context) == "it is Sunday"
+    assert not native.can_use(context)
+    with pytest.raises(RuntimeError, match='implementation="native" cannot be used: it is Sunday'):
+        native.can_use(context, raise_error=True)
+
+
+def test_why_not_knows_contexts_and_dtypes():
+    with pytest.raises(ValueError, match=r"`context` must be one of .* Received: context='jit'"):
+        native.why_not("jit")
+    assert "float8" in native.why_not(dtype="float8_e4m3fn")
+    assert all(native.can_use(dtype=dtype) for dtype in DTYPES)
+
+
+def test_other_backends_have_none(monkeypatch):
+    monkeypatch.setattr(keras.backend, "backend", lambda: "torch")
+    assert native.why_not() == "there are no kernels for Keras' torch backend"
+
+
+@pytest.mark.parametrize("mode", ["graph", "xla"])
+def test_graphs_go_where_the_gpu_is(rng, mode, with_gpu):
+    arguments, _ = split_upstream(tensors_of(draw(DEPTHWISE, rng)))
+
+    def on_cpu(arguments):
+        with tf.device("CPU:0"):
+            return call(arguments, DEPTHWISE, implementation="native")
+
+    def anywhere(arguments):
+        return call(arguments, DEPTHWISE, implementation="native")
+
+    assert MODES[mode](on_cpu)(arguments).shape == DEPTHWISE.shapes["outputs"]
+    with pytest.raises(RuntimeError, match="kernels run on the CPU only, and there is a GPU"):
+        MODES[mode](anywhere)(arguments)
+
+
+class Placed:
+    """A tensor somewhere, as far as a placement check sees."""
+
+    def __init__(self, device):
+        self.device = f"/job:localhost/replica:0/task:0/device:{device}"
+
+
+def test_eager_tensors_are_asked_where_they_are(with_gpu):
+    assert native.can_use(tensors=[Placed("CPU:0"), None, Placed("CPU:1")])
+    assert "CPU only, and this would run on /job" in native.why_not(
+        tensors=[Placed("CPU:0"), Placed("GPU:1")]
+    )
+
+
+# All doors give the same bits
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [DEPTHWISE, DENSE], ids=str)
+def test_eager_graph_and_xla_agree_to_the_bit(rng, case, dtype):
+    tensors = draw(case, rng, dtype)
+    outputs, gradients = run(case, tensors, "eager", implementation="native")
+    for mode in ("graph", "xla"):
+        others, other_gradients = run(case, tensors, mode, implementation="native")
+        np.testing.assert_array_equal(others, outputs, err_msg=mode)
+        for name, gradient in gradients.items():
+            np.testing.assert_array_equal(other_gradients[name], gradient, err_msg=f"{mode} {name}")
+
+
+THREADS = """
+import hashlib, sys
+import numpy as np
+import tensorflow as tf
+
+tf.config.threading.set_intra_op_parallelism_threads(int(sys.argv[1]))
+from tests.ops.op_cases import Case, draw
+from tests.ops.tf_harness import run
+
+for case in (
+    Case("", batch=3, image=(24, 23), channels=20, filters=20, groups=20, padding="same", offset_groups=2),
+    Case("", batch=3, image=(24, 23), channels=20, filters=24, groups=2, padding="same"),
+):
+    tensors = draw(case, np.random.default_rng(int(sys.argv[2])))
+    for mode in ("eager", "xla"):
+        outputs, gradients = run(case, tensors, mode, implementation="native")
+        for name, array in {**gradients, "outputs": outputs}.items():
+            print(mode, name, hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest())
+"""
+
+
+def test_any_number_of_threads_gives_the_same_bits(rng):
+    seed = rng.integers(2**31)
+    alone = run_script(THREADS, 1, seed)
+    assert alone.count("eager outputs") == alone.count("xla outputs") == 2
+    assert run_script(THREADS, 2, seed) == alone
+    assert run_script(THREADS, 5, seed) == alone
+    assert run_script(THREADS, 1, seed + 1) != alone
+
+
+def test_unaligned_tensors(rng):
+    """Slices of a tensor share its memory, and begin anywhere."""
+    case = Case("", batch=1, image=(5, 7), channels=3, filters=3, kernel_size=(1, 1), groups=3)
+    tensors = draw(case, rng)
+    padded = {name: np.concatenate([array[:1], array]) for name, array in tensors.items()}
+    del padded["kernel"]
+    padded["bias"] = tensors["bias"]
+    arguments, upstream = split_upstream(
+        {name: tf.constant(padded.get(name, tensors[name])) for name in tensors}
+    )
+
+    @tf.function
+    def compute(arguments, upstream):
+        whole = ("kernel", "bias")
+        parts = {name: a if name in whole else tf.split(a, 2)[1] for name, a in arguments.items()}
+        return value_and_gradients(parts, tf.split(upstream, 2)[1], case=case, implementation="native")
+
+    outputs, gradients = compute(arguments, upstream)
+    assert_as_expected(case, tensors, "float32", outputs, gradients)
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("names", [["offsets"], ["bias"], ["mask", "inputs"], ["kernel"]], ids="+".join)
+@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
+def test_gradients_of_some_arguments(rng, names, mode):
+    tensors = draw(DEPTHWISE, rng)
+    _, whole = run(DEPTHWISE, tensors, implementation="native")
+    arguments, upstream = split_upstream(tensors_of(tensors))
+
+    def compute(arguments, upstream):
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch([arguments[name] for name in names])
+            outputs = call(arguments, DEPTHWISE, implementation="native")
+        return tape.gradient(outputs, {name: arguments[name] for name in names}, upstream)
+
+    for name, gradient in MODES[mode](compute)(arguments, upstream).items():
+        np.testing.assert_array_equal(gradient, whole[name], err_msg=name)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True], ids=["graph", "xla"])
+def test_gradients_through_a_loop(rng, jit_compile):
+    case = Case("", filters=4, padding="same")
+    arguments, upstream = split_upstream(tensors_of(draw(case, rng, "float64")))
+
+    def compute(arguments, upstream, implementation, loop):
+        def step(x):
+            return call({**arguments, "inputs": x}, case, implementation=implementation)
+
+        with tf.GradientTape() as tape:
+            tape.watch(arguments)
+            x = arguments["inputs"]
+            if loop:
+                (x,) = tf.while_loop(lambda x: True, lambda x: (step(x),), (x,), maximum_iterations=3)
+            else:
+                x = step(step(step(x)))
+        return tape.gradient(x, arguments, upstream)
+
+    looped = tf.function(compute, jit_compile=jit_compile, autograph=False)
+    gradients = looped(arguments, upstream, "native", True)
+    for name, wanted in compute(arguments, upstream, "reference", False).items():
+        np.testing.assert_allclose(gradients[name], wanted, rtol=1e-9, atol=1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize("batch", [0, 2])
+def test_second_order_of_half_types(rng, batch):
+    """Each second gradient has its argument's dtype, an empty batch's too."""
+    case = Case("", batch=batch, image=(4, 5), kernel_size=(1, 2))
+    arguments, upstream = split_upstream(tensors_of(draw(case, rng, "bfloat16")))
+    with tf.GradientTape() as tape:
+        tape.watch(arguments)
+        _, gradients = value_and_gradients(arguments, upstream, case=case, implementation="native")
+        product = tf.add_n([tf.reduce_sum(tf.cast(g, "float32") ** 2) for g in gradients.values()])
+    seconds = tape.gradient(product, arguments, unconnected_gradients="zero")
+    for name, second in seconds.items():
+        assert second.dtype == arguments[name].dtype, name
+        assert second.shape == arguments[name].shape, name
+    assert (np.abs(np.asarray(seconds["kernel"], "float32")).max() > 0) == (batch > 0)
+
+
+REPLICAS = """
+import sys
+import keras, numpy as np, tensorflow as tf
+
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+import keras_das
+
+rng = np.random.default_rng(0)
+images, targets = rng.normal(size=(8, 9, 9, 4)).astype("float32"), rng.normal(size=(8, 7, 7, 3))
+weights = {}
+for implementation in ("native", "reference"):
+    keras.utils.set_random_seed(0)
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    assert strategy.num_replicas_in_sync == 2
+    with strategy.scope():
+        model = keras.Sequential([
+            keras.Input((9, 9, 4)),
+            keras_das.DASLayer(reduction=0.5, implementation=implementation),
+            keras_das.DeformableConv2D(3, 3, implementation=implementation),
+        ])
+        model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=False)
+    model.fit(images, targets, batch_size=4, epochs=2, shuffle=False, verbose=0)
+    weights[implementation] = model.get_weights()
+for one, other in zip(weights["native"], weights["reference"], strict=True):
+    np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
+print("the same")
+"""
+
+
+def test_replicas_train_as_with_the_reference():
+    assert run_script(REPLICAS).strip().endswith("the same")
+
+
+# The ops themselves, as anyone may call them
+
+
+def zeros(*shape, dtype="float32"):
+    return np.zeros(shape, dtype)
+
+
+def op_arguments(gradient):
+    """A call of the forward or the gradient op that works: 3x3 over (2, 7, 8, 4) with six filters."""
+    given = {
+        "inputs": zeros(2, 7, 8, 4),
+        "kernel": zeros(3, 3, 4, 6),
+        "offsets": zeros(2, 5, 6, 18),
+        "mask": zeros(2, 5, 6, 9),
+    }
+    given["grad_output" if gradient else "bias"] = zeros(2, 5, 6, 6) if gradient else zeros(6)
+    attributes = {
+        "strides": [1, 1],
+        "dilations": [1, 1],
+        "padding": "EXPLICIT",
+        "explicit_paddings": [0, 0, 0, 0],
+        "offset_groups": 1,
+        "has_mask": True,
+        "has_bias": True,
+    }
+    return given, attributes
+
+
+def call_op(given, attributes, gradient, mode):
+    """`mode` "graph" and "xla" hide every shape from the graph, so that only the kernel can see them."""
+    ops = library.tensorflow_ops()
+    op = ops.keras_das_deformable_conv2d_grad if gradient else ops.keras_das_deformable_conv2d
+    if mode == "eager":
+        return op(**given, **attributes)
+    hidden = {name: tf.TensorSpec(None, tensor.dtype) for name, tensor in given.items()}
+    return MODES[mode](lambda given: op(**given, **attributes), input_signature=[hidden])(given)
+
+
+BOTH = {
+    "inputs_rank": ({"inputs": zeros(7, 8, 4)}, "`inputs`.*rank 4.*7, 8, 4"),
+    "inputs_scalar": ({"inputs": zeros()}, "`inputs`.*rank 4"),
+    "kernel_rank": ({"kernel": zeros(3, 3, 4)}, "`kernel`.*rank 4.*3, 3, 4"),
+    "kernel_depth": ({"kernel": zeros(3, 3, 3, 6)}, "`kernel`.*3, 3, 3, 6"),
+    "kernel_filters": ({"kernel": zeros(3, 3, 1, 6)}, "`kernel`.*3, 3, 1, 6"),
+    "kernel_empty": ({"kernel": zeros(0, 3, 4, 6)}, "`kernel`.*0, 3, 4, 6"),
+    "kernel_larger": ({"kernel": zeros(9, 3, 4, 6)}, "`kernel`.*9, 3, 4, 6"),
+    "channels": ({"inputs": zeros(2, 7, 8, 0)}, "`inputs`.*2, 7, 8, 0"),
+    "offsets_rank": ({"offsets": zeros(2, 5, 6)}, r"`offsets`.*\(2, 5, 6, 18\).*\(2, 5, 6\)"),
+    "offsets_depth": ({"offsets": zeros(2, 5, 6, 9)}, r"`offsets`.*\(2, 5, 6, 18\).*\(2, 5, 6, 9\)"),
+    "offsets_space": ({"offsets": zeros(2, 6, 5, 18)}, r"`offsets`.*\(2, 6, 5, 18\)"),
+    "offsets_batch": ({"offsets": zeros(1, 5, 6, 18)}, r"`offsets`.*\(1, 5, 6, 18\)"),
+    "offsets_empty": ({"offsets": zeros(0)}, r"`offsets`.*\(0,\)"),
+    "mask_depth": ({"mask": zeros(2, 5, 6, 18)}, r"`mask`.*\(2, 5, 6, 9\).*\(2, 5, 6, 18\)"),
+    "mask_missing": ({"mask": zeros(0)}, r"`mask`.*\(2, 5, 6, 9\).*\(0,\)"),
+    "mask_unasked": ({"has_mask": False}, r"`mask`.*\(0,\).*\(2, 5, 6, 9\)"),
+    "strides_one": ({"strides": [1]}, r"`strides`.*2 integers.*\(1,\)"),
+    "strides_none": ({"strides": []}, r"`strides`.*2 integers"),
+    "strides_zero": ({"strides": [1, 0]}, "`strides`.*positive.*1, 0"),
+    "strides_huge": ({"strides": [2**62, 1]}, "`strides`.*4611686018427387904"),
+    "dilations_three": ({"dilations": [1, 1, 1]}, r"`dilations`.*2 integers.*\(1, 1, 1\)"),
+    "dilations_negative": ({"dilations": [-1, 1]}, "`dilation_rate`.*-1, 1"),
+    "dilations_huge": ({"dilations": [2**62, 2**62]}, "`dilation_rate`.*4611686018427387904"),
+    "paddings_two": ({"explicit_paddings": [1, 1]}, r"`explicit_paddings`.*4 integers.*\(1, 1\)"),
+    "paddings_negative": ({"explicit_paddings": [0, -1, 0, 0]}, "`padding`.*0, -1, 0, 0"),
+    "paddings_huge": ({"explicit_paddings": [2**62] * 4}, "`padding`.*4611686018427387904"),
+    "padding_name": ({"padding": "FULL"}, "padding"),
+    "offset_groups_zero": ({"offset_groups": 0}, "`offset_groups`.*0"),
+    "offset_groups_indivisible": ({"offset_groups": 3}, "`offset_groups`.*3"),
+}
+FORWARD_ONLY = {
+    "bias_size": ({"bias": zeros(5)}, r"`bias`.*\(6,\).*\(5,\)"),
+    "bias_rank": ({"bias": zeros(1, 6)}, r"`bias`.*\(6,\).*\(1, 6\)"),
+    "bias_missing": ({"bias": zeros(0)}, r"`bias`.*\(6,\).*\(0,\)"),
+    "bias_unasked": ({"has_bias": False}, r"`bias`.*\(0,\).*\(6,\)"),
+}
+GRADIENT_ONLY = {
+    "grad_output_space": (
+        {"grad_output": zeros(2, 7, 8, 6)},
+        r"`grad_output`.*\(2, 5, 6, 6\).*\(2, 7, 8, 6\)",
+    ),
+    "grad_output_depth": ({"grad_output": zeros(2, 5, 6, 4)}, r"`grad_output`.*\(2, 5, 6, 4\)"),
+    "grad_output_rank": ({"grad_output": zeros(2, 5, 36)}, r"`grad_output`.*\(2, 5, 36\)"),
+}
+WRONG = [
+    *(pytest.param(False, *wrong, id=f"forward-{name}") for name, wrong in {**BOTH, **FORWARD_ONLY}.items()),
+    *(pytest.param(True, *wrong, id=f"gradient-{name}") for name, wrong in {**BOTH, **GRADIENT_ONLY}.items()),
+]
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
+@pytest.mark.parametrize(("gradient", "wrong", "message"), WRONG)
+def test_ops_refuse_by_name(gradient, wrong, message, mode):
+    given, attributes = op_arguments(gradient)
+    given.update({name: value for name, value in wrong.items() if name in given})
+    attributes.update({name: value for name, value in wrong.items() if name in attributes})
+    # What a graph sees of it while it is built is a ValueError.
+    early = () if mode == "eager" else (ValueError,)
+    with pytest.raises((tf.errors.InvalidArgumentError, *early)) as caught:
+        call_op(given, attributes, gradient, mode)
+    assert_matches(message, str(caught.value))
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
+@pytest.mark.parametrize(
+    ("inputs", "kernel", "message"),
+    [("int32", "float32", "int32"), ("float64", "float32", "T=DT_DOUBLE, A=DT_FLOAT")],
+)
+def test_ops_refuse_dtypes(inputs, kernel, message, gradient, mode):
+    given, attributes = op_arguments(gradient)
+    given = {name: tf.constant(a, inputs if name == "inputs" else kernel) for name, a in given.items()}
+    with pytest.raises((tf.errors.InvalidArgumentError, ValueError, TypeError), match=message):
+        call_op(given, attributes, gradient, mode)
+
+
+def assert_matches(pattern, text):
+    assert re.search(pattern, text, re.DOTALL), f"{pattern!r} is not in: {text}"
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
+@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
+def test_ops_take_what_is_right(gradient, mode):
+    given, attributes = op_arguments(gradient)
+    outputs = call_op(given, attributes, gradient, mode)
+    found = [tensor.shape for tensor in outputs] if gradient else outputs.shape
+    kept = [given[name].shape for name in ("inputs", "kernel", "offsets", "mask")]
+    assert found == ([*kept, (6,)] if gradient else (2, 5, 6, 6))
+
+
+UNKNOWN = {
+    "all": ({}, (2, 5, 6, 6)),
+    "batch": ({"inputs": (None, 7, 8, 4)}, (None, 5, 6, 6)),
+    "height": ({"inputs": (2, None, 8, 4)}, (2, None, 6, 6)),
+    "space": ({"inputs": (None, None, None, 4)}, (None, None, None, 6)),
+    "channels": ({"inputs": (2, 7, 8, None)}, (2, None, None, 6)),
+    "inputs": ({"inputs": None}, (None, None, None, 6)),
+    "filters": ({"kernel": (3, 3, 4, None)}, (2, None, None, None)),
+    "kernel": ({"kernel": None}, (2, None, None, None)),
+}
+
+
+@pytest.mark.parametrize(("hidden", "wanted"), UNKNOWN.values(), ids=UNKNOWN)
+def test_shapes_are_inferred(hidden, wanted):
+    given, attributes = op_arguments(gradient=False)
+    shapes = {name: hidden.get(name, tensor.shape) for name, tensor in given.items()}
+    signature = {name: tf.TensorSpec(shape, "float32") for name, shape in shapes.items()}
+    op = library.tensorflow_ops().keras_das_deformable_conv2d
+    traced = tf.function(lambda given: op(**given, **attributes), input_signature=[signature])
+    assert traced.get_concrete_function().output_shapes.as_list() == list(wanted)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "message"),
+    [
+        ({"offsets": (None, None, None, 9)}, r"`offsets`.*\(2, 5, 6, 18\).*\(\?, \?, \?, 9\)"),
+        ({"inputs": (None, None, 8, 4), "mask": (2, 5, 7, 9)}, r"`mask`.*\(\?, \?, 6, 9\).*\(2, 5, 7, 9\)"),
+        ({"inputs": (2, None, 2, 4)}, "`kernel`.*not be larger"),
+        ({"inputs": None, "bias": (5,)}, r"`bias`.*\(6,\).*\(5,\)"),
+        ({"inputs": (None, 8, 4)}, "`inputs`.*rank 4"),
+        ({"inputs": (None, None, None, 6)}, "`kernel`"),
+    ],
+)
+def test_graphs_refuse_what_they_can_see(hidden, message):
+    given, attributes = op_arguments(gradient=False)
+    shapes = {name: hidden.get(name, tensor.shape) for name, tensor in given.items()}
+    signature = {name: tf.TensorSpec(shape, "float32") for name, shape in shapes.items()}
+    op = library.tensorflow_ops().keras_das_deformable_conv2d
+    traced = tf.function(lambda given: op(**given, **attributes), input_signature=[signature])
+    with pytest.raises(ValueError, match=message):
+        traced.get_concrete_function()
+
+
+# Exports
+
+
+@pytest.mark.parametrize("implementation", ["auto", "native"])
+@pytest.mark.parametrize("how", ["keras_das.export", "model.export"])
+def test_exports_hold_no_kernel(rng, tmp_path, how, implementation):
+    model = keras.Sequential(
+        [keras.Input((None, None, 4)), keras_das.DASLayer(implementation=implementation)]
+    )
+    images = rng.normal(size=(2, 8, 7, 4)).astype("float32")
+    wanted = model.predict(images, verbose=0)  # traces the model with the kernels
+    if how == "model.export":
+        model.export(str(tmp_path / "model"), verbose=False)
+    else:
+        keras_das.export(model, tmp_path / "model")
+    assert custom_operations(tmp_path / "model") == []
+    served = tf.saved_model.load(tmp_path / "model")
+    np.testing.assert_allclose(served.serve(images), wanted, rtol=1e-5, atol=1e-6)
+    assert operations(lambda: call_layer(model, images)) >= {FORWARD}  # and the kernels are back
+
+
+def custom_operations(folder):
+    return sys.modules["keras_das.export"].custom_operations(folder)
+
+
+def call_layer(model, images):
+    return model(tf.constant(images))
+
+
+def operations(function):
+    """The operations in a graph of `function`."""
+    graph = tf.function(function, autograph=False).get_concrete_function().graph
+    definition = graph.as_graph_def()
+    nodes = [*definition.node, *(n for f in definition.library.function for n in f.node_def)]
+    return {node.op for node in nodes}
+
+
+def test_reference_only_is_a_thread_s_own(rng):
+    arguments, _ = split_upstream(tensors_of(draw(DEPTHWISE, rng)))
+    found = {}
+
+    def look(name):
+        found[name] = FORWARD in operations(lambda: call(arguments, DEPTHWISE, implementation="native"))
+
+    with native.reference_only():
+        look("within")
+        other = threading.Thread(target=look, args=("elsewhere",))
+        other.start()
+        other.join()
+        with native.reference_only():
+            pass
+        look("still within")
+    look("after")
+    assert found == {"within": False, "elsewhere": True, "still within": False, "after": True}
+
+
+def test_reference_only_ends_with_an_error():
+    def leave():
+        with native.reference_only():
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        leave()
+    assert not native.must_be_portable([])
