@@ -6,6 +6,10 @@ pytest does not collect this file by itself; `test_backends.py` runs it for JAX.
 """
 
 import functools
+import os
+import pathlib
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -214,3 +218,123 @@ def test_dtypes_of_arrays():
     arguments["inputs"] = arguments["inputs"].astype(numpy_dtype("float16"))
     outputs = call(arguments, case)
     assert keras.backend.standardize_dtype(outputs.dtype) == keras.backend.result_type("float16", "float32")
+
+
+jax_only = pytest.mark.skipif(BACKEND != "jax", reason="of JAX alone")
+
+
+@jax_only
+def test_compiled_programs_hold_the_kernels(rng, kernels):
+    import jax
+
+    case = Case("", padding="same")
+    arguments, upstream = split_upstream(to_tensors(draw(case, rng)))
+    function = functools.partial(call, case=case, implementation="auto")
+    text = jax.jit(lambda a, u: jax.vjp(function, a)[1](u)).lower(arguments, upstream).as_text()
+    assert text.count("custom_call @keras_das_deformable_conv2d_grad(") == 1
+    text = jax.jit(function).lower(arguments).as_text()
+    assert text.count("custom_call @keras_das_deformable_conv2d(") == 1
+
+
+@jax_only
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_compiled_or_not_gives_the_same_bits(rng, dtype, kernels):
+    case = Case("", padding="same", groups=2, offset_groups=2)
+    arguments, upstream = split_upstream(to_tensors(draw(case, rng, dtype)))
+    function = functools.partial(call, case=case, implementation="native")
+    eager, compiled = (
+        AUTODIFF.value_and_gradients(function, arguments, upstream, mode) for mode in ("eager", "jit")
+    )
+    np.testing.assert_array_equal(to_numpy(compiled[0]), to_numpy(eager[0]))
+    for name, gradient in eager[1].items():
+        np.testing.assert_array_equal(to_numpy(compiled[1][name]), to_numpy(gradient), err_msg=name)
+
+
+@jax_only
+@pytest.mark.parametrize("mode", ["eager", "jit"])
+def test_vectorized(rng, mode, kernels):
+    """`vmap` over feature maps, offsets and masks, with one kernel for all."""
+    import jax
+
+    case = Case("", padding="same", use_bias=False)
+    drawn = [draw(case, rng) for _ in range(3)]
+    stacked = {name: np.stack([tensors[name] for tensors in drawn]) for name in drawn[0]}
+    stacked["kernel"] = drawn[0]["kernel"]
+    arguments, upstream = split_upstream(to_tensors(stacked))
+    axes = {name: None if name == "kernel" else 0 for name in arguments}
+
+    def compute(arguments, upstream):
+        outputs, pull_back = jax.vjp(functools.partial(call, case=case, implementation="native"), arguments)
+        return outputs, pull_back(upstream)[0]
+
+    compute = jax.vmap(compute, in_axes=(axes, 0))
+    outputs, gradients = (jax.jit(compute) if mode == "jit" else compute)(arguments, upstream)
+    for number, tensors in enumerate(drawn):
+        tensors = {**tensors, "kernel": drawn[0]["kernel"]}
+        alone = {name: to_numpy(gradient[number]) for name, gradient in gradients.items()}
+        assert_as_expected(case, tensors, "float32", to_numpy(outputs[number]), alone)
+
+
+@jax_only
+def test_full_precision(kernels):
+    """float64 needs JAX's x64, which a process has from its start or not at all."""
+    script = """
+import keras, numpy as np
+from tests.ops.op_cases import Case, assert_as_expected, call, draw, split_upstream
+import jax
+case = Case("", padding="same", groups=2, offset_groups=2)
+tensors = draw(case, np.random.default_rng(0), "float64")
+arguments, upstream = split_upstream({name: jax.numpy.asarray(a) for name, a in tensors.items()})
+outputs, pull_back = jax.vjp(lambda a: call(a, case, implementation="native"), arguments)
+assert outputs.dtype == "float64"
+assert_as_expected(case, tensors, "float64", outputs, pull_back(upstream)[0])
+"""
+    subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "JAX_ENABLE_X64": "1"},
+        cwd=pathlib.Path(__file__).parents[2],
+        check=True,
+        timeout=300,
+    )
+
+
+@jax_only
+def test_handlers_refuse_by_name(kernels):
+    """The handlers check for themselves: whoever calls them by name gets an error, not a wild read."""
+    import jax
+    from jax import numpy as jnp
+
+    from keras_das.ops import native_jax
+
+    attributes = {
+        "strides": np.array([1, 1]),
+        "dilations": np.array([1, 1]),
+        "padding": "EXPLICIT",
+        "explicit_paddings": np.zeros(4, np.int64),
+        "offset_groups": np.int64(1),
+        "has_mask": True,
+        "has_bias": True,
+    }
+    shapes = [(2, 7, 8, 4), (3, 3, 4, 6), (2, 5, 6, 18), (2, 5, 6, 9), (6,)]
+
+    def convolve(result=(2, 5, 6, 6), **changed):
+        changed = {"dtypes": ["float32"] * 5, "shapes": shapes, "attributes": attributes, **changed}
+        tensors = map(jnp.zeros, changed["shapes"], changed["dtypes"])
+        results = jax.ShapeDtypeStruct(result, "float32")
+        return jax.ffi.ffi_call(native_jax._FORWARD, results)(*tensors, **changed["attributes"])
+
+    assert convolve().shape == (2, 5, 6, 6)
+    for wrong, message in (
+        ({"result": (2, 5, 6, 7)}, r"`output` must have shape \(2, 5, 6, 6\)"),
+        ({"shapes": [(7, 8, 4), *shapes[1:]]}, "`inputs` must have rank 4"),
+        ({"shapes": [*shapes[:2], (2, 5, 6, 9), *shapes[3:]]}, "`offsets` must have shape"),
+        ({"shapes": [*shapes[:3], (0,), (6,)]}, "`mask` must have shape"),
+        ({"shapes": [*shapes[:4], (5,)]}, "`bias` must have shape"),
+        ({"dtypes": ["float32", "float16", *["float32"] * 3]}, "`kernel` must have"),
+        ({"dtypes": ["int32", *["float32"] * 4]}, "`inputs` must be float16"),
+        ({"attributes": {**attributes, "strides": np.array([0, 1])}}, "`strides` must be positive"),
+        ({"attributes": {**attributes, "strides": np.array([1])}}, "`strides` must be 2 integers"),
+        ({"attributes": {**attributes, "padding": "FULL"}}, "`padding` must be"),
+    ):
+        with pytest.raises(Exception, match=message):
+            convolve(**wrong).block_until_ready()
