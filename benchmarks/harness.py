@@ -6,6 +6,7 @@ standard library alone, for it is imported in every contender's environment.
 
 import argparse
 import collections
+import contextlib
 import ctypes
 import gc
 import importlib.metadata
@@ -88,7 +89,8 @@ class Worker:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def close(self):
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it has ended already
+            self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
         self._errors.close()

@@ -134,9 +134,9 @@ def _rates(document) -> list[str]:
 
 
 def _failures(cells) -> list[str]:
-    failed = [cell for cell in cells if "failed" in cell]
-    whys = {f"{cell['contender']}, {cell.get('shape', cell['mode'])}, failed: {cell['failed']}" for cell in failed}
-    return [line for why in sorted(whys) for line in ("", why)]
+    failed = [(c["contender"], c.get("shape", c["mode"]), c["failed"]) for c in cells if "failed" in c]
+    lines = [f"{name}, {where}, failed: {why}" for name, where, why in sorted(failed)]
+    return [line for failure in lines for line in ("", failure)]
 
 
 def _table(heading, rows) -> list[str]:
