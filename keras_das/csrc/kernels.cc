@@ -59,31 +59,94 @@ void parallel(const Workers& workers, int64_t count, const F& task) {
       const_cast<F*>(&task));
 }
 
+// ------------------------------------------------------------------------------------------------- Aligned copies
+
+// Pixels whose channels do not fill whole vectors straddle cache lines, which halves the speed of reading them. Where
+// it fits, the kernels work on a copy in which every pixel starts a vector. This changes no result.
+
+// Bytes that such copies may take for one pass over one image.
+constexpr int64_t kCopyBytes = int64_t{7} << 20;
+
+template <class T>
+int64_t aligned_channels(int64_t channels) {
+  return round_up(channels, Simd<typename SumType<T>::type>::kLanes);
+}
+
+// Copies `count` channels of `pixels` pixels; what lies between them is left alone.
+template <class T>
+inline void copy_channels(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t pixels, int64_t count) {
+  for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+    std::memcpy(to + pixel * to_stride, from + pixel * from_stride, static_cast<size_t>(count) * sizeof(T));
+  }
+}
+
 // ------------------------------------------------------------------------------------------------ Where taps read
 
-// One tap of one output pixel.
+// The taps of one output pixel that read one offset group: an array for each property.
 template <class T, class A>
-struct Tap {
-  const T* corner[4];    // upper left, upper right, lower left, lower right; all zeros for a corner off the image
-  A weight[4];           // bilinear, times the mask
-  int64_t pixel;         // of the upper left corner in its image: row * width + column
-  uint32_t on_image;     // bit i: corner i lies on the image
-  A fraction_y, fraction_x, modulation;
+class Taps {
+ public:
+  static constexpr int kLanes = Simd<A>::kLanes;
+
+  explicit Taps(int64_t most) : room_(round_up(most, kLanes)), numbers_(7 * room_), offsets_(room_), flags_(room_) {}
+
+  A* weight(int corner) { return numbers_.get() + corner * room_; }  // bilinear, times the mask
+  A* fraction_y() { return numbers_.get() + 4 * room_; }
+  A* fraction_x() { return numbers_.get() + 5 * room_; }
+  A* modulation() { return numbers_.get() + 6 * room_; }
+  // Elements of the source from the start of the image to the upper left corner's pixel.
+  int64_t* offset() { return offsets_.get(); }
+  // Bit i: corner i lies on the image. Upper left, upper right, lower left, lower right.
+  typename Simd<A>::Int* on_image() { return flags_.get(); }
+
+ private:
+  int64_t room_;
+  Scratch<A> numbers_;
+  Scratch<int64_t> offsets_;
+  Scratch<typename Simd<A>::Int> flags_;
 };
+
+// Pointers to the four corners of a cell in an image of P, whose upper left corner is `at`; a corner off the image is
+// replaced by `off`.
+template <class P>
+struct Corners {
+  Corners(P* at, int64_t on_image, int64_t right, int64_t down, P* off)
+      : pixels{at, at + right, at + down, at + down + right} {
+    if (__builtin_expect(on_image == 15, 1)) return;
+    if (!(on_image & 1)) pixels[0] = off;
+    if (!(on_image & 2)) pixels[1] = off;
+    if (!(on_image & 4)) pixels[2] = off;
+    if (!(on_image & 8)) pixels[3] = off;
+  }
+  P* pixels[4];
+};
+
+// Images that taps read: the inputs, or a copy of some of their channels.
+template <class T>
+struct Source {
+  const T* pixels;
+  int64_t pixel_stride, image_stride;  // in elements
+};
+
+template <class T>
+Source<T> all_inputs(const Geometry& geometry, const void* inputs) {
+  return {static_cast<const T*>(inputs), geometry.channels, geometry.height * geometry.width * geometry.channels};
+}
 
 // Turns offsets into taps. Positions are a whole pixel and a fraction, both exact, so that weights do not lose digits
 // far from the origin.
 template <class T, class A>
 class Locator {
  public:
-  Locator(const Geometry& geometry, const void* inputs, const void* offsets, const void* mask)
+  Locator(const Geometry& geometry, const Source<T>& source, const void* offsets, const void* mask)
       : geometry_(geometry),
-        inputs_(static_cast<const T*>(inputs)),
+        source_(source),
         offsets_(static_cast<const A*>(offsets)),
         mask_(static_cast<const A*>(mask)),
         entries_(geometry.offset_groups * geometry.taps()),
         rest_(2 * geometry.taps()),
-        zeros_(geometry.channels) {
+        zeros_(geometry.channels),
+        taps_(geometry.taps()) {
     for (int64_t tap = 0; tap < geometry.taps(); ++tap) {
       rest_y()[tap] = static_cast<A>(tap / geometry.kernel_width * geometry.dilation[0] - geometry.pad_top);
       rest_x()[tap] = static_cast<A>(tap % geometry.kernel_width * geometry.dilation[1] - geometry.pad_left);
@@ -91,30 +154,50 @@ class Locator {
     zeros_.zero(geometry.channels);
   }
 
-  int64_t entries() const { return entries_; }
-
-  // The taps [first, first + count) of one offset group at output `pixel`, which counts through the batch. Corners
-  // point to channel 0.
-  void locate(int64_t pixel, int64_t offset_group, int64_t first, int64_t count, Tap<T, A>* taps) {
-    const int64_t column = pixel % geometry_.out_width, line = pixel / geometry_.out_width;
-    const int64_t row = line % geometry_.out_height, image = line / geometry_.out_height;
-    const T* pixels = inputs_ + image * geometry_.height * geometry_.width * geometry_.channels;
-    const A y = static_cast<A>(row * geometry_.stride[0]), x = static_cast<A>(column * geometry_.stride[1]);
+  // Finds taps [first, first + count) of one offset group at output `pixel`, which counts through the batch. In
+  // `taps()` they are numbered from 0.
+  void locate(int64_t pixel, int64_t offset_group, int64_t first, int64_t count) {
+    if (pixel != pixel_) move_to(pixel);
+    const A y = static_cast<A>(row_ * geometry_.stride[0]), x = static_cast<A>(column_ * geometry_.stride[1]);
     const int64_t entry = pixel * entries_ + offset_group * geometry_.taps() + first;
     for (int64_t done = 0; done < count; done += kLanes) {
-      const int n = static_cast<int>(min_of(kLanes, count - done));
-      locate_vector(pixels, y, x, entry + done, first + done, n, taps + done);
+      locate_vector(y, x, entry + done, first + done, done, static_cast<int>(min_of(kLanes, count - done)));
     }
+  }
+
+  Taps<T, A>& taps() { return taps_; }
+  int64_t image() const { return image_; }
+  int64_t entries() const { return entries_; }
+
+  // The pixels that tap `t` reads, from channel `channel` of the source on.
+  Corners<const T> corners(int64_t t, int64_t channel) {
+    return Corners<const T>(pixels_ + taps_.offset()[t] + channel, taps_.on_image()[t], source_.pixel_stride,
+                            geometry_.width * source_.pixel_stride, zeros_.get());
   }
 
  private:
   using V = Vec<A>;
+  using I = Ints<A>;
   static constexpr int kLanes = Simd<A>::kLanes;
 
   A* rest_y() { return rest_.get(); }
   A* rest_x() { return rest_.get() + geometry_.taps(); }
 
-  void locate_vector(const T* pixels, A y, A x, int64_t entry, int64_t tap, int n, Tap<T, A>* taps) {
+  // Divides only where pixels do not follow one another in a row.
+  void move_to(int64_t pixel) {
+    if (pixel == pixel_ + 1 && column_ + 1 < geometry_.out_width) {
+      ++column_;
+    } else {
+      const int64_t line = pixel / geometry_.out_width;
+      column_ = pixel % geometry_.out_width;
+      row_ = line % geometry_.out_height;
+      image_ = line / geometry_.out_height;
+      pixels_ = source_.pixels + image_ * source_.image_stride;
+    }
+    pixel_ = pixel;
+  }
+
+  void locate_vector(A y, A x, int64_t entry, int64_t tap, int64_t at, int n) {
     V offset_y, offset_x;
     load_pairs(offsets_ + 2 * entry, n, &offset_y, &offset_x);
     const V modulation = mask_ ? load_first(mask_ + entry, n) : splat<A>(1);
@@ -122,150 +205,192 @@ class Locator {
     const V whole_y = y + load_first(rest_y() + tap, n) + floor_y;
     const V whole_x = x + load_first(rest_x() + tap, n) + floor_x;
     V fraction_y = offset_y - floor_y, fraction_x = offset_x - floor_x;
-    const auto inside = on_image(whole_y, fraction_y, geometry_.height) & on_image(whole_x, fraction_x, geometry_.width);
+    const I inside = on_image(whole_y, fraction_y, geometry_.height) & on_image(whole_x, fraction_x, geometry_.width);
     // Off the image all corners are zeros, and the fraction is 0, or NaN where the offset was.
     const V elsewhere = select<A>((offset_y != offset_y) | (offset_x != offset_x), splat<A>(NAN), V{});
     fraction_y = select<A>(inside, fraction_y, elsewhere);
     fraction_x = select<A>(inside, fraction_x, elsewhere);
-    // Outside, a cell all of whose corners are off the image.
-    using Int = typename Simd<A>::Int;
-    Int rows[kLanes], columns[kLanes];
-    const auto safe_y = __builtin_convertvector(select<A>(inside, whole_y, splat<A>(-2)), Ints<A>);
-    const auto safe_x = __builtin_convertvector(select<A>(inside, whole_x, splat<A>(-2)), Ints<A>);
-    std::memcpy(rows, &safe_y, sizeof rows);
-    std::memcpy(columns, &safe_x, sizeof columns);
-    A weights[4][kLanes], fractions[2][kLanes], modulations[kLanes];
     const V below = fraction_y * modulation, above = (1 - fraction_y) * modulation;
-    store(weights[0], above * (1 - fraction_x));
-    store(weights[1], above * fraction_x);
-    store(weights[2], below * (1 - fraction_x));
-    store(weights[3], below * fraction_x);
-    store(fractions[0], fraction_y);
-    store(fractions[1], fraction_x);
-    store(modulations, modulation);
-    for (int i = 0; i < n; ++i) {
-      Tap<T, A>& to = taps[i];
-      for (int corner = 0; corner < 4; ++corner) to.weight[corner] = weights[corner][i];
-      to.fraction_y = fractions[0][i];
-      to.fraction_x = fractions[1][i];
-      to.modulation = modulations[i];
-      set_corners(pixels, rows[i], columns[i], &to);
-    }
+    store(taps_.weight(0) + at, above * (1 - fraction_x));
+    store(taps_.weight(1) + at, above * fraction_x);
+    store(taps_.weight(2) + at, below * (1 - fraction_x));
+    store(taps_.weight(3) + at, below * fraction_x);
+    store(taps_.fraction_y() + at, fraction_y);
+    store(taps_.fraction_x() + at, fraction_x);
+    store(taps_.modulation() + at, modulation);
+    // Outside, a cell all of whose corners are off the image.
+    store_cells(__builtin_convertvector(select<A>(inside, whole_y, splat<A>(-2)), I),
+                __builtin_convertvector(select<A>(inside, whole_x, splat<A>(-2)), I), at);
   }
 
-  void set_corners(const T* pixels, int64_t row, int64_t column, Tap<T, A>* to) {
-    to->pixel = row * geometry_.width + column;
-    const T* upper = pixels + to->pixel * geometry_.channels;
-    const T* lower = upper + geometry_.width * geometry_.channels;
-    if (row >= 0 && row + 1 < geometry_.height && column >= 0 && column + 1 < geometry_.width) {
-      to->on_image = 15;
-      to->corner[0] = upper;
-      to->corner[1] = upper + geometry_.channels;
-      to->corner[2] = lower;
-      to->corner[3] = lower + geometry_.channels;
-      return;
-    }
-    const uint32_t top = row >= 0, bottom = row >= -1 && row + 1 < geometry_.height;
-    const uint32_t left = column >= 0, right = column >= -1 && column + 1 < geometry_.width;
-    to->on_image = (top & left) | (top & right) << 1 | (bottom & left) << 2 | (bottom & right) << 3;
-    for (int corner = 0; corner < 4; ++corner) {
-      const T* at = (corner & 2 ? lower : upper) + (corner & 1 ? geometry_.channels : 0);
-      to->corner[corner] = to->on_image >> corner & 1 ? at : zeros_.get();
-    }
+  void store_cells(I row, I column, int64_t at) {
+    using Int = typename Simd<A>::Int;
+    using Wide = typename Simd<A>::Wide;
+    const Int height = static_cast<Int>(geometry_.height), width = static_cast<Int>(geometry_.width);
+    const I top = row >= 0, bottom = (row >= -1) & (row < height - 1);
+    const I left = column >= 0, right = (column >= -1) & (column < width - 1);
+    const I flags = (top & left & 1) | (top & right & 2) | (bottom & left & 4) | (bottom & right & 8);
+    std::memcpy(taps_.on_image() + at, &flags, sizeof flags);
+    const Wide pixel = __builtin_convertvector(row, Wide) * geometry_.width + __builtin_convertvector(column, Wide);
+    const Wide offset = pixel * source_.pixel_stride;
+    std::memcpy(taps_.offset() + at, &offset, sizeof offset);
   }
 
   // Whether -1 < whole + fraction < size; false for a NaN.
-  static Ints<A> on_image(V whole, V fraction, int64_t size) {
+  static I on_image(V whole, V fraction, int64_t size) {
     return (whole >= 0 || (whole == -1 && fraction > 0)) & (whole < static_cast<A>(size));
   }
 
   static void load_pairs(const A* from, int n, V* first, V* second) {
-    A pairs[2 * kLanes] = {};
-    std::memcpy(pairs, from, 2 * n * sizeof(A));
-    A firsts[kLanes], seconds[kLanes];
-    for (int i = 0; i < kLanes; ++i) {
-      firsts[i] = pairs[2 * i];
-      seconds[i] = pairs[2 * i + 1];
-    }
-    *first = load(static_cast<const A*>(firsts));
-    *second = load(static_cast<const A*>(seconds));
+    const int low = 2 * n < kLanes ? 2 * n : kLanes;
+    unzip<A>(load_first(from, low), load_first(from + low, 2 * n - low), first, second);
   }
 
   const Geometry& geometry_;
-  const T* inputs_;
+  const Source<T> source_;
   const A* offsets_;
   const A* mask_;
   const int64_t entries_;
   Scratch<A> rest_;
   Scratch<T> zeros_;
+  Taps<T, A> taps_;
+  // The output pixel that was located last, and the image that it reads.
+  int64_t pixel_ = -2, image_ = 0, row_ = 0, column_ = 0;
+  const T* pixels_ = nullptr;
 };
 
-// The interpolated, masked values of one tap in `n <= lanes` channels that start `channel` channels on.
+// A tap's weights in every lane.
+template <class A>
+struct Weights {
+  template <class T>
+  Weights(Taps<T, A>* taps, int64_t t)
+      : corners{splat<A>(taps->weight(0)[t]), splat<A>(taps->weight(1)[t]), splat<A>(taps->weight(2)[t]),
+                splat<A>(taps->weight(3)[t])} {}
+  Vec<A> corners[4];
+};
+
+// The interpolated, masked values of one tap in `n <= lanes` channels, `channel` channels on.
 template <class T, class A>
-inline Vec<A> sample(const Tap<T, A>& tap, int64_t channel, int n) {
-  if (n == Simd<A>::kLanes) {
-    return tap.weight[0] * load(tap.corner[0] + channel) + tap.weight[1] * load(tap.corner[1] + channel) +
-           tap.weight[2] * load(tap.corner[2] + channel) + tap.weight[3] * load(tap.corner[3] + channel);
-  }
-  return tap.weight[0] * load_first(tap.corner[0] + channel, n) +
-         tap.weight[1] * load_first(tap.corner[1] + channel, n) +
-         tap.weight[2] * load_first(tap.corner[2] + channel, n) +
-         tap.weight[3] * load_first(tap.corner[3] + channel, n);
+inline Vec<A> sample(const Corners<const T>& corners, const Weights<A>& weights, int64_t channel, int n) {
+  const auto get = [n](const T* from) { return n == Simd<A>::kLanes ? load(from) : load_first(from, n); };
+  return weights.corners[0] * get(corners.pixels[0] + channel) + weights.corners[1] * get(corners.pixels[1] + channel) +
+         weights.corners[2] * get(corners.pixels[2] + channel) + weights.corners[3] * get(corners.pixels[3] + channel);
 }
 
 // ------------------------------------------------------------------------------------------- Depthwise, forward
 
-// `NV` vectors of channels of one output pixel, the last of them with `last` lanes.
+// `NV` vectors of channels of one output pixel from `channel` on, the last of them with `last` lanes.
 template <int NV, class T, class A>
-inline void depthwise_channels(const Tap<T, A>* taps, int64_t count, const A* kernel, int64_t channels, const A* bias,
-                               int64_t channel, int last, T* output) {
+inline void depthwise_channels(Locator<T, A>* locator, int64_t count, const A* kernel, int64_t kernel_stride,
+                               const A* bias, int64_t channel, int last, T* output) {
   constexpr int L = Simd<A>::kLanes;
   Vec<A> sums[NV];
+#pragma GCC unroll 8
   for (int v = 0; v < NV; ++v) {
-    const int n = v + 1 < NV ? L : last;
-    sums[v] = bias ? load_first(bias + channel + v * L, n) : Vec<A>{};
+    sums[v] = bias ? load_first(bias + channel + v * L, v + 1 < NV ? L : last) : Vec<A>{};
   }
   for (int64_t t = 0; t < count; ++t) {
-    const A* weights = kernel + t * channels + channel;
-    for (int v = 0; v + 1 < NV; ++v) sums[v] += sample(taps[t], channel + v * L, L) * load(weights + v * L);
-    sums[NV - 1] += sample(taps[t], channel + (NV - 1) * L, last) * load_first(weights + (NV - 1) * L, last);
+    const A* row = kernel + t * kernel_stride + channel;
+    const Corners<const T> corners = locator->corners(t, channel);
+    const Weights<A> weights(&locator->taps(), t);
+#pragma GCC unroll 8
+    for (int v = 0; v + 1 < NV; ++v) sums[v] += sample(corners, weights, v * L, L) * load(row + v * L);
+    sums[NV - 1] += sample(corners, weights, (NV - 1) * L, last) * load(row + (NV - 1) * L);
   }
+#pragma GCC unroll 8
   for (int v = 0; v < NV; ++v) store_first(output + channel + v * L, sums[v], v + 1 < NV ? L : last);
+}
+
+// A depthwise kernel with its bias, its rows aligned and padded to whole vectors.
+template <class A>
+struct DepthwiseKernel {
+  DepthwiseKernel(const Geometry& geometry, const ForwardBuffers& buffers)
+      : taps(geometry.taps()),
+        stride(aligned_channels<A>(geometry.channels) + Simd<A>::kLanes),  // a vector may start at any channel
+        rows(taps * stride),
+        bias(static_cast<const A*>(buffers.bias)) {
+    rows.zero(taps * stride);
+    copy_channels(static_cast<const A*>(buffers.kernel), geometry.channels, rows.get(), stride, taps,
+                  geometry.channels);
+  }
+  int64_t taps, stride;
+  Scratch<A> rows;
+  const A* bias;
+};
+
+// Channels [channel, stop) of one output pixel, which read one offset group.
+template <class T, class A>
+void depthwise_pixel(Locator<T, A>* locator, DepthwiseKernel<A>* kernel, int64_t channel, int64_t stop, T* output) {
+  constexpr int L = Simd<A>::kLanes, kMost = 8;  // vectors whose sums fit the registers
+  constexpr void (*kByVectors[kMost])(Locator<T, A>*, int64_t, const A*, int64_t, const A*, int64_t, int, T*) = {
+      depthwise_channels<1, T, A>, depthwise_channels<2, T, A>, depthwise_channels<3, T, A>,
+      depthwise_channels<4, T, A>, depthwise_channels<5, T, A>, depthwise_channels<6, T, A>,
+      depthwise_channels<7, T, A>, depthwise_channels<8, T, A>};
+  const int64_t all = divide_up(stop - channel, L), blocks = divide_up(all, kMost);
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t vectors = part_start(all, blocks, block + 1) - part_start(all, blocks, block);
+    const int last = static_cast<int>(min_of(stop - channel - (vectors - 1) * L, L));
+    kByVectors[vectors - 1](locator, kernel->taps, kernel->rows.get(), kernel->stride, kernel->bias, channel, last,
+                            output);
+    channel += vectors * L;
+  }
+}
+
+// Output pixels [first, last), which count through the batch.
+template <class T, class A>
+void depthwise_pixels(const Geometry& geometry, const ForwardBuffers& buffers, const Source<T>& source,
+                      DepthwiseKernel<A>* kernel, int64_t first, int64_t last) {
+  const int64_t depth = geometry.channels / geometry.offset_groups;
+  Locator<T, A> locator(geometry, source, buffers.offsets, buffers.mask);
+  for (int64_t pixel = first; pixel < last; ++pixel) {
+    for (int64_t group = 0; group < geometry.offset_groups; ++group) {
+      locator.locate(pixel, group, 0, kernel->taps);
+      depthwise_pixel(&locator, kernel, group * depth, (group + 1) * depth,
+                      static_cast<T*>(buffers.output) + pixel * geometry.channels);
+    }
+  }
+}
+
+// One image through an aligned copy of it.
+template <class T, class A>
+void depthwise_image(const Geometry& geometry, const ForwardBuffers& buffers, const Workers& workers,
+                     DepthwiseKernel<A>* kernel, int64_t image) {
+  const int64_t channels = geometry.channels, stride = aligned_channels<T>(channels);
+  const int64_t pixels = geometry.height * geometry.width, out_pixels = geometry.out_pixels();
+  const T* inputs = static_cast<const T*>(buffers.inputs) + image * pixels * channels;
+  Scratch<T> copy(pixels * stride);
+  const int64_t parts = 4 * workers.threads;
+  parallel(workers, parts, [&](int64_t part) {
+    const int64_t first = part_start(pixels, parts, part), last = part_start(pixels, parts, part + 1);
+    copy_channels(inputs + first * channels, channels, copy.get() + first * stride, stride, last - first, channels);
+  });
+  parallel(workers, parts, [&](int64_t part) {
+    depthwise_pixels(geometry, buffers, Source<T>{copy.get(), stride, 0}, kernel,
+                     image * out_pixels + part_start(out_pixels, parts, part),
+                     image * out_pixels + part_start(out_pixels, parts, part + 1));
+  });
 }
 
 template <class T, class A>
 void depthwise_forward(const Geometry& geometry, const ForwardBuffers& buffers, const Workers& workers) {
-  constexpr int L = Simd<A>::kLanes;
-  const int64_t channels = geometry.channels, taps = geometry.taps(), pixels = geometry.batch * geometry.out_pixels();
-  const int64_t depth = channels / geometry.offset_groups;
-  const A* kernel = static_cast<const A*>(buffers.kernel);
-  const A* bias = static_cast<const A*>(buffers.bias);
-  T* output = static_cast<T*>(buffers.output);
-  const int64_t tasks = min_of(pixels, 8 * workers.threads);
-  parallel(workers, tasks, [&](int64_t index) {
-    Locator<T, A> locator(geometry, buffers.inputs, buffers.offsets, buffers.mask);
-    Scratch<Tap<T, A>> found(taps);
-    const int64_t end = part_start(pixels, tasks, index + 1);
-    for (int64_t pixel = part_start(pixels, tasks, index); pixel < end; ++pixel) {
-      for (int64_t group = 0; group < geometry.offset_groups; ++group) {
-        locator.locate(pixel, group, 0, taps, found.get());
-        const int64_t stop = (group + 1) * depth;
-        for (int64_t channel = group * depth; channel < stop;) {
-          const int64_t vectors = divide_up(stop - channel, L);
-          const int last = static_cast<int>(stop - channel - (min_of(vectors, 4) - 1) * L);
-          const auto run = [&](auto&& function) {
-            function(found.get(), taps, kernel, channels, bias, channel, last > L ? L : last,
-                     output + pixel * channels);
-          };
-          if (vectors == 1) run(depthwise_channels<1, T, A>);
-          else if (vectors == 2) run(depthwise_channels<2, T, A>);
-          else if (vectors == 3) run(depthwise_channels<3, T, A>);
-          else run(depthwise_channels<4, T, A>);
-          channel += 4 * L;
-        }
-      }
+  DepthwiseKernel<A> kernel(geometry, buffers);
+  const int64_t stride = aligned_channels<T>(geometry.channels), threads = workers.threads;
+  const int64_t copy_bytes = geometry.height * geometry.width * stride * static_cast<int64_t>(sizeof(T));
+  if (stride == geometry.channels || copy_bytes > kCopyBytes) {
+    const int64_t pixels = geometry.batch * geometry.out_pixels(), parts = min_of(pixels, 8 * threads);
+    parallel(workers, parts, [&](int64_t part) {
+      depthwise_pixels(geometry, buffers, all_inputs<T>(geometry, buffers.inputs), &kernel,
+                       part_start(pixels, parts, part), part_start(pixels, parts, part + 1));
+    });
+  } else if (geometry.batch % threads == 0 && copy_bytes * threads <= kCopyBytes) {
+    const Workers alone;
+    parallel(workers, geometry.batch,
+             [&](int64_t image) { depthwise_image<T, A>(geometry, buffers, alone, &kernel, image); });
+  } else {
+    for (int64_t image = 0; image < geometry.batch; ++image) {
+      depthwise_image<T, A>(geometry, buffers, workers, &kernel, image);
     }
-  });
+  }
 }
 
 // ------------------------------------------------------------------------------------------------ Matrix products
@@ -337,25 +462,27 @@ void multiply(int64_t rows, int64_t depth, int64_t columns, const A* left, const
 // Samples rows [first, last) of the kernel's matrix in one group, at output pixels [pixel, pixel + pixels), into
 // `tile` (pixels x kTileStride).
 template <class T, class A>
-void sample_columns(const Geometry& geometry, Locator<T, A>* locator, Tap<T, A>* taps, int64_t group, int64_t first,
-                    int64_t last, int64_t pixel, int64_t pixels, A* tile) {
+void sample_columns(const Geometry& geometry, Locator<T, A>* locator, int64_t group, int64_t first, int64_t last,
+                    int64_t pixel, int64_t pixels, A* tile) {
   constexpr int L = Simd<A>::kLanes;
   const int64_t depth = geometry.channels / geometry.groups, per_offsets = geometry.channels / geometry.offset_groups;
   const int64_t first_tap = first / depth, last_tap = (last - 1) / depth;
   const int64_t start = group * depth, stop = start + depth;
   for (int64_t row = 0; row < pixels; ++row) {
     for (int64_t set = start / per_offsets; set * per_offsets < stop; ++set) {
-      locator->locate(pixel + row, set, first_tap, last_tap - first_tap + 1, taps);
+      locator->locate(pixel + row, set, first_tap, last_tap - first_tap + 1);
       for (int64_t tap = first_tap; tap <= last_tap; ++tap) {
         // Channels of this tap, offset group and range of rows.
         const int64_t begin = max_of(max_of(start, set * per_offsets), start + first - tap * depth);
         const int64_t end = min_of(min_of(stop, (set + 1) * per_offsets), start + last - tap * depth);
-        A* to = tile + row * kTileStride + tap * depth - first - start;
-        int64_t channel = begin;
-        for (; channel + L <= end; channel += L) store(to + channel, sample(taps[tap - first_tap], channel, L));
-        if (channel < end) {
-          const int n = static_cast<int>(end - channel);
-          store_first(to + channel, sample(taps[tap - first_tap], channel, n), n);
+        A* to = tile + row * kTileStride + begin - start + tap * depth - first;
+        const Corners<const T> corners = locator->corners(tap - first_tap, begin);
+        const Weights<A> weights(&locator->taps(), tap - first_tap);
+        int64_t c = 0;
+        for (; c + L <= end - begin; c += L) store(to + c, sample(corners, weights, c, L));
+        if (c < end - begin) {
+          const int n = static_cast<int>(end - begin - c);
+          store_first(to + c, sample(corners, weights, c, n), n);
         }
       }
     }
@@ -403,8 +530,7 @@ void dense_forward(const Geometry& geometry, const ForwardBuffers& buffers, cons
   parallel(workers, tasks, [&](int64_t index) {
     const int64_t first = part_start(strips, tasks, index) * kRows;
     const int64_t rows = min_of(part_start(strips, tasks, index + 1) * kRows, pixels) - first;
-    Locator<T, A> locator(geometry, buffers.inputs, buffers.offsets, buffers.mask);
-    Scratch<Tap<T, A>> taps(geometry.taps());
+    Locator<T, A> locator(geometry, all_inputs<T>(geometry, buffers.inputs), buffers.offsets, buffers.mask);
     Scratch<A> tile(round_up(rows, kRows) * kTileStride), panel(kTileColumns * 2 * Simd<A>::kLanes);
     tile.zero(round_up(rows, kRows) * kTileStride);
     for (int64_t group = 0; group < geometry.groups; ++group) {
@@ -412,7 +538,7 @@ void dense_forward(const Geometry& geometry, const ForwardBuffers& buffers, cons
       OutputRows<T, A> output(to, geometry.filters, rows, filters);
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t begin = part_start(kernel_rows, blocks, block), end = part_start(kernel_rows, blocks, block + 1);
-        sample_columns(geometry, &locator, taps.get(), group, begin, end, first, rows, tile.get());
+        sample_columns(geometry, &locator, group, begin, end, first, rows, tile.get());
         const A* right = kernel + begin * geometry.filters + group * filters;
         const auto pack = [&](int64_t j, int64_t count, int64_t width, A* panel) {
           pack_rows(right + j, geometry.filters, end - begin, count, width, panel);
@@ -490,8 +616,9 @@ class Layers {
 
 // One vector of channels of `tap_gradients`.
 template <bool kDepthwise, class T, class A>
-inline void vector_gradients(const Tap<T, A>& tap, A* const (&grad_corners)[4], int64_t channel, int64_t at, int n,
-                             const A* grad, const A* kernel, A* grad_kernel, Vec<A> (&products)[4]) {
+inline void vector_gradients(const Corners<const T>& inputs, const Corners<A>& grad_inputs, const Weights<A>& weights,
+                             int64_t at, int n, const A* grad, const A* kernel, A* grad_kernel,
+                             Vec<A> (&products)[4]) {
   constexpr int L = Simd<A>::kLanes;
   const auto get = [n](const auto* from) { return n == L ? load(from) : load_first(from, n); };
   const auto put = [n](A* to, Vec<A> v) { n == L ? store(to, v) : store_first(to, v, n); };
@@ -499,44 +626,46 @@ inline void vector_gradients(const Tap<T, A>& tap, A* const (&grad_corners)[4], 
   const Vec<A> of_sample = kDepthwise ? upstream * get(kernel + at) : upstream;
   Vec<A> sampled{};
   for (int corner = 0; corner < 4; ++corner) {
-    const Vec<A> pixels = get(tap.corner[corner] + channel + at);
+    const Vec<A> pixels = get(inputs.pixels[corner] + at);
     products[corner] += pixels * of_sample;
-    if (kDepthwise) sampled += tap.weight[corner] * pixels;
-    A* to = grad_corners[corner] + at;
-    put(to, get(static_cast<const A*>(to)) + tap.weight[corner] * of_sample);
+    if (kDepthwise) sampled += weights.corners[corner] * pixels;
+    A* to = grad_inputs.pixels[corner] + at;
+    put(to, get(static_cast<const A*>(to)) + weights.corners[corner] * of_sample);
   }
   if (kDepthwise) put(grad_kernel + at, get(static_cast<const A*>(grad_kernel + at)) + upstream * sampled);
 }
 
-// What one tap of one output pixel adds to the gradients, in `count` channels from `channel` on. `grad` is the
-// gradient of the output (depthwise) or of the tap's sample (dense). Returns in `products` what the loss gains from
-// each corner's pixels, for the gradients of offsets and mask.
+// What one tap of one output pixel adds to the gradients, in `count` channels. `grad` is the gradient of the output
+// (depthwise) or of the tap's sample (dense). Returns in `products` what the loss gains from each corner's pixels,
+// for the gradients of offsets and mask.
 template <bool kDepthwise, class T, class A>
-inline void tap_gradients(const Tap<T, A>& tap, A* const (&grad_corners)[4], int64_t channel, int64_t count,
-                          const A* grad, const A* kernel, A* grad_kernel, A* products) {
+inline void tap_gradients(const Corners<const T>& inputs, const Corners<A>& grad_inputs, const Weights<A>& weights,
+                          int64_t count, const A* grad, const A* kernel, A* grad_kernel, A* products) {
   constexpr int L = Simd<A>::kLanes;
   Vec<A> sums[4] = {};
   int64_t at = 0;
   for (; at + L <= count; at += L) {
-    vector_gradients<kDepthwise>(tap, grad_corners, channel, at, L, grad, kernel, grad_kernel, sums);
+    vector_gradients<kDepthwise>(inputs, grad_inputs, weights, at, L, grad, kernel, grad_kernel, sums);
   }
   if (at < count) {
-    vector_gradients<kDepthwise>(tap, grad_corners, channel, at, static_cast<int>(count - at), grad, kernel,
-                                 grad_kernel, sums);
+    const int n = static_cast<int>(count - at);
+    vector_gradients<kDepthwise>(inputs, grad_inputs, weights, at, n, grad, kernel, grad_kernel, sums);
   }
   sum_lanes<A>(sums, products);
 }
 
-// Gradients of one tap's offset and mask from `products`.
+// Gradients of the offsets and the mask of `count` taps from their `products`, four for each.
 template <class T, class A>
-inline void position_gradients(const Tap<T, A>& tap, const A* products, A* grad_offset, A* grad_mask) {
-  const A y = tap.fraction_y, x = tap.fraction_x;
-  const A left = products[2] - products[0], right = products[3] - products[1];
-  const A upper = products[1] - products[0], lower = products[3] - products[2];
-  grad_offset[0] = tap.modulation * ((1 - x) * left + x * right);
-  grad_offset[1] = tap.modulation * ((1 - y) * upper + y * lower);
-  if (grad_mask) {
-    *grad_mask = (1 - y) * ((1 - x) * products[0] + x * products[1]) + y * ((1 - x) * products[2] + x * products[3]);
+inline void position_gradients(Taps<T, A>* taps, int64_t count, const A* products, A* grad_offsets, A* grad_mask) {
+  for (int64_t t = 0; t < count; ++t, products += 4) {
+    const A y = taps->fraction_y()[t], x = taps->fraction_x()[t], modulation = taps->modulation()[t];
+    const A left = products[2] - products[0], right = products[3] - products[1];
+    const A upper = products[1] - products[0], lower = products[3] - products[2];
+    grad_offsets[2 * t] = modulation * ((1 - x) * left + x * right);
+    grad_offsets[2 * t + 1] = modulation * ((1 - y) * upper + y * lower);
+    if (grad_mask) {
+      grad_mask[t] = (1 - y) * ((1 - x) * products[0] + x * products[1]) + y * ((1 - x) * products[2] + x * products[3]);
+    }
   }
 }
 
@@ -562,65 +691,92 @@ struct Backward {
   Layers<A> grad_offsets, grad_mask;
 };
 
-// What a task needs to take a slice of channels through pixels.
+// What a task needs to take a slice of channels through output pixels, image after image. It works on aligned copies
+// of the slice, of the inputs and of their gradient, unless they are too large.
 template <class T, class A>
 class SliceTask {
  public:
   SliceTask(Backward<T, A>* pass, const Slice& slice)
       : pass_(*pass),
         slice_(slice),
-        locator_(pass->geometry, pass->buffers.inputs, pass->buffers.offsets, pass->buffers.mask),
-        taps_(pass->geometry.taps()),
+        stride_(aligned_channels<T>(slice.count)),
+        image_pixels_(pass->geometry.height * pass->geometry.width),
+        copied_(image_pixels_ * stride_ * static_cast<int64_t>(sizeof(T) + sizeof(A)) <= kCopyBytes),
+        inputs_(copied_ ? image_pixels_ * stride_ : 0),
+        grad_inputs_(copied_ ? image_pixels_ * stride_ : 0),
+        locator_(pass->geometry, source(), pass->buffers.offsets, pass->buffers.mask),
         off_image_(kSlice),
         products_(4 * pass->geometry.taps()) {}
 
-  void zero_grad_inputs(int64_t first_image, int64_t last_image) {
-    const Geometry& geometry = pass_.geometry;
-    const int64_t per_image = geometry.height * geometry.width;
-    for (int64_t pixel = first_image * per_image; pixel < last_image * per_image; ++pixel) {
-      std::memset(grad_inputs() + pixel * geometry.channels + slice_.channel, 0,
-                  static_cast<size_t>(slice_.count) * sizeof(A));
-    }
-  }
-
   // Adds one output pixel's share. Each tap's part of `grad`, `kernel` and `grad_kernel` lies its stride after the
-  // one before.
+  // one before. Pixels come in order.
   template <bool kDepthwise>
-  void add_pixel(int64_t pixel, const A* grad, int64_t grad_stride, const A* kernel, int64_t kernel_stride,
-                 A* grad_kernel, int64_t grad_kernel_stride) {
+  void add_pixel(int64_t pixel, const A* grad, int64_t grad_stride, const A* kernel, A* grad_kernel,
+                 int64_t kernel_stride) {
     const Geometry& geometry = pass_.geometry;
-    const int64_t taps = geometry.taps(), image = pixel / geometry.out_pixels();
-    const int64_t down = geometry.width * geometry.channels;
-    A* image_gradient = grad_inputs() + image * geometry.height * down + slice_.channel;
-    locator_.locate(pixel, slice_.offset_group, 0, taps, taps_.get());
+    const int64_t taps = geometry.taps();
+    locator_.locate(pixel, slice_.offset_group, 0, taps);
+    if (locator_.image() != image_) begin_image(locator_.image());
+    const int64_t right = copied_ ? stride_ : geometry.channels, channel = copied_ ? 0 : slice_.channel;
     for (int64_t t = 0; t < taps; ++t) {
-      const Tap<T, A>& tap = taps_.get()[t];
-      A* const upper = image_gradient + tap.pixel * geometry.channels;
-      A* const off = off_image_.get();
-      A* const corners[4] = {tap.on_image & 1 ? upper : off, tap.on_image & 2 ? upper + geometry.channels : off,
-                             tap.on_image & 4 ? upper + down : off,
-                             tap.on_image & 8 ? upper + down + geometry.channels : off};
-      tap_gradients<kDepthwise>(tap, corners, slice_.channel, slice_.count, grad + t * grad_stride,
-                                kernel + t * kernel_stride, grad_kernel + t * grad_kernel_stride,
+      const Corners<A> corners(gradient_ + locator_.taps().offset()[t], locator_.taps().on_image()[t], right,
+                               right * geometry.width, off_image_.get());
+      tap_gradients<kDepthwise>(locator_.corners(t, channel), corners, Weights<A>(&locator_.taps(), t), slice_.count,
+                                grad + t * grad_stride, kernel + t * kernel_stride, grad_kernel + t * kernel_stride,
                                 products_.get() + 4 * t);
     }
     const int64_t entry = pixel * locator_.entries() + slice_.offset_group * taps;
-    A* grad_offsets = pass_.grad_offsets[slice_.ordinal] + 2 * entry;
     A* grad_mask = pass_.grad_mask[slice_.ordinal];
-    for (int64_t t = 0; t < taps; ++t) {
-      position_gradients(taps_.get()[t], products_.get() + 4 * t, grad_offsets + 2 * t,
-                         grad_mask ? grad_mask + entry + t : nullptr);
+    position_gradients(&locator_.taps(), taps, products_.get(), pass_.grad_offsets[slice_.ordinal] + 2 * entry,
+                       grad_mask ? grad_mask + entry : nullptr);
+  }
+
+  // To be called after the last pixel.
+  void end_image() {
+    if (copied_) {
+      copy_channels<A>(gradient_, stride_, image_slice(pass_.buffers.grad_inputs), pass_.geometry.channels,
+                       image_pixels_, slice_.count);
     }
   }
 
  private:
-  A* grad_inputs() { return static_cast<A*>(pass_.buffers.grad_inputs); }
+  Source<T> source() {
+    if (copied_) return {inputs_.get(), stride_, 0};
+    return all_inputs<T>(pass_.geometry, pass_.buffers.inputs);
+  }
+
+  // Where the slice starts in the present image of a tensor like the inputs.
+  A* image_slice(void* tensor) {
+    return static_cast<A*>(tensor) + image_ * image_pixels_ * pass_.geometry.channels + slice_.channel;
+  }
+
+  void begin_image(int64_t image) {
+    if (image_ >= 0) end_image();
+    image_ = image;
+    const int64_t channels = pass_.geometry.channels;
+    if (copied_) {
+      const T* inputs = static_cast<const T*>(pass_.buffers.inputs) + image * image_pixels_ * channels + slice_.channel;
+      copy_channels(inputs, channels, inputs_.get(), stride_, image_pixels_, slice_.count);
+      gradient_ = grad_inputs_.get();
+      grad_inputs_.zero(image_pixels_ * stride_);
+      return;
+    }
+    gradient_ = image_slice(pass_.buffers.grad_inputs);
+    for (int64_t pixel = 0; pixel < image_pixels_; ++pixel) {
+      std::memset(gradient_ + pixel * channels, 0, static_cast<size_t>(slice_.count) * sizeof(A));
+    }
+  }
 
   Backward<T, A>& pass_;
   const Slice& slice_;
+  const int64_t stride_, image_pixels_;
+  const bool copied_;
+  Scratch<T> inputs_;
+  Scratch<A> grad_inputs_;
   Locator<T, A> locator_;
-  Scratch<Tap<T, A>> taps_;
   Scratch<A> off_image_, products_;
+  int64_t image_ = -1;
+  A* gradient_ = nullptr;  // of the slice of the present image
 };
 
 // The most runs of images that gradients of a depthwise kernel are added up in separately.
@@ -631,25 +787,24 @@ template <class T, class A>
 void depthwise_slice(Backward<T, A>* pass, const Slice& slice, int64_t first_image, int64_t last_image,
                      A* grad_kernel) {
   const Geometry& geometry = pass->geometry;
-  const int64_t channels = geometry.channels, taps = geometry.taps(), count = slice.count;
+  const int64_t channels = geometry.channels, taps = geometry.taps(), stride = aligned_channels<A>(slice.count);
   SliceTask<T, A> task(pass, slice);
-  task.zero_grad_inputs(first_image, last_image);
-  // Row by row, so that rounding errors of a long sum stay those of two short ones.
-  Scratch<A> row_sums(taps * count);
-  for (int64_t t = 0; t < taps; ++t) std::memset(grad_kernel + t * channels + slice.channel, 0, count * sizeof(A));
+  // Added up row by row, so that rounding errors of a long sum stay those of two short ones.
+  Scratch<A> upstream(stride), kernel(taps * stride), row_sums(taps * stride), sums(taps * stride);
+  sums.zero(taps * stride);
+  copy_channels(pass->kernel + slice.channel, channels, kernel.get(), stride, taps, slice.count);
   const int64_t rows = geometry.out_height * last_image;
   for (int64_t row = geometry.out_height * first_image; row < rows; ++row) {
-    row_sums.zero(taps * count);
+    row_sums.zero(taps * stride);
     for (int64_t pixel = row * geometry.out_width; pixel < (row + 1) * geometry.out_width; ++pixel) {
-      task.template add_pixel<true>(pixel, pass->grad_output + pixel * channels + slice.channel, 0,
-                                    pass->kernel + slice.channel, channels, row_sums.get(), count);
+      std::memcpy(upstream.get(), pass->grad_output + pixel * channels + slice.channel,
+                  static_cast<size_t>(slice.count) * sizeof(A));
+      task.template add_pixel<true>(pixel, upstream.get(), 0, kernel.get(), row_sums.get(), stride);
     }
-    for (int64_t t = 0; t < taps; ++t) {
-      for (int64_t c = 0; c < count; ++c) {
-        grad_kernel[t * channels + slice.channel + c] += row_sums.get()[t * count + c];
-      }
-    }
+    for (int64_t i = 0; i < taps * stride; ++i) sums.get()[i] += row_sums.get()[i];
   }
+  task.end_image();
+  copy_channels<A>(sums.get(), stride, grad_kernel + slice.channel, channels, taps, slice.count);
 }
 
 template <class T, class A>
@@ -679,7 +834,6 @@ void dense_slice(Backward<T, A>* pass, const Slice& slice, int64_t first_image, 
   const int64_t depth = geometry.channels / geometry.groups, columns = taps * slice.count;
   const int64_t blocks = divide_up(filters, kTileColumns), within = slice.channel - slice.group * depth;
   SliceTask<T, A> task(pass, slice);
-  task.zero_grad_inputs(first_image, last_image);
   Scratch<A> tile(kPixelBlock * kTileStride), panel(kTileColumns * 2 * Simd<A>::kLanes);
   Scratch<A> grad_samples(kPixelBlock * columns);
   tile.zero(kPixelBlock * kTileStride);
@@ -706,10 +860,10 @@ void dense_slice(Backward<T, A>* pass, const Slice& slice, int64_t first_image, 
                       grad_samples.get(), columns, block > 0);
     }
     for (int64_t row = 0; row < rows; ++row) {
-      task.template add_pixel<false>(first + row, grad_samples.get() + row * columns, slice.count, nullptr, 0, nullptr,
-                                     0);
+      task.template add_pixel<false>(first + row, grad_samples.get() + row * columns, slice.count, nullptr, nullptr, 0);
     }
   }
+  task.end_image();
 }
 
 // Rows [first, last) of the kernel's gradient in one group: samples, transposed, times the gradient of the output.
@@ -718,14 +872,13 @@ void dense_kernel_rows(Backward<T, A>* pass, int64_t group, int64_t first, int64
   const Geometry& geometry = pass->geometry;
   const int64_t pixels = geometry.batch * geometry.out_pixels(), filters = geometry.filters / geometry.groups;
   const BackwardBuffers& buffers = pass->buffers;
-  Locator<T, A> locator(geometry, buffers.inputs, buffers.offsets, buffers.mask);
-  Scratch<Tap<T, A>> taps(geometry.taps());
+  Locator<T, A> locator(geometry, all_inputs<T>(geometry, buffers.inputs), buffers.offsets, buffers.mask);
   Scratch<A> tile(kPixelBlock * kTileStride), panel(kPixelBlock * 2 * Simd<A>::kLanes);
   tile.zero(kPixelBlock * kTileStride);
   A* to = static_cast<A*>(buffers.grad_kernel) + first * geometry.filters + group * filters;
   for (int64_t pixel = 0; pixel < pixels; pixel += kPixelBlock) {
     const int64_t count = min_of(kPixelBlock, pixels - pixel);
-    sample_columns(geometry, &locator, taps.get(), group, first, last, pixel, count, tile.get());
+    sample_columns(geometry, &locator, group, first, last, pixel, count, tile.get());
     const A* right = pass->grad_output + pixel * geometry.filters + group * filters;
     const auto pack = [&](int64_t j, int64_t columns, int64_t width, A* panel) {
       pack_rows(right + j, geometry.filters, count, columns, width, panel);

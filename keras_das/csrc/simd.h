@@ -49,6 +49,7 @@ struct Simd<float> {
   typedef float V __attribute__((vector_size(kVectorBytes)));
   typedef int32_t I __attribute__((vector_size(kVectorBytes)));
   typedef int32_t Int;
+  typedef int64_t Wide __attribute__((vector_size(2 * kVectorBytes)));  // as many lanes
   static constexpr int kLanes = kVectorBytes / 4;
 };
 template <>
@@ -56,6 +57,7 @@ struct Simd<double> {
   typedef double V __attribute__((vector_size(kVectorBytes)));
   typedef int64_t I __attribute__((vector_size(kVectorBytes)));
   typedef int64_t Int;
+  typedef I Wide;
   static constexpr int kLanes = kVectorBytes / 8;
 };
 template <class A>
@@ -115,7 +117,7 @@ inline BFloat16 convert_to(float x, const BFloat16*) { return to_bfloat16(x); }
 
 template <class A>
 inline Vec<A> splat(A value) {
-  return Vec<A>{} + value;
+  return value - Vec<A>{};  // subtracting 0 changes no value, not even -0, so that compilers leave it out
 }
 
 // ---- All lanes from and to memory of any alignment.
@@ -253,6 +255,24 @@ inline VD floor<double>(VD v) {
   return (VD)_mm256_floor_pd((__m256d)v);
 }
 #endif
+
+// Parts pairs that follow one another into their firsts and seconds.
+template <class A>
+inline void unzip(Vec<A> low, Vec<A> high, Vec<A>* first, Vec<A>* second) {
+  constexpr int L = Simd<A>::kLanes;
+  Ints<A> even;
+  for (int i = 0; i < L; ++i) even[i] = 2 * i;
+#if defined(__clang__)
+  for (int i = 0; i < L; ++i) {
+    const int at = 2 * i % L;
+    (*first)[i] = i < L / 2 ? low[at] : high[at];
+    (*second)[i] = i < L / 2 ? low[at + 1] : high[at + 1];
+  }
+#else
+  *first = __builtin_shuffle(low, high, even);
+  *second = __builtin_shuffle(low, high, even + 1);
+#endif
+}
 
 // The sum of each of four vectors.
 template <class A>
