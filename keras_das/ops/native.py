@@ -20,6 +20,7 @@ from keras_das.ops.kernel_attributes import make_attributes
 Tensor = Any
 
 CONTEXTS = ("eager", "graph", "XLA")
+_KERAS_EXPORTS = "keras.src.export."  # the modules that trace a model for `model.export`
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 _reference_only = contextvars.ContextVar("keras_das_reference_only", default=False)
 
@@ -139,7 +140,7 @@ def must_be_portable(tensors: Sequence[Tensor | None]) -> bool:
         return False
     frame: types.FrameType | None = sys._getframe()
     while frame is not None:
-        if frame.f_globals.get("__name__", "").startswith("keras.src.export."):
+        if frame.f_globals.get("__name__", "").startswith(_KERAS_EXPORTS):
             return True
         frame = frame.f_back
     return False
