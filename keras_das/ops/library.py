@@ -217,8 +217,8 @@ def _tensorflow_target() -> Target:
         framework="tensorflow",
         version=tf.__version__,
         abi=str(tf.sysconfig.CXX11_ABI_FLAG),
-        units=(Unit("xla_ops.cc"), Unit("tf_ops.cc"), *_common_units()),
-        flags=(*flags, *_architecture_flags()),
+        units=(Unit("xla_ops.cc"), Unit("tf_ops.cc"), Unit("ffi.cc"), *kernel_units()),
+        flags=(*flags, *architecture_flags()),
         link_flags=(*_LINK_FLAGS, *link, "-l:libtensorflow_cc.so.2"),
     )
 
@@ -231,20 +231,26 @@ def _jax_target() -> Target:
         framework="jax",
         version=jaxlib.__version__,
         abi="",
-        units=_common_units(),
-        flags=(*_FLAGS, f"-I{jax.ffi.include_dir()}", *_architecture_flags()),
+        units=(Unit("ffi.cc"), *kernel_units()),
+        flags=(*_FLAGS, f"-I{jax.ffi.include_dir()}", *architecture_flags()),
     )
 
 
-def _common_units() -> tuple[Unit, ...]:
+def kernel_units() -> tuple[Unit, ...]:
+    """What every library is made of: the kernels, once for each instruction set, and the choice among them.
+
+    Returns:
+        What to compile, with `architecture_flags`.
+    """
     variants: dict[str, tuple[str, ...]] = {"baseline": ()}
     if platform.machine() in _X86_64:
         variants = {"avx512": _AVX512, "avx2": _AVX2, "baseline": ()}
     kernels = (Unit("kernels.cc", (f"-DKERAS_DAS_ISA={isa}", *flags), isa) for isa, flags in variants.items())
-    return (Unit("ffi.cc"), *kernels, Unit("deformable_conv2d.cc"), Unit("parallel.cc"))
+    return (*kernels, Unit("deformable_conv2d.cc"), Unit("parallel.cc"))
 
 
-def _architecture_flags() -> tuple[str, ...]:
+def architecture_flags() -> tuple[str, ...]:
+    """Flags that tell the sources which instruction sets there are kernels for."""
     return ("-DKERAS_DAS_X86",) if platform.machine() in _X86_64 else ()
 
 
