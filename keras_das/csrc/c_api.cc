@@ -79,20 +79,21 @@ int keras_das_geometry(const int64_t* inputs, const int64_t* kernel, const int64
 
 int64_t keras_das_geometry_size() { return sizeof(keras_das::Geometry); }
 
-// `dtype` as in `keras_das::DType`; `buffers` in the order of the structures in deformable_conv2d.h.
-void keras_das_forward(int dtype, const keras_das::Geometry* geometry, void* const* buffers, int64_t threads) {
+// Both: `dtype` as in `keras_das::DType`; `buffers` in the order of the structures in deformable_conv2d.h.
+// Return 0, or 1 if there is no memory.
+int keras_das_forward(int dtype, const keras_das::Geometry* geometry, void* const* buffers, int64_t threads) {
   Pool pool(threads);
   const keras_das::Workers workers{threads, [&](std::function<void()> f) { pool.schedule(std::move(f)); }};
   const keras_das::ForwardBuffers b{buffers[0], buffers[1], buffers[2], buffers[3], buffers[4], buffers[5]};
-  keras_das::forward(static_cast<keras_das::DType>(dtype), *geometry, b, workers);
+  return !keras_das::forward(static_cast<keras_das::DType>(dtype), *geometry, b, workers).empty();
 }
 
-void keras_das_backward(int dtype, const keras_das::Geometry* geometry, void* const* buffers, int64_t threads) {
+int keras_das_backward(int dtype, const keras_das::Geometry* geometry, void* const* buffers, int64_t threads) {
   Pool pool(threads);
   const keras_das::Workers workers{threads, [&](std::function<void()> f) { pool.schedule(std::move(f)); }};
   const keras_das::BackwardBuffers b{buffers[0], buffers[1], buffers[2], buffers[3], buffers[4],
                                      buffers[5], buffers[6], buffers[7], buffers[8], buffers[9]};
-  keras_das::backward(static_cast<keras_das::DType>(dtype), *geometry, b, workers);
+  return !keras_das::backward(static_cast<keras_das::DType>(dtype), *geometry, b, workers).empty();
 }
 
 }  // extern "C"

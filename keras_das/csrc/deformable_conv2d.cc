@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
+#include <new>
 
 namespace keras_das {
 
@@ -124,6 +125,23 @@ Isa isa() {
   return chosen;
 }
 
+#if defined(KERAS_DAS_X86)
+#define KERAS_DAS_CHOOSE(function) \
+  (isa() == Isa::kAvx512 ? avx512::function : isa() == Isa::kAvx2 ? avx2::function : baseline::function)
+#else
+#define KERAS_DAS_CHOOSE(function) baseline::function
+#endif
+
+template <class F>
+std::string run(const F& function) {
+  try {
+    function();
+    return "";
+  } catch (const std::bad_alloc&) {
+    return "out of memory: there is none for the kernels' working copies";
+  }
+}
+
 }  // namespace
 
 std::string make_geometry(const int64_t inputs_shape[4], const int64_t kernel_shape[4], const Settings& settings,
@@ -165,20 +183,14 @@ const char* instruction_set() {
   return names[static_cast<int>(isa())];
 }
 
-void forward(DType dtype, const Geometry& geometry, const ForwardBuffers& buffers, const Workers& workers) {
-#if defined(KERAS_DAS_X86)
-  if (isa() == Isa::kAvx512) return avx512::forward(dtype, geometry, buffers, workers);
-  if (isa() == Isa::kAvx2) return avx2::forward(dtype, geometry, buffers, workers);
-#endif
-  baseline::forward(dtype, geometry, buffers, workers);
+std::string forward(DType dtype, const Geometry& geometry, const ForwardBuffers& buffers, const Workers& workers) {
+  static const auto function = KERAS_DAS_CHOOSE(forward);
+  return run([&] { function(dtype, geometry, buffers, workers); });
 }
 
-void backward(DType dtype, const Geometry& geometry, const BackwardBuffers& buffers, const Workers& workers) {
-#if defined(KERAS_DAS_X86)
-  if (isa() == Isa::kAvx512) return avx512::backward(dtype, geometry, buffers, workers);
-  if (isa() == Isa::kAvx2) return avx2::backward(dtype, geometry, buffers, workers);
-#endif
-  baseline::backward(dtype, geometry, buffers, workers);
+std::string backward(DType dtype, const Geometry& geometry, const BackwardBuffers& buffers, const Workers& workers) {
+  static const auto function = KERAS_DAS_CHOOSE(backward);
+  return run([&] { function(dtype, geometry, buffers, workers); });
 }
 
 }  // namespace keras_das

@@ -70,9 +70,10 @@ struct BackwardBuffers {
   void* grad_bias;  // null: not wanted
 };
 
-// Both give the same bits on any number of threads, and for an image whatever else is in the batch.
-void forward(DType dtype, const Geometry& geometry, const ForwardBuffers& buffers, const Workers& workers);
-void backward(DType dtype, const Geometry& geometry, const BackwardBuffers& buffers, const Workers& workers);
+// Both give the same bits on any number of threads, and for an image whatever else is in the batch. They return "", or
+// what went wrong: there may be no memory for working copies.
+std::string forward(DType dtype, const Geometry& geometry, const ForwardBuffers& buffers, const Workers& workers);
+std::string backward(DType dtype, const Geometry& geometry, const BackwardBuffers& buffers, const Workers& workers);
 
 // The instruction set that the kernels use on this machine: "avx512", "avx2" or "baseline". The environment variable
 // KERAS_DAS_ISA, read once, asks for a lesser one.

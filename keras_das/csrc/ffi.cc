@@ -84,6 +84,11 @@ Workers make_workers(ffi::ThreadPool& pool) {
   return workers;
 }
 
+ffi::Error to_error(const std::string& problem) {
+  if (problem.empty()) return ffi::Error::Success();
+  return ffi::Error(ffi::ErrorCode::kResourceExhausted, problem);
+}
+
 ffi::Error forward_handler(ffi::ThreadPool pool, ffi::AnyBuffer inputs, ffi::AnyBuffer kernel,
                            ffi::AnyBuffer offsets, ffi::AnyBuffer mask, ffi::AnyBuffer bias, Result output,
                            Integers strides, Integers dilations, std::string_view padding,
@@ -104,8 +109,7 @@ ffi::Error forward_handler(ffi::ThreadPool pool, ffi::AnyBuffer inputs, ffi::Any
   buffers.mask = has_mask ? mask.untyped_data() : nullptr;
   buffers.bias = has_bias ? bias.untyped_data() : nullptr;
   buffers.output = output->untyped_data();
-  forward(checker.dtype(), plan.geometry, buffers, make_workers(pool));
-  return ffi::Error::Success();
+  return to_error(forward(checker.dtype(), plan.geometry, buffers, make_workers(pool)));
 }
 
 ffi::Error backward_handler(ffi::ThreadPool pool, ffi::AnyBuffer inputs, ffi::AnyBuffer kernel,
@@ -137,8 +141,7 @@ ffi::Error backward_handler(ffi::ThreadPool pool, ffi::AnyBuffer inputs, ffi::An
   buffers.grad_offsets = grad_offsets->untyped_data();
   buffers.grad_mask = has_mask ? grad_mask->untyped_data() : nullptr;
   buffers.grad_bias = has_bias ? grad_bias->untyped_data() : nullptr;
-  backward(checker.dtype(), plan.geometry, buffers, make_workers(pool));
-  return ffi::Error::Success();
+  return to_error(backward(checker.dtype(), plan.geometry, buffers, make_workers(pool)));
 }
 
 // Both handlers take five tensors and the same attributes.

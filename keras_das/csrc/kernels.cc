@@ -7,6 +7,7 @@
 // Nothing here may instantiate an inline function of the standard library that other files use too: the linker keeps
 // one copy, which could be the one with instructions that a processor lacks.
 #include <cstdlib>
+#include <new>
 
 #include "deformable_conv2d.h"
 #include "simd.h"
@@ -40,7 +41,7 @@ template <class A>
 class Scratch {
  public:
   explicit Scratch(int64_t count) {
-    if (posix_memalign(&memory_, 64, static_cast<size_t>(max_of(count, 1)) * sizeof(A))) std::abort();
+    if (posix_memalign(&memory_, 64, static_cast<size_t>(max_of(count, 1)) * sizeof(A))) throw std::bad_alloc();
   }
   ~Scratch() { std::free(memory_); }
   Scratch(const Scratch&) = delete;
@@ -395,12 +396,33 @@ void depthwise_forward(const Geometry& geometry, const ForwardBuffers& buffers, 
 
 // ------------------------------------------------------------------------------------------------ Matrix products
 
-// Packs `columns` columns of a matrix with rows of `stride` elements into rows of `width`, the rest of them 0.
+// Packs `columns` columns of a matrix with rows of `stride` elements into rows of `width`, whole vectors, the rest 0.
 template <class A>
 inline void pack_rows(const A* from, int64_t stride, int64_t rows, int64_t columns, int64_t width, A* panel) {
-  for (int64_t k = 0; k < rows; ++k) {
-    std::memcpy(panel + k * width, from + k * stride, static_cast<size_t>(columns) * sizeof(A));
-    for (int64_t j = columns; j < width; ++j) panel[k * width + j] = 0;
+  constexpr int L = Simd<A>::kLanes;
+  const int64_t whole = columns / L * L;
+  for (int64_t k = 0; k < rows; ++k, from += stride, panel += width) {
+    for (int64_t j = 0; j < whole; j += L) store(panel + j, load(from + j));
+    for (int64_t j = whole; j < width; j += L) {
+      store(panel + j, load_first(from + j, static_cast<int>(j == whole ? columns - whole : 0)));
+    }
+  }
+}
+
+// Packs the transpose of `columns` rows, `rows` elements of each from `skip` on, into rows of `width`, the rest 0.
+template <class A>
+inline void pack_transposed(const A* const* from, int64_t skip, int64_t rows, int64_t columns, int64_t width,
+                            A* panel) {
+  constexpr int64_t kBlock = 16;  // rows of the panel that are filled together: a cache line of each row is read once
+  for (int64_t first = 0; first < rows; first += kBlock) {
+    const int64_t last = min_of(first + kBlock, rows);
+    for (int64_t j = 0; j < columns; ++j) {
+      const A* row = from[j] + skip;
+      for (int64_t k = first; k < last; ++k) panel[k * width + j] = row[k];
+    }
+    for (int64_t k = first; k < last; ++k) {
+      for (int64_t j = columns; j < width; ++j) panel[k * width + j] = 0;
+    }
   }
 }
 
@@ -834,6 +856,12 @@ void dense_slice(Backward<T, A>* pass, const Slice& slice, int64_t first_image, 
   const int64_t depth = geometry.channels / geometry.groups, columns = taps * slice.count;
   const int64_t blocks = divide_up(filters, kTileColumns), within = slice.channel - slice.group * depth;
   SliceTask<T, A> task(pass, slice);
+  Scratch<const A*> kernel_rows(columns);  // of the slice's channels, tap after tap
+  for (int64_t t = 0, j = 0; t < taps; ++t) {
+    for (int64_t c = 0; c < slice.count; ++c, ++j) {
+      kernel_rows.get()[j] = pass->kernel + (t * depth + within + c) * geometry.filters + slice.group * filters;
+    }
+  }
   Scratch<A> tile(kPixelBlock * kTileStride), panel(kTileColumns * 2 * Simd<A>::kLanes);
   Scratch<A> grad_samples(kPixelBlock * columns);
   tile.zero(kPixelBlock * kTileStride);
@@ -842,19 +870,10 @@ void dense_slice(Backward<T, A>* pass, const Slice& slice, int64_t first_image, 
     const int64_t rows = min_of(kPixelBlock, stop - first);
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t begin = part_start(filters, blocks, block), end = part_start(filters, blocks, block + 1);
-      pack_rows(pass->grad_output + first * geometry.filters + slice.group * filters + begin, geometry.filters, rows,
-                end - begin, kTileStride, tile.get());
-      // Column j of the right-hand matrix is the kernel's row of tap j / count, channel j % count.
+      copy_channels(pass->grad_output + first * geometry.filters + slice.group * filters + begin, geometry.filters,
+                    tile.get(), kTileStride, rows, end - begin);
       const auto pack = [&](int64_t j, int64_t count, int64_t width, A* panel) {
-        for (int64_t i = 0; i < width; ++i) {
-          if (i >= count) {
-            for (int64_t f = 0; f < end - begin; ++f) panel[f * width + i] = 0;
-            continue;
-          }
-          const int64_t row = (j + i) / slice.count * depth + within + (j + i) % slice.count;
-          const A* from = pass->kernel + row * geometry.filters + slice.group * filters + begin;
-          for (int64_t f = 0; f < end - begin; ++f) panel[f * width + i] = from[f];
-        }
+        pack_transposed(kernel_rows.get() + j, begin, end - begin, count, width, panel);
       };
       multiply<false>(rows, end - begin, columns, tile.get(), pack, panel.get(), static_cast<const A*>(nullptr),
                       grad_samples.get(), columns, block > 0);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <memory>
 #include <mutex>
 
@@ -18,10 +19,16 @@ struct Progress {
   std::atomic<int64_t> done{0};
   std::mutex mutex;
   std::condition_variable all_done;
+  std::exception_ptr failure;  // the first one; guarded by `mutex`
 
   void work() {
     for (int64_t index; (index = next.fetch_add(1)) < count;) {
-      task(context, index);
+      try {
+        task(context, index);
+      } catch (...) {
+        std::lock_guard<std::mutex> lock(mutex);
+        if (!failure) failure = std::current_exception();
+      }
       if (done.fetch_add(1) + 1 == count) {
         std::lock_guard<std::mutex> lock(mutex);
         all_done.notify_all();
@@ -46,6 +53,7 @@ void parallel_for(const Workers& workers, int64_t count, void (*task)(void* cont
   progress->work();
   std::unique_lock<std::mutex> lock(progress->mutex);
   progress->all_done.wait(lock, [&] { return progress->done.load() == count; });
+  if (progress->failure) std::rethrow_exception(progress->failure);
 }
 
 }  // namespace keras_das

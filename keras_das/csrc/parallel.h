@@ -17,6 +17,7 @@ struct Workers {
 
 // Calls `task(context, index)` for index 0 to `count - 1`, in any order and at once where there are threads, and returns when all have
 // returned. The calling thread works too, so a pool that is busy, or whose own thread calls this, cannot stall it.
+// A task's exception is thrown again here, when all tasks have ended.
 // (A function pointer, so that kernels compiled for other instruction sets share no inline code with the rest.)
 void parallel_for(const Workers& workers, int64_t count, void (*task)(void* context, int64_t index), void* context);
 

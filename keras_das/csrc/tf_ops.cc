@@ -175,7 +175,8 @@ class DeformableConv2DOp : public DeformableConv2DOpBase {
     buffers.mask = attributes_.has_mask ? context->input(3).data() : nullptr;
     buffers.bias = attributes_.has_bias ? context->input(4).data() : nullptr;
     buffers.output = output->data();
-    forward(dtype_, plan.geometry, buffers, make_workers(context));
+    const std::string problem = forward(dtype_, plan.geometry, buffers, make_workers(context));
+    OP_REQUIRES(context, problem.empty(), absl::ResourceExhaustedError(problem));
   }
 };
 
@@ -202,7 +203,8 @@ class DeformableConv2DGradOp : public DeformableConv2DOpBase {
     buffers.grad_offsets = gradients[2]->data();
     buffers.grad_mask = attributes_.has_mask ? gradients[3]->data() : nullptr;
     buffers.grad_bias = attributes_.has_bias ? gradients[4]->data() : nullptr;
-    backward(dtype_, plan.geometry, buffers, make_workers(context));
+    const std::string problem = backward(dtype_, plan.geometry, buffers, make_workers(context));
+    OP_REQUIRES(context, problem.empty(), absl::ResourceExhaustedError(problem));
   }
 };
 

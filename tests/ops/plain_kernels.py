@@ -47,11 +47,11 @@ class PlainKernels:
         names = ("inputs", "kernel", "offsets", "mask", "bias")
         number, threads = DTYPES.index(dtype), ctypes.c_int64(threads)
         buffers = [wide.get(name) for name in names] + [output]
-        self.library.keras_das_forward(number, geometry, _pointers(buffers), threads)
+        assert not self.library.keras_das_forward(number, geometry, _pointers(buffers), threads)
         gradients = {name: np.full(wide[name].shape, np.nan, sums) for name in arguments}
         buffers = [wide.get(name) for name in names[:4]] + [np.ascontiguousarray(upstream.astype(sums))]
         buffers += [gradients.get(name) for name in names]
-        self.library.keras_das_backward(number, geometry, _pointers(buffers), threads)
+        assert not self.library.keras_das_backward(number, geometry, _pointers(buffers), threads)
         return output, {name: g.astype(arguments[name].dtype) for name, g in gradients.items()}
 
 
