@@ -31,10 +31,10 @@ lint: $(VENV)/.test
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-suite: $(VENV)/.test $(VENV)/.kernels
+suite: $(VENV)/.test $(VENV)/.all-kernels
 	$(RUN) -m pytest
 
-sanitize: $(VENV)/.test ## The kernels' random cases under AddressSanitizer and UndefinedBehaviorSanitizer
+sanitize: $(VENV)/.test ## The kernels' random cases under the address, undefined-behaviour and thread sanitizers
 	$(RUN) -m tests.ops.sanitize
 
 test-torch: $(VENV)-torch/.test ## The op on Keras' torch backend, in an environment without TensorFlow
@@ -66,10 +66,18 @@ $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
 # Without a compiler (exit status 1) the reference implementation serves. A build that fails stops the tests, and
 # not the demonstration. There is no stamp then, so that the next run tries again.
 NO_KERNELS := echo 'No fused kernels (see above): going on with the reference implementation.'
+KERNEL_SOURCES := $(wildcard keras_das/csrc/*) keras_das/ops/library.py
 demo demo-none: after_failure := $(NO_KERNELS)
-$(VENV)/.kernels: $(VENV)/.demo $(wildcard keras_das/csrc/*) keras_das/ops/library.py
-	@$(RUN) -m keras_das build; status=$$?; \
-	case $$status in 0) touch $@;; 1) $(NO_KERNELS);; *) $(or $(after_failure),exit $$status);; esac
+define build_kernels
+@$(RUN) -m keras_das build --framework $(1); status=$$?; \
+case $$status in 0) touch $@;; 1) $(NO_KERNELS);; *) $(or $(after_failure),exit $$status);; esac
+endef
+
+$(VENV)/.kernels: $(VENV)/.demo $(KERNEL_SOURCES)
+	$(call build_kernels,tensorflow)
+
+$(VENV)/.all-kernels: $(VENV)/.test $(KERNEL_SOURCES)
+	$(call build_kernels,all)
 
 $(VENV)-torch/.test: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-torch

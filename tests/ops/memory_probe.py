@@ -1,6 +1,6 @@
-"""Prints how much memory one forward and backward pass takes.
+"""Prints how much memory one forward pass takes, or one forward and backward pass.
 
-    python -m tests.ops.memory_probe MODE KERNEL_SIDE
+    python -m tests.ops.memory_probe MODE KERNEL_SIDE [IMPLEMENTATION] [forward|both]
 
 A process of its own, so that nothing else has raised the peak. The answer is one line of JSON, in bytes.
 """
@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import tensorflow as tf
 
-from tests.ops.op_cases import Case
+from tests.ops.op_cases import Case, call
 from tests.ops.tf_harness import MODES, value_and_gradients
 
 
@@ -35,7 +35,7 @@ def peak_above_rest(function):
     return resident("VmHWM") - rest
 
 
-def main(mode, side):
+def main(mode, side, implementation="reference", passes="both"):
     # The gate of ResNet-50's first stage: 0.2 * 256 channels at 56x56.
     case = Case(
         "",
@@ -53,11 +53,15 @@ def main(mode, side):
     bytes_of = {name: array.nbytes for name, array in arrays.items()}
     del arrays
     upstream = given.pop("outputs")
-    compute = MODES[mode](lambda arguments, upstream: value_and_gradients(arguments, upstream, case=case))
+    options = {"case": case, "implementation": implementation}
+    if passes == "forward":
+        compute = MODES[mode](lambda arguments, upstream: call(arguments, **options))
+    else:
+        compute = MODES[mode](lambda arguments, upstream: value_and_gradients(arguments, upstream, **options))
     compute(given, upstream)  # compiles, and takes what is kept for good
     peak = max(peak_above_rest(lambda: compute(given, upstream)) for _ in range(3))
     print(json.dumps({"peak": peak, **bytes_of}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])

@@ -43,7 +43,9 @@ class PlainKernels:
         wide["inputs"] = np.ascontiguousarray(arguments["inputs"])
         kernel_shape = arguments["kernel"].shape
         geometry, height, width = self.geometry(wide["inputs"].shape, kernel_shape, **options)
-        output = np.full((wide["inputs"].shape[0], height, width, kernel_shape[3]), np.nan, numpy_dtype(dtype))
+        output = np.full(
+            (wide["inputs"].shape[0], height, width, kernel_shape[3]), np.nan, numpy_dtype(dtype)
+        )
         names = ("inputs", "kernel", "offsets", "mask", "bias")
         number, threads = DTYPES.index(dtype), ctypes.c_int64(threads)
         buffers = [wide.get(name) for name in names] + [output]

@@ -1,4 +1,9 @@
-"""Random geometries, to try many: `python -m tests.ops.random_cases --count 5000` runs them on an implementation."""
+"""Random geometries, to try many.
+
+    python -m tests.ops.random_cases [LIBRARY] [--count 5000] [--seed 0]
+
+runs them on a library with csrc/c_api.cc in it (`sanitize.py` builds one), or on TensorFlow's op.
+"""
 
 from __future__ import annotations
 
@@ -59,15 +64,25 @@ def check(value_and_gradients, count, rng, dtypes=DTYPES):
             raise
 
 
+def _function(library):
+    if library:
+        from tests.ops.plain_kernels import PlainKernels
+
+        return PlainKernels(library).value_and_gradients
+    from tests.ops.tf_harness import kernels_value_and_gradients
+
+    return kernels_value_and_gradients
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("library", help="a library with csrc/c_api.cc in it")
+    parser.add_argument(
+        "library", nargs="?", help="a library with csrc/c_api.cc in it; default: TensorFlow's op"
+    )
     parser.add_argument("--count", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    from tests.ops.plain_kernels import PlainKernels
-
-    check(PlainKernels(options.library).value_and_gradients, options.count, np.random.default_rng(options.seed))
+    check(_function(options.library), options.count, np.random.default_rng(options.seed))
     print(f"{options.count} random cases agree with the oracle")
 
 

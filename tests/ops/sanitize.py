@@ -15,7 +15,15 @@ import tempfile
 
 from keras_das.ops import builder, library
 
-_FLAGS = ("-std=c++17", "-O1", "-g", "-fPIC", "-fno-omit-frame-pointer", "-Wno-psabi", *library.architecture_flags())
+_FLAGS = (
+    "-std=c++17",
+    "-O1",
+    "-g",
+    "-fPIC",
+    "-fno-omit-frame-pointer",
+    "-Wno-psabi",
+    *library.architecture_flags(),
+)
 BUILDS = {
     # name: compiler flags, runtime library to load first, options of the sanitizer
     "address,undefined": (
@@ -43,7 +51,16 @@ def compile_kernels(folder, compiler, flags=()):
 
 def run_cases(path, isa, count, seed, environment=None):
     """Runs random cases on the library at `path` in a process of its own; returns its exit status."""
-    command = [sys.executable, "-m", "tests.ops.random_cases", str(path), "--count", str(count), "--seed", str(seed)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.ops.random_cases",
+        str(path),
+        "--count",
+        str(count),
+        "--seed",
+        str(seed),
+    ]
     return subprocess.run(command, env={**os.environ, "KERAS_DAS_ISA": isa, **(environment or {})}).returncode
 
 

@@ -20,10 +20,10 @@ ENVIRONMENT = {
 
 
 @functools.cache
-def measure(mode, side):
+def measure(mode, side, *how):
     """Bytes of the peak and of each tensor, for a kernel of side x side taps."""
     result = subprocess.run(
-        [sys.executable, "-m", "tests.ops.memory_probe", mode, str(side)],
+        [sys.executable, "-m", "tests.ops.memory_probe", mode, str(side), *how],
         env={**os.environ, **ENVIRONMENT},
         cwd=pathlib.Path(__file__).parents[2],
         capture_output=True,
@@ -41,10 +41,25 @@ def test_peak_is_a_small_multiple_of_the_tensors(mode):
     assert tensors < sizes["peak"] < 12 * tensors, f"{sizes['peak'] / tensors:.1f} times the tensors"
 
 
-@pytest.mark.parametrize("mode", ["eager", "graph"])  # XLA would take a minute to compile 25 taps
+@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
 def test_peak_does_not_grow_with_the_taps(mode):
     """But for offsets and mask themselves, their gradients and one working copy."""
     small, large = measure(mode, 3), measure(mode, 5)
     more = sum(large[name] - small[name] for name in ("offsets", "mask"))
     growth = (large["peak"] - 3 * more) / small["peak"]
     assert growth < 1.3, f"{growth:.2f} times the peak of 3x3"
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("mode", ["eager", "xla"])
+def test_kernels_store_no_columns(mode):
+    """Beyond its result a forward pass takes less than 8 MiB; nine samples a pixel would be 46 MB."""
+    sizes = measure(mode, 3, "native", "forward")
+    assert sizes["outputs"] <= sizes["peak"] < sizes["outputs"] + 8 * 2**20
+
+
+@pytest.mark.usefixtures("kernels")
+def test_kernels_gradients_are_all_that_grows():
+    sizes = measure("eager", 3, "native")
+    results = sum(sizes[name] for name in sizes if name not in ("peak",))
+    assert results <= sizes["peak"] < results + 16 * 2**20

@@ -14,8 +14,15 @@ import tensorflow as tf
 
 import keras_das
 from keras_das.ops import library, native, reference
+from tests.ops import random_cases
 from tests.ops.op_cases import DATA_FORMATS, DTYPES, Case, assert_as_expected, call, draw, split_upstream
-from tests.ops.tf_harness import MODES, run, tensors_of, value_and_gradients
+from tests.ops.tf_harness import (
+    MODES,
+    kernels_value_and_gradients,
+    run,
+    tensors_of,
+    value_and_gradients,
+)
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -44,6 +51,64 @@ def run_script(script, *arguments, **environment):
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+# The numbers, beyond what test_deformable.py asks of every implementation
+
+
+# The kernels work by blocks: of 512 rows of a matrix, 240 pixels, 32 channels, and as many as a vector has.
+BLOCKS = [
+    Case("rows", image=(5, 4), channels=130, filters=33, padding="same"),
+    Case("filters", image=(4, 4), channels=9, filters=530, kernel_size=(1, 2)),
+    Case("pixels", image=(26, 25), channels=3, filters=4, kernel_size=(2, 1), padding="same"),
+    Case("slices", image=(6, 5), channels=140, groups=140, filters=140, padding="same", offset_groups=2),
+    Case("slices_of_groups", image=(6, 5), channels=90, groups=2, filters=6, padding="same", offset_groups=6),
+    # Too large for working copies of whole images.
+    Case("large_image", batch=1, image=(200, 200), channels=51, groups=51, filters=51, strides=23),
+    Case("large_image_dense", batch=1, image=(200, 200), channels=51, filters=5, strides=23),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", BLOCKS, ids=str)
+def test_more_than_a_block(rng, case, dtype):
+    tensors = draw(case, rng, dtype)
+    assert_as_expected(case, tensors, dtype, *run(case, tensors, implementation="native"))
+
+
+def test_random_cases(rng):
+    """Some of the thousands that `python -m tests.ops.random_cases` tries."""
+    random_cases.check(kernels_value_and_gradients, 200, rng)
+
+
+def test_no_memory_is_an_error_of_the_call():
+    """Working copies here take about twenty times what the tensors do."""
+    found = run_script(
+        """
+        import resource
+        import tensorflow as tf
+        import keras_das
+
+        def compute():
+            with tf.GradientTape() as tape:
+                tape.watch(tensors)
+                outputs = keras_das.ops.deformable_conv2d(*tensors, padding="same", implementation="native")
+            return tape.gradient(outputs, tensors)
+
+        small = [tf.ones((1, 4, 4, 32)), tf.ones((15, 15, 32, 1)), tf.zeros((1, 4, 4, 450))]
+        large = [tf.ones((4, 32, 32, 1024)), tf.ones((15, 15, 1024, 1)), tf.zeros((4, 32, 32, 450))]
+        tensors = small
+        compute()  # what is loaded once is loaded
+        tensors = large
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 2**27, resource.RLIM_INFINITY))
+        try:
+            compute()
+        except tf.errors.ResourceExhaustedError as error:
+            print(error.message)
+        """
+    )
+    assert "out of memory: there is none for the kernels' working copies" in found
 
 
 # Which calls take the kernels

@@ -6,6 +6,7 @@ import functools
 
 import tensorflow as tf
 
+from keras_das import ops
 from tests.ops.op_cases import call, from_layout, split_upstream, to_layout
 
 MODES = {
@@ -48,3 +49,14 @@ def runner(case, mode="eager", data_format="channels_last", implementation="refe
 def run(case, arrays, *how, **options):
     """`runner` for a single use."""
     return runner(case, *how, **options)(arrays)
+
+
+def kernels_value_and_gradients(arguments, upstream, threads=None, **options):
+    """The kernels behind TensorFlow's op, eagerly, for `random_cases.check`; the threads are TensorFlow's."""
+    tensors = tensors_of({**arguments, "outputs": upstream})
+    upstream = tensors.pop("outputs")
+    with tf.GradientTape() as tape:
+        tape.watch(tensors)
+        outputs = ops.deformable_conv2d(**tensors, **options, implementation="native")
+    gradients = tape.gradient(outputs, tensors, upstream)
+    return outputs.numpy(), {name: gradient.numpy() for name, gradient in gradients.items()}
