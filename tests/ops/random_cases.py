@@ -51,7 +51,7 @@ def random_case(rng):
 
 
 def check(value_and_gradients, count, rng, dtypes=DTYPES):
-    """Hold `value_and_gradients(arguments, upstream, threads=, **options)` against the oracle `count` times."""
+    """Hold `value_and_gradients(arguments, upstream, threads=, **options)` to the oracle `count` times."""
     for number in range(count):
         case, dtype = random_case(rng), dtypes[number % len(dtypes)]
         tensors = draw(case, rng, dtype)

@@ -1,7 +1,7 @@
 """Builds the kernels with sanitizers and holds them against the oracle: `make sanitize`.
 
-Each build runs random cases on every instruction set that the machine has, in a process that has no framework in
-it, so that what a sanitizer finds is ours: reads and writes out of bounds, undefined behaviour, data races.
+Each build runs random cases on every instruction set that the machine has, in a process that has no framework
+in it, so that what a sanitizer finds is ours: accesses out of bounds, undefined behaviour, data races.
 """
 
 from __future__ import annotations
