@@ -73,11 +73,22 @@ int64_t aligned_channels(int64_t channels) {
   return round_up(channels, Simd<typename SumType<T>::type>::kLanes);
 }
 
+// memcpy for sizes of some vectors; the last one overlaps the one before.
+inline void copy_bytes(const char* from, char* to, int64_t size) {
+  if (size < kVectorBytes) {
+    std::memcpy(to, from, static_cast<size_t>(size));
+    return;
+  }
+  for (int64_t at = 0; at + kVectorBytes <= size; at += kVectorBytes) std::memcpy(to + at, from + at, kVectorBytes);
+  std::memcpy(to + size - kVectorBytes, from + size - kVectorBytes, kVectorBytes);
+}
+
 // Copies `count` channels of `pixels` pixels; what lies between them is left alone.
 template <class T>
 inline void copy_channels(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t pixels, int64_t count) {
   for (int64_t pixel = 0; pixel < pixels; ++pixel) {
-    std::memcpy(to + pixel * to_stride, from + pixel * from_stride, static_cast<size_t>(count) * sizeof(T));
+    copy_bytes(reinterpret_cast<const char*>(from + pixel * from_stride),
+               reinterpret_cast<char*>(to + pixel * to_stride), count * static_cast<int64_t>(sizeof(T)));
   }
 }
 
@@ -111,7 +122,7 @@ class Taps {
 // replaced by `off`.
 template <class P>
 struct Corners {
-  Corners(P* at, int64_t on_image, int64_t right, int64_t down, P* off)
+  KERAS_DAS_INLINE Corners(P* at, int64_t on_image, int64_t right, int64_t down, P* off)
       : pixels{at, at + right, at + down, at + down + right} {
     if (__builtin_expect(on_image == 15, 1)) return;
     if (!(on_image & 1)) pixels[0] = off;
@@ -145,12 +156,16 @@ class Locator {
         offsets_(static_cast<const A*>(offsets)),
         mask_(static_cast<const A*>(mask)),
         entries_(geometry.offset_groups * geometry.taps()),
-        rest_(2 * geometry.taps()),
+        together_(geometry.offset_groups == 1 ? kTogether : 1),
+        rest_(2 * together_ * geometry.taps()),
         zeros_(geometry.channels),
-        taps_(geometry.taps()) {
-    for (int64_t tap = 0; tap < geometry.taps(); ++tap) {
-      rest_y()[tap] = static_cast<A>(tap / geometry.kernel_width * geometry.dilation[0] - geometry.pad_top);
-      rest_x()[tap] = static_cast<A>(tap % geometry.kernel_width * geometry.dilation[1] - geometry.pad_left);
+        taps_(together_ * geometry.taps()) {
+    for (int64_t pixel = 0, at = 0; pixel < together_; ++pixel) {
+      for (int64_t tap = 0; tap < geometry.taps(); ++tap, ++at) {
+        const int64_t ky = tap / geometry.kernel_width, kx = tap % geometry.kernel_width;
+        rest_y()[at] = static_cast<A>(ky * geometry.dilation[0] - geometry.pad_top);
+        rest_x()[at] = static_cast<A>(pixel * geometry.stride[1] + kx * geometry.dilation[1] - geometry.pad_left);
+      }
     }
     zeros_.zero(geometry.channels);
   }
@@ -159,11 +174,16 @@ class Locator {
   // `taps()` they are numbered from 0.
   void locate(int64_t pixel, int64_t offset_group, int64_t first, int64_t count) {
     if (pixel != pixel_) move_to(pixel);
-    const A y = static_cast<A>(row_ * geometry_.stride[0]), x = static_cast<A>(column_ * geometry_.stride[1]);
-    const int64_t entry = pixel * entries_ + offset_group * geometry_.taps() + first;
-    for (int64_t done = 0; done < count; done += kLanes) {
-      locate_vector(y, x, entry + done, first + done, done, static_cast<int>(min_of(kLanes, count - done)));
-    }
+    locate_entries(pixel * entries_ + offset_group * geometry_.taps() + first, first, count);
+  }
+
+  // Finds all taps of output pixels from `pixel` on that lie in one row before `end`, some at a time, for vectors are
+  // filled better so. Tap t of the n-th of them is number n * taps + t. Returns how many pixels. Needs one offset group.
+  int64_t locate_row(int64_t pixel, int64_t end) {
+    move_to(pixel);
+    const int64_t pixels = min_of(together_, min_of(end - pixel, geometry_.out_width - column_));
+    locate_entries(pixel * entries_, 0, pixels * entries_);
+    return pixels;
   }
 
   Taps<T, A>& taps() { return taps_; }
@@ -171,7 +191,7 @@ class Locator {
   int64_t entries() const { return entries_; }
 
   // The pixels that tap `t` reads, from channel `channel` of the source on.
-  Corners<const T> corners(int64_t t, int64_t channel) {
+  KERAS_DAS_INLINE Corners<const T> corners(int64_t t, int64_t channel) {
     return Corners<const T>(pixels_ + taps_.offset()[t] + channel, taps_.on_image()[t], source_.pixel_stride,
                             geometry_.width * source_.pixel_stride, zeros_.get());
   }
@@ -182,7 +202,7 @@ class Locator {
   static constexpr int kLanes = Simd<A>::kLanes;
 
   A* rest_y() { return rest_.get(); }
-  A* rest_x() { return rest_.get() + geometry_.taps(); }
+  A* rest_x() { return rest_.get() + together_ * geometry_.taps(); }
 
   // Divides only where pixels do not follow one another in a row.
   void move_to(int64_t pixel) {
@@ -196,6 +216,13 @@ class Locator {
       pixels_ = source_.pixels + image_ * source_.image_stride;
     }
     pixel_ = pixel;
+  }
+
+  void locate_entries(int64_t entry, int64_t tap, int64_t count) {
+    const A y = static_cast<A>(row_ * geometry_.stride[0]), x = static_cast<A>(column_ * geometry_.stride[1]);
+    for (int64_t done = 0; done < count; done += kLanes) {
+      locate_vector(y, x, entry + done, tap + done, done, static_cast<int>(min_of(kLanes, count - done)));
+    }
   }
 
   void locate_vector(A y, A x, int64_t entry, int64_t tap, int64_t at, int n) {
@@ -251,7 +278,9 @@ class Locator {
   const Source<T> source_;
   const A* offsets_;
   const A* mask_;
-  const int64_t entries_;
+  static constexpr int64_t kTogether = 16;
+
+  const int64_t entries_, together_;
   Scratch<A> rest_;
   Scratch<T> zeros_;
   Taps<T, A> taps_;
@@ -264,7 +293,7 @@ class Locator {
 template <class A>
 struct Weights {
   template <class T>
-  Weights(Taps<T, A>* taps, int64_t t)
+  KERAS_DAS_INLINE Weights(Taps<T, A>* taps, int64_t t)
       : corners{splat<A>(taps->weight(0)[t]), splat<A>(taps->weight(1)[t]), splat<A>(taps->weight(2)[t]),
                 splat<A>(taps->weight(3)[t])} {}
   Vec<A> corners[4];
@@ -272,7 +301,7 @@ struct Weights {
 
 // The interpolated, masked values of one tap in `n <= lanes` channels, `channel` channels on.
 template <class T, class A>
-inline Vec<A> sample(const Corners<const T>& corners, const Weights<A>& weights, int64_t channel, int n) {
+KERAS_DAS_INLINE Vec<A> sample(const Corners<const T>& corners, const Weights<A>& weights, int64_t channel, int n) {
   const auto get = [n](const T* from) { return n == Simd<A>::kLanes ? load(from) : load_first(from, n); };
   return weights.corners[0] * get(corners.pixels[0] + channel) + weights.corners[1] * get(corners.pixels[1] + channel) +
          weights.corners[2] * get(corners.pixels[2] + channel) + weights.corners[3] * get(corners.pixels[3] + channel);
@@ -280,10 +309,11 @@ inline Vec<A> sample(const Corners<const T>& corners, const Weights<A>& weights,
 
 // ------------------------------------------------------------------------------------------- Depthwise, forward
 
-// `NV` vectors of channels of one output pixel from `channel` on, the last of them with `last` lanes.
+// `NV` vectors of channels of one output pixel from `channel` on, the last of them with `last` lanes. Its taps are
+// numbers [first, first + count) of the locator's.
 template <int NV, class T, class A>
-inline void depthwise_channels(Locator<T, A>* locator, int64_t count, const A* kernel, int64_t kernel_stride,
-                               const A* bias, int64_t channel, int last, T* output) {
+inline void depthwise_channels(Locator<T, A>* locator, int64_t first, int64_t count, const A* kernel,
+                               int64_t kernel_stride, const A* bias, int64_t channel, int last, T* output) {
   constexpr int L = Simd<A>::kLanes;
   Vec<A> sums[NV];
 #pragma GCC unroll 8
@@ -292,8 +322,8 @@ inline void depthwise_channels(Locator<T, A>* locator, int64_t count, const A* k
   }
   for (int64_t t = 0; t < count; ++t) {
     const A* row = kernel + t * kernel_stride + channel;
-    const Corners<const T> corners = locator->corners(t, channel);
-    const Weights<A> weights(&locator->taps(), t);
+    const Corners<const T> corners = locator->corners(first + t, channel);
+    const Weights<A> weights(&locator->taps(), first + t);
 #pragma GCC unroll 8
     for (int v = 0; v + 1 < NV; ++v) sums[v] += sample(corners, weights, v * L, L) * load(row + v * L);
     sums[NV - 1] += sample(corners, weights, (NV - 1) * L, last) * load(row + (NV - 1) * L);
@@ -319,11 +349,13 @@ struct DepthwiseKernel {
   const A* bias;
 };
 
-// Channels [channel, stop) of one output pixel, which read one offset group.
+// Channels [channel, stop) of one output pixel, which read one offset group; see `depthwise_channels`.
 template <class T, class A>
-void depthwise_pixel(Locator<T, A>* locator, DepthwiseKernel<A>* kernel, int64_t channel, int64_t stop, T* output) {
+void depthwise_pixel(Locator<T, A>* locator, int64_t first, DepthwiseKernel<A>* kernel, int64_t channel, int64_t stop,
+                     T* output) {
   constexpr int L = Simd<A>::kLanes, kMost = 8;  // vectors whose sums fit the registers
-  constexpr void (*kByVectors[kMost])(Locator<T, A>*, int64_t, const A*, int64_t, const A*, int64_t, int, T*) = {
+  using Function = void(Locator<T, A>*, int64_t, int64_t, const A*, int64_t, const A*, int64_t, int, T*);
+  constexpr Function* kByVectors[kMost] = {
       depthwise_channels<1, T, A>, depthwise_channels<2, T, A>, depthwise_channels<3, T, A>,
       depthwise_channels<4, T, A>, depthwise_channels<5, T, A>, depthwise_channels<6, T, A>,
       depthwise_channels<7, T, A>, depthwise_channels<8, T, A>};
@@ -331,8 +363,8 @@ void depthwise_pixel(Locator<T, A>* locator, DepthwiseKernel<A>* kernel, int64_t
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t vectors = part_start(all, blocks, block + 1) - part_start(all, blocks, block);
     const int last = static_cast<int>(min_of(stop - channel - (vectors - 1) * L, L));
-    kByVectors[vectors - 1](locator, kernel->taps, kernel->rows.get(), kernel->stride, kernel->bias, channel, last,
-                            output);
+    kByVectors[vectors - 1](locator, first, kernel->taps, kernel->rows.get(), kernel->stride, kernel->bias, channel,
+                            last, output);
     channel += vectors * L;
   }
 }
@@ -343,12 +375,20 @@ void depthwise_pixels(const Geometry& geometry, const ForwardBuffers& buffers, c
                       DepthwiseKernel<A>* kernel, int64_t first, int64_t last) {
   const int64_t depth = geometry.channels / geometry.offset_groups;
   Locator<T, A> locator(geometry, source, buffers.offsets, buffers.mask);
-  for (int64_t pixel = first; pixel < last; ++pixel) {
+  T* output = static_cast<T*>(buffers.output);
+  for (int64_t pixel = first; pixel < last;) {
+    if (geometry.offset_groups == 1) {
+      const int64_t row = locator.locate_row(pixel, last);
+      for (int64_t n = 0; n < row; ++n, ++pixel) {
+        depthwise_pixel(&locator, n * kernel->taps, kernel, 0, depth, output + pixel * geometry.channels);
+      }
+      continue;
+    }
     for (int64_t group = 0; group < geometry.offset_groups; ++group) {
       locator.locate(pixel, group, 0, kernel->taps);
-      depthwise_pixel(&locator, kernel, group * depth, (group + 1) * depth,
-                      static_cast<T*>(buffers.output) + pixel * geometry.channels);
+      depthwise_pixel(&locator, 0, kernel, group * depth, (group + 1) * depth, output + pixel * geometry.channels);
     }
+    ++pixel;
   }
 }
 
@@ -398,7 +438,7 @@ void depthwise_forward(const Geometry& geometry, const ForwardBuffers& buffers, 
 
 // Packs `columns` columns of a matrix with rows of `stride` elements into rows of `width`, whole vectors, the rest 0.
 template <class A>
-inline void pack_rows(const A* from, int64_t stride, int64_t rows, int64_t columns, int64_t width, A* panel) {
+KERAS_DAS_INLINE void pack_rows(const A* from, int64_t stride, int64_t rows, int64_t columns, int64_t width, A* panel) {
   constexpr int L = Simd<A>::kLanes;
   const int64_t whole = columns / L * L;
   for (int64_t k = 0; k < rows; ++k, from += stride, panel += width) {
@@ -638,7 +678,7 @@ class Layers {
 
 // One vector of channels of `tap_gradients`.
 template <bool kDepthwise, class T, class A>
-inline void vector_gradients(const Corners<const T>& inputs, const Corners<A>& grad_inputs, const Weights<A>& weights,
+KERAS_DAS_INLINE void vector_gradients(const Corners<const T>& inputs, const Corners<A>& grad_inputs, const Weights<A>& weights,
                              int64_t at, int n, const A* grad, const A* kernel, A* grad_kernel,
                              Vec<A> (&products)[4]) {
   constexpr int L = Simd<A>::kLanes;
@@ -661,7 +701,7 @@ inline void vector_gradients(const Corners<const T>& inputs, const Corners<A>& g
 // (depthwise) or of the tap's sample (dense). Returns in `products` what the loss gains from each corner's pixels,
 // for the gradients of offsets and mask.
 template <bool kDepthwise, class T, class A>
-inline void tap_gradients(const Corners<const T>& inputs, const Corners<A>& grad_inputs, const Weights<A>& weights,
+KERAS_DAS_INLINE void tap_gradients(const Corners<const T>& inputs, const Corners<A>& grad_inputs, const Weights<A>& weights,
                           int64_t count, const A* grad, const A* kernel, A* grad_kernel, A* products) {
   constexpr int L = Simd<A>::kLanes;
   Vec<A> sums[4] = {};
@@ -678,7 +718,7 @@ inline void tap_gradients(const Corners<const T>& inputs, const Corners<A>& grad
 
 // Gradients of the offsets and the mask of `count` taps from their `products`, four for each.
 template <class T, class A>
-inline void position_gradients(Taps<T, A>* taps, int64_t count, const A* products, A* grad_offsets, A* grad_mask) {
+KERAS_DAS_INLINE void position_gradients(Taps<T, A>* taps, int64_t count, const A* products, A* grad_offsets, A* grad_mask) {
   for (int64_t t = 0; t < count; ++t, products += 4) {
     const A y = taps->fraction_y()[t], x = taps->fraction_x()[t], modulation = taps->modulation()[t];
     const A left = products[2] - products[0], right = products[3] - products[1];

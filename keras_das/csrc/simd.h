@@ -24,6 +24,9 @@ constexpr int kVectorBytes = 16;
 constexpr int kRows = 6;
 #endif
 
+// Compilers judge by size, and would call functions of a few instructions.
+#define KERAS_DAS_INLINE inline __attribute__((always_inline))
+
 // Bits of a 16-bit float. `Half` is IEEE binary16, `BFloat16` the upper half of a float.
 struct Half {
   uint16_t bits;
@@ -67,21 +70,21 @@ using Ints = typename Simd<A>::I;
 using VF = Vec<float>;
 using VD = Vec<double>;
 
-inline float bits_to_float(uint32_t bits) {
+KERAS_DAS_INLINE float bits_to_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, 4);
   return value;
 }
 
-inline uint32_t float_to_bits(float value) {
+KERAS_DAS_INLINE uint32_t float_to_bits(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
   return bits;
 }
 
-inline float to_float(BFloat16 x) { return bits_to_float(uint32_t{x.bits} << 16); }
+KERAS_DAS_INLINE float to_float(BFloat16 x) { return bits_to_float(uint32_t{x.bits} << 16); }
 
-inline float to_float(Half x) {
+KERAS_DAS_INLINE float to_float(Half x) {
   const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16, magnitude = x.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);  // infinity, NaN
   // Subnormals without subnormal arithmetic, which frameworks switch off: multiples of 2^-24. Else exponents differ
@@ -91,13 +94,13 @@ inline float to_float(Half x) {
   return bits_to_float(sign | bits);
 }
 
-inline BFloat16 to_bfloat16(float value) {
+KERAS_DAS_INLINE BFloat16 to_bfloat16(float value) {
   const uint32_t bits = float_to_bits(value);
   if (value != value) return {static_cast<uint16_t>(bits >> 16 | 0x40u)};  // a NaN must not round to infinity
   return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
 }
 
-inline Half to_half(float value) {
+KERAS_DAS_INLINE Half to_half(float value) {
   const uint32_t bits = float_to_bits(value), magnitude = bits & 0x7fffffffu;
   const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000u);
   if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
@@ -110,31 +113,31 @@ inline Half to_half(float value) {
   return {static_cast<uint16_t>(sign | rounded >> 13)};
 }
 
-inline float convert_to(float x, const float*) { return x; }
-inline double convert_to(double x, const double*) { return x; }
-inline Half convert_to(float x, const Half*) { return to_half(x); }
-inline BFloat16 convert_to(float x, const BFloat16*) { return to_bfloat16(x); }
+KERAS_DAS_INLINE float convert_to(float x, const float*) { return x; }
+KERAS_DAS_INLINE double convert_to(double x, const double*) { return x; }
+KERAS_DAS_INLINE Half convert_to(float x, const Half*) { return to_half(x); }
+KERAS_DAS_INLINE BFloat16 convert_to(float x, const BFloat16*) { return to_bfloat16(x); }
 
 template <class A>
-inline Vec<A> splat(A value) {
+KERAS_DAS_INLINE Vec<A> splat(A value) {
   return value - Vec<A>{};  // subtracting 0 changes no value, not even -0, so that compilers leave it out
 }
 
 // ---- All lanes from and to memory of any alignment.
 
 template <class A>
-inline Vec<A> load(const A* from) {
+KERAS_DAS_INLINE Vec<A> load(const A* from) {
   Vec<A> v;
   std::memcpy(&v, from, sizeof v);
   return v;
 }
 
 template <class A>
-inline void store(A* to, Vec<A> v) {
+KERAS_DAS_INLINE void store(A* to, Vec<A> v) {
   std::memcpy(to, &v, sizeof v);
 }
 
-inline VF load(const Half* from) {
+KERAS_DAS_INLINE VF load(const Half* from) {
 #if defined(__AVX512F__)
   return (VF)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 #elif defined(__AVX2__)
@@ -146,7 +149,7 @@ inline VF load(const Half* from) {
 #endif
 }
 
-inline VF load(const BFloat16* from) {
+KERAS_DAS_INLINE VF load(const BFloat16* from) {
 #if defined(__AVX512F__)
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
   return (VF)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
@@ -163,102 +166,102 @@ inline VF load(const BFloat16* from) {
 // ---- The first `n` lanes only, 0 <= n <= lanes; memory after them is not touched. The others load as 0.
 
 template <class T>
-inline Vec<typename SumType<T>::type> load_first(const T* from, int n) {
+KERAS_DAS_INLINE Vec<typename SumType<T>::type> load_first(const T* from, int n) {
   T copy[Simd<typename SumType<T>::type>::kLanes] = {};
   std::memcpy(copy, from, n * sizeof(T));
   return load(static_cast<const T*>(copy));
 }
 
 #if defined(__AVX512F__)
-inline __mmask16 first16(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+KERAS_DAS_INLINE __mmask16 first16(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 
 template <>
-inline VF load_first(const float* from, int n) {
+KERAS_DAS_INLINE VF load_first(const float* from, int n) {
   return (VF)_mm512_maskz_loadu_ps(first16(n), from);
 }
 template <>
-inline VD load_first(const double* from, int n) {
+KERAS_DAS_INLINE VD load_first(const double* from, int n) {
   return (VD)_mm512_maskz_loadu_pd(static_cast<__mmask8>(first16(n)), from);
 }
 template <>
-inline VF load_first(const Half* from, int n) {
+KERAS_DAS_INLINE VF load_first(const Half* from, int n) {
   return (VF)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first16(n), from));
 }
 template <>
-inline VF load_first(const BFloat16* from, int n) {
+KERAS_DAS_INLINE VF load_first(const BFloat16* from, int n) {
   const __m256i bits = _mm256_maskz_loadu_epi16(first16(n), from);
   return (VF)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
-inline void store_first(float* to, VF v, int n) { _mm512_mask_storeu_ps(to, first16(n), (__m512)v); }
-inline void store_first(double* to, VD v, int n) {
+KERAS_DAS_INLINE void store_first(float* to, VF v, int n) { _mm512_mask_storeu_ps(to, first16(n), (__m512)v); }
+KERAS_DAS_INLINE void store_first(double* to, VD v, int n) {
   _mm512_mask_storeu_pd(to, static_cast<__mmask8>(first16(n)), (__m512d)v);
 }
 #elif defined(__AVX2__)
-inline __m256i first8(int n) {
+KERAS_DAS_INLINE __m256i first8(int n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
-inline __m256i first4(int n) {
+KERAS_DAS_INLINE __m256i first4(int n) {
   return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
 }
 
 template <>
-inline VF load_first(const float* from, int n) {
+KERAS_DAS_INLINE VF load_first(const float* from, int n) {
   return (VF)_mm256_maskload_ps(from, first8(n));
 }
 template <>
-inline VD load_first(const double* from, int n) {
+KERAS_DAS_INLINE VD load_first(const double* from, int n) {
   return (VD)_mm256_maskload_pd(from, first4(n));
 }
-inline void store_first(float* to, VF v, int n) { _mm256_maskstore_ps(to, first8(n), (__m256)v); }
-inline void store_first(double* to, VD v, int n) { _mm256_maskstore_pd(to, first4(n), (__m256d)v); }
+KERAS_DAS_INLINE void store_first(float* to, VF v, int n) { _mm256_maskstore_ps(to, first8(n), (__m256)v); }
+KERAS_DAS_INLINE void store_first(double* to, VD v, int n) { _mm256_maskstore_pd(to, first4(n), (__m256d)v); }
 #else
 template <class A>
-inline void store_first(A* to, Vec<A> v, int n) {
+KERAS_DAS_INLINE void store_first(A* to, Vec<A> v, int n) {
   std::memcpy(to, &v, n * sizeof(A));
 }
 #endif
 
 // Rounds to a 16-bit type on the way.
 template <class T>
-inline void store_first(T* to, VF v, int n) {
+KERAS_DAS_INLINE void store_first(T* to, VF v, int n) {
   for (int i = 0; i < n; ++i) to[i] = convert_to(v[i], to);
 }
 
 // ---- Arithmetic that operators do not spell.
 
 template <class A>
-inline Vec<A> select(Ints<A> condition, Vec<A> yes, Vec<A> no) {
+KERAS_DAS_INLINE Vec<A> select(Ints<A> condition, Vec<A> yes, Vec<A> no) {
   return condition ? yes : no;
 }
 
 template <class A>
-inline Vec<A> floor(Vec<A> v) {
+KERAS_DAS_INLINE Vec<A> floor(Vec<A> v) {
   for (int i = 0; i < Simd<A>::kLanes; ++i) v[i] = std::floor(v[i]);
   return v;
 }
 #if defined(__AVX512F__)
 template <>
-inline VF floor<float>(VF v) {
+KERAS_DAS_INLINE VF floor<float>(VF v) {
   return (VF)_mm512_floor_ps((__m512)v);
 }
 template <>
-inline VD floor<double>(VD v) {
+KERAS_DAS_INLINE VD floor<double>(VD v) {
   return (VD)_mm512_floor_pd((__m512d)v);
 }
 #elif defined(__AVX2__)
 template <>
-inline VF floor<float>(VF v) {
+KERAS_DAS_INLINE VF floor<float>(VF v) {
   return (VF)_mm256_floor_ps((__m256)v);
 }
 template <>
-inline VD floor<double>(VD v) {
+KERAS_DAS_INLINE VD floor<double>(VD v) {
   return (VD)_mm256_floor_pd((__m256d)v);
 }
 #endif
 
 // Parts pairs that follow one another into their firsts and seconds.
 template <class A>
-inline void unzip(Vec<A> low, Vec<A> high, Vec<A>* first, Vec<A>* second) {
+KERAS_DAS_INLINE void unzip(Vec<A> low, Vec<A> high, Vec<A>* first, Vec<A>* second) {
   constexpr int L = Simd<A>::kLanes;
   Ints<A> even;
   for (int i = 0; i < L; ++i) even[i] = 2 * i;
@@ -276,7 +279,7 @@ inline void unzip(Vec<A> low, Vec<A> high, Vec<A>* first, Vec<A>* second) {
 
 // The sum of each of four vectors.
 template <class A>
-inline void sum_lanes(const Vec<A> (&v)[4], A* sums) {
+KERAS_DAS_INLINE void sum_lanes(const Vec<A> (&v)[4], A* sums) {
   for (int k = 0; k < 4; ++k) {
     A lanes[Simd<A>::kLanes];
     store(lanes, v[k]);
@@ -287,10 +290,10 @@ inline void sum_lanes(const Vec<A> (&v)[4], A* sums) {
   }
 }
 #if defined(__AVX2__)
-inline __m128 sum4(__m128 a, __m128 b, __m128 c, __m128 d) {
+KERAS_DAS_INLINE __m128 sum4(__m128 a, __m128 b, __m128 c, __m128 d) {
   return _mm_hadd_ps(_mm_hadd_ps(a, b), _mm_hadd_ps(c, d));
 }
-inline __m128 fold(VF v) {
+KERAS_DAS_INLINE __m128 fold(VF v) {
 #if defined(__AVX512F__)
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
 #else
@@ -299,7 +302,7 @@ inline __m128 fold(VF v) {
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 template <>
-inline void sum_lanes<float>(const VF (&v)[4], float* sums) {
+KERAS_DAS_INLINE void sum_lanes<float>(const VF (&v)[4], float* sums) {
   _mm_storeu_ps(sums, sum4(fold(v[0]), fold(v[1]), fold(v[2]), fold(v[3])));
 }
 #endif
