@@ -32,6 +32,7 @@ _FLAGS = ("-std=c++17", "-O3", "-fPIC")
 _LINK_FLAGS = ("-shared", "-pthread")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *_AVX2)
+_FFI_HEADER = "xla/ffi/api/ffi.h"
 _X86_64 = ("x86_64", "AMD64")
 
 _LOADED = "_keras_das_library"  # an attribute of the tensorflow module: the file whose ops it has
@@ -210,6 +211,11 @@ def _tensorflow_target() -> Target:
     import tensorflow as tf
 
     include = tf.sysconfig.get_include()
+    if not pathlib.Path(include, _FFI_HEADER).exists():
+        raise LibraryUnavailable(
+            f"the kernels need XLA's foreign function interface, and TensorFlow {tf.__version__} comes "
+            f"without its header {_FFI_HEADER} (2.21 has it)"
+        )
     link = tf.sysconfig.get_link_flags()  # names libtensorflow_framework
     external = (f"-I{include}/external/{part}" for part in ("highwayhash", "farmhash_archive/src"))
     flags = (*_FLAGS, *tf.sysconfig.get_compile_flags(), *external, "-DKERAS_DAS_TENSORFLOW")
