@@ -6,6 +6,7 @@ import ctypes
 
 import numpy as np
 
+from tests import oracle
 from tests.ops.op_cases import numpy_dtype
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")  # in the order of `keras_das::DType`
@@ -24,10 +25,16 @@ class PlainKernels:
 
     def geometry(self, inputs_shape, kernel_shape, strides, padding, dilation_rate, offset_groups):
         """(the C++ structure, output height, output width)"""
-        pair = lambda v: (v, v) if isinstance(v, int) else tuple(v)  # noqa: E731
         same = isinstance(padding, str) and padding.lower() == "same"
         sides = ((0, 0), (0, 0)) if isinstance(padding, str) else padding
-        settings = [*pair(strides), *pair(dilation_rate), int(same), *sides[0], *sides[1], offset_groups]
+        settings = [
+            *oracle.pair(strides),
+            *oracle.pair(dilation_rate),
+            int(same),
+            *sides[0],
+            *sides[1],
+            offset_groups,
+        ]
         geometry = ctypes.create_string_buffer(self.library.keras_das_geometry_size())
         sizes, message = (ctypes.c_int64 * 2)(), ctypes.create_string_buffer(1000)
         arrays = [(ctypes.c_int64 * len(a))(*a) for a in (inputs_shape, kernel_shape, settings)]

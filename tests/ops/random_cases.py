@@ -17,7 +17,10 @@ from tests.ops.op_cases import DTYPES, Case, assert_as_expected, draw, split_ups
 
 def random_case(rng):
     """A geometry that stays small, and often odd: one channel, one pixel, strides beyond the kernel."""
-    pick = lambda *choices: choices[rng.integers(len(choices))]  # noqa: E731
+
+    def pick(*choices):
+        return choices[rng.integers(len(choices))]
+
     groups, offset_groups = pick(1, 1, 2, 3), pick(1, 1, 2)
     channels = groups * offset_groups * pick(1, 1, 2, 3, 7, 17)
     filters = groups * pick(1, 2, 5)
