@@ -4,6 +4,7 @@ What is built here is a stand-in of two small units; `stand_in.py` has it.
 """
 
 import ctypes
+import functools
 import hashlib
 import json
 import os
@@ -283,22 +284,23 @@ def wrap_compiler(folder, monkeypatch, *commands):
 @needs_compiler
 def test_two_processes_at_once_build_once(target, root, tmp_path, monkeypatch):
     gate = tmp_path / "gate"
-    os.mkfifo(gate)
-    log = wrap_compiler(tmp_path, monkeypatch, f'case "$*" in *half.cc*) read line < {gate};; esac')
+    wait = f"while [ ! -e {gate} ]; do sleep 0.05; done"
+    log = wrap_compiler(tmp_path, monkeypatch, f'case "$*" in *half.cc*) {wait};; esac')
     command = [sys.executable, "-m", "tests.ops.stand_in", str(target.sources), str(root)]
     environment = {**os.environ, "KERAS_BACKEND": "numpy"}  # the quickest to import
-    first, second = (
-        subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
+    start = functools.partial(
+        subprocess.Popen, command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True
     )
-    with open(
-        os.open(gate, os.O_RDWR), "w"
-    ) as opened:  # the first compiler comes to the gate, and the second process to the lock
-        line = first.stdout.readline()
-        builds, waits = (second, first) if "at work" in line else (first, second)
-        assert "Another process is at work" in (line if waits is first else waits.stdout.readline())
-        opened.write("go\n")
-    built, found = builds.communicate(timeout=120)[0], waits.communicate(timeout=120)[0]
+    with start() as first, start() as second:
+        try:  # the first compiler comes to the gate, and the second process to the lock
+            line = first.stdout.readline()
+            builds, waits = (second, first) if "at work" in line else (first, second)
+            assert "Another process is at work" in (line if waits is first else waits.stdout.readline())
+            gate.touch()
+            built, found = builds.communicate(timeout=120)[0], waits.communicate(timeout=120)[0]
+        finally:
+            first.kill()
+            second.kill()
     assert builds.returncode == waits.returncode == 0
     assert "Built in" in built
     assert found.startswith("Another process has built")
