@@ -229,9 +229,7 @@ class DASLayer(keras.layers.Layer):
             self.build(tuple(inputs.shape))
         inputs = self._channels_last(inputs)
         x = self.deform(self._deformable_input(inputs))
-        if self.expand is not None:
-            x = self.expand(x)
-        gate = ops.sigmoid(self.layer_norm(x))
+        gate = ops.sigmoid(self._expand_and_normalize(x))
         if self.identity_init:
             gate = 2 * gate
         return ops.transpose(gate, (0, 3, 1, 2)) if self.data_format == "channels_first" else gate
@@ -239,6 +237,28 @@ class DASLayer(keras.layers.Layer):
     def _deformable_input(self, x: Tensor) -> Tensor:
         """X_c of equation 1, channels last."""
         return ops.gelu(self.instance_norm(self.reduce(self.depthwise(x))), approximate=False)
+
+    def _expand_and_normalize(self, x: Tensor) -> Tensor:
+        """`layer_norm(expand(x))`, the mean and variance of its C channels found from x's C' channels alone.
+
+        The mean of `x W` is 0 if each row of W has mean 0, and subtracting the rows' means is the same as
+        subtracting the mean of `x W`. Its variance is then the quadratic form `x (W W^T / C) x^T`. So the
+        norm costs no pass over the large feature map.
+        """
+        if self.expand is None:
+            return self.layer_norm(x)
+        width, channels = x.shape[-1], self.layer_norm.gamma.shape[0]
+        if 2 * width > channels or self.expand.quantization_mode is not None:
+            return self.layer_norm(self.expand(x))  # nothing to save, or no kernel of numbers to work with
+        dtype = keras.backend.result_type(x.dtype, "float32")
+        x, kernel = ops.cast(x, dtype), ops.cast(self.expand.kernel, dtype)
+        centered = kernel - ops.mean(kernel, axis=1, keepdims=True)
+        covariance = ops.matmul(centered, ops.transpose(centered)) / channels
+        variance = ops.sum(ops.matmul(x, covariance) * x, axis=-1, keepdims=True)
+        x = x * ops.rsqrt(ops.maximum(variance, 0) + self.layer_norm.epsilon)  # rounding may pass 0
+        scaled = centered * ops.cast(self.layer_norm.gamma, dtype)
+        x = ops.matmul(ops.cast(x, self.compute_dtype), ops.cast(scaled, self.compute_dtype))
+        return x + ops.cast(self.layer_norm.beta, self.compute_dtype)
 
     def _channels_last(self, inputs: Tensor) -> Tensor:
         x = ops.cast(inputs, self.compute_dtype)
