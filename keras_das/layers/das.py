@@ -7,11 +7,14 @@ import keras
 from keras import constraints, initializers, ops, regularizers
 
 from keras_das.layers.deformable_conv2d import DeformableConv2D, Identifier, Shape, Tensor
+from keras_das.layers.depthwise import DepthwiseConv2D
 from keras_das.ops.deformable import standardize_count, standardize_implementation
 from keras_das.ops.geometry import standardize_data_format, standardize_pair
 
 # Those of PyTorch's norms. Keras' own 1e-3 would flatten feature maps of small variance.
 _EPSILON = 1e-5
+# More channels C' than these make the quadratic form of the folded layer norm dearer than the norm itself.
+_FOLDED_WIDTH = 128
 
 
 @keras.saving.register_keras_serializable("keras_das")
@@ -144,7 +147,7 @@ class DASLayer(keras.layers.Layer):
             "kernel_regularizer": self.kernel_regularizer,
             "kernel_constraint": self.kernel_constraint,
         }
-        self.depthwise = keras.layers.DepthwiseConv2D(
+        self.depthwise = DepthwiseConv2D(
             self.kernel_size,
             padding="same",
             use_bias=False,
@@ -243,13 +246,13 @@ class DASLayer(keras.layers.Layer):
 
         The mean of `x W` is 0 if each row of W has mean 0, and subtracting the rows' means is the same as
         subtracting the mean of `x W`. Its variance is then the quadratic form `x (W W^T / C) x^T`. So the
-        norm costs no pass over the large feature map.
+        norm of a large feature map with few channels C' costs no pass over its C channels.
         """
         if self.expand is None:
             return self.layer_norm(x)
         width, channels = x.shape[-1], self.layer_norm.gamma.shape[0]
-        if 2 * width > channels or self.expand.quantization_mode is not None:
-            return self.layer_norm(self.expand(x))  # nothing to save, or no kernel of numbers to work with
+        if not (width <= min(_FOLDED_WIDTH, channels / 2) and self.expand.quantization_mode is None):
+            return self.layer_norm(self.expand(x))
         dtype = keras.backend.result_type(x.dtype, "float32")
         x, kernel = ops.cast(x, dtype), ops.cast(self.expand.kernel, dtype)
         centered = kernel - ops.mean(kernel, axis=1, keepdims=True)

@@ -14,6 +14,7 @@ CONFIGURATIONS = {
     "identity": {"identity_init": True},
     "dense": {"deformable": "dense", "reduction": 0.5},
     "grouped": {"reduction": 0.4, "offset_groups": 2, "dilation_rate": 2},
+    "wide": {"reduction": 0.8},
     "plain": {"modulated": False, "kernel_size": (1, 3)},
     "regularized": {
         "kernel_initializer": keras.initializers.HeNormal(seed=1),
@@ -130,6 +131,16 @@ def test_equations_by_the_oracle(name, dtype, bound, rng):
     for found, wanted in ((layer(images), expected), (layer.gate(images), gate)):
         error = np.abs(np.asarray(found, "float64") - wanted).max() / np.abs(wanted).max()
         assert error <= bound, error
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
+def test_quantized_model(rng):
+    images = rng.normal(size=(2, 9, 8, 10)).astype("float32")
+    model = keras.Sequential([keras.Input(images.shape[1:]), keras_das.DASLayer()])
+    expected = model.predict(images, verbose=0)
+    model.quantize("int8")
+    assert model.layers[0].expand.quantization_mode == "int8"
+    np.testing.assert_allclose(model.predict(images, verbose=0), expected, atol=0.1 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "mixed_float16", "mixed_bfloat16"])

@@ -15,6 +15,7 @@ import keras
 import numpy as np
 import pytest
 
+from keras_das.layers.depthwise import depthwise_by_shifts
 from tests.ops.op_cases import (
     COMPILED_CASES,
     DATA_FORMATS,
@@ -296,6 +297,29 @@ assert_as_expected(case, tensors, "float64", outputs, pull_back(upstream)[0])
         check=True,
         timeout=300,
     )
+
+
+def test_depthwise_by_shifts():
+    """Each backend can run it, though only XLA on a CPU is better off with it."""
+    rng = np.random.default_rng(0)
+    shapes = {"inputs": (2, 7, 5, 3), "kernel": (3, 2, 3), "upstream": (2, 7, 5, 3)}
+    tensors = {name: to_tensor(rng.normal(size=shape).astype("float32")) for name, shape in shapes.items()}
+    upstream = tensors.pop("upstream")
+
+    def ours(given):
+        return depthwise_by_shifts(given["inputs"], given["kernel"])
+
+    def theirs(given):
+        return keras.ops.depthwise_conv(given["inputs"], given["kernel"][..., None], padding="same")
+
+    for mode in AUTODIFF.modes:
+        results = [AUTODIFF.value_and_gradients(f, tensors, upstream, mode) for f in (ours, theirs)]
+        (found, gradients), (expected, wanted) = results
+        np.testing.assert_allclose(to_numpy(found), to_numpy(expected), rtol=1e-4, atol=1e-5)
+        for name in tensors:
+            np.testing.assert_allclose(
+                to_numpy(gradients[name]), to_numpy(wanted[name]), rtol=1e-4, atol=1e-5
+            )
 
 
 @jax_only

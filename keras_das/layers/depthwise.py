@@ -1,0 +1,76 @@
+"""The gate's depthwise convolution, which XLA's compiler for CPUs is slow at: there it is a sum of shifts."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_das.ops import native
+
+Tensor = Any
+
+
+class DepthwiseConv2D(keras.layers.DepthwiseConv2D):
+    """Keras' layer, with one difference: in programs that XLA compiles for a CPU it is computed by shifts.
+
+    XLA hands an ordinary depthwise convolution to a loop that uses one core and no vectors, and takes up to
+    fifty times as long. For stride 1, `padding="same"`, one filter for each channel, channels last.
+    """
+
+    def call(self, inputs: Tensor) -> Tensor:
+        """Convolves; arguments and result are those of Keras' layer."""
+        if not native.xla_compiles_for_cpu():
+            return super().call(inputs)
+        return depthwise_by_shifts(inputs, self.kernel[..., 0])
+
+
+def depthwise_by_shifts(inputs: Tensor, kernel: Tensor) -> Tensor:
+    """Depthwise convolution, stride 1, same padding, as a sum of shifted and weighted copies of the input.
+
+    Sums are taken in float32 at least.
+
+    Args:
+        inputs: `(N, H, W, C)`.
+        kernel: `(kh, kw, C)`.
+
+    Returns:
+        `(N, H, W, C)` of the inputs' dtype.
+    """
+    size = tuple(kernel.shape[:2])
+    before = tuple((extent - 1) // 2 for extent in size)
+    after = tuple(extent - 1 - margin for extent, margin in zip(size, before, strict=True))
+    dtype = keras.backend.result_type(inputs.dtype, "float32")
+
+    @ops.custom_gradient
+    def convolve(inputs: Tensor, kernel: Tensor) -> tuple[Tensor, Any]:
+        def gradient(*args: Tensor, upstream: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            grad_output = args[0] if upstream is None else upstream
+            grad_inputs = _correlate(grad_output, ops.flip(kernel, axis=(0, 1)), after, before)
+            products = [shifted * grad_output for shifted in _shifts(inputs, size, before, after)]
+            # The batch first: XLA does the sum over all three axes at once on one core.
+            by_pixel = ops.stack([ops.sum(product, axis=0) for product in products])
+            return grad_inputs, ops.reshape(ops.sum(by_pixel, axis=(1, 2)), kernel.shape)
+
+        return _correlate(inputs, kernel, before, after), gradient
+
+    output = convolve(ops.cast(inputs, dtype), ops.cast(kernel, dtype))
+    return ops.cast(output, inputs.dtype)
+
+
+def _correlate(x: Tensor, kernel: Tensor, before: tuple[int, int], after: tuple[int, int]) -> Tensor:
+    size = tuple(kernel.shape[:2])
+    weights = ops.reshape(kernel, (-1, kernel.shape[2]))
+    return sum(shifted * weights[tap] for tap, shifted in enumerate(_shifts(x, size, before, after)))
+
+
+def _shifts(
+    x: Tensor, size: tuple[int, int], before: tuple[int, int], after: tuple[int, int]
+) -> list[Tensor]:
+    """For each tap, row by row, what it sees: x moved by the tap's distance, zeros beyond its edges."""
+    height, width = ops.shape(x)[1:3]
+    padded = ops.pad(x, ((0, 0), (before[0], after[0]), (before[1], after[1]), (0, 0)))
+    return [
+        padded[:, row : row + height, column : column + width]
+        for row in range(size[0])
+        for column in range(size[1])
+    ]

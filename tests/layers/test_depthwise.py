@@ -1,0 +1,52 @@
+"""The gate's depthwise convolution in XLA programs, against TensorFlow's own op outside them."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_das.layers.depthwise import DepthwiseConv2D
+from keras_das.ops import native
+
+BOUNDS = {"float16": 2e-3, "bfloat16": 2e-2, "float32": 1e-6, "float64": 1e-13}
+
+
+def _call(layer, images, upstream):
+    with tf.GradientTape() as tape:
+        tape.watch(images)
+        output = layer(images)
+    return output, *tape.gradient(output, [images, layer.kernel], upstream)
+
+
+def _is_lowered_to_convolution(layer, images):
+    function = tf.function(layer, jit_compile=True)
+    return "convolution" in function.experimental_get_compiler_ir(images)(stage="hlo")
+
+
+@pytest.mark.parametrize("kernel_size", [(3, 3), (1, 3), (2, 2), (5, 4), (1, 1)])
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_agrees_with_tensorflow(kernel_size, dtype, rng):
+    layer = DepthwiseConv2D(kernel_size, padding="same", use_bias=False, dtype=dtype)
+    images, upstream = (tf.cast(rng.normal(size=(3, 7, 5, 6)), dtype) for _ in range(2))
+    expected = _call(layer, images, upstream)
+    found = tf.function(_call, jit_compile=True)(layer, images, upstream)
+    assert not _is_lowered_to_convolution(layer, images)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        ours, theirs = np.asarray(ours, "float64"), np.asarray(theirs, "float64")
+        assert np.abs(ours - theirs).max() <= BOUNDS[dtype] * np.abs(theirs).max()
+
+
+def test_image_smaller_than_kernel(rng):
+    layer = DepthwiseConv2D(5, padding="same", use_bias=False)
+    images = tf.cast(rng.normal(size=(2, 1, 2, 3)), "float32")
+    np.testing.assert_allclose(tf.function(layer, jit_compile=True)(images), layer(images), rtol=1e-5)
+
+
+def test_elsewhere_it_is_keras_own(monkeypatch):
+    assert not native.xla_compiles_for_cpu()
+    assert not tf.function(native.xla_compiles_for_cpu)().numpy()
+    assert tf.function(native.xla_compiles_for_cpu, jit_compile=True)().numpy()
+    monkeypatch.setattr(native, "_tensorflow_device", lambda context, tensors: "there is a GPU")
+    layer, images = DepthwiseConv2D(3, padding="same", use_bias=False), tf.ones((1, 4, 4, 2))
+    layer(images)
+    assert _is_lowered_to_convolution(layer, images)
