@@ -242,26 +242,35 @@ class DASLayer(keras.layers.Layer):
         return ops.gelu(self.instance_norm(self.reduce(self.depthwise(x))), approximate=False)
 
     def _expand_and_normalize(self, x: Tensor) -> Tensor:
-        """`layer_norm(expand(x))`, the mean and variance of its C channels found from x's C' channels alone.
+        """`layer_norm(expand(x))`, with as few passes over the C channels as can be.
 
         The mean of `x W` is 0 if each row of W has mean 0, and subtracting the rows' means is the same as
-        subtracting the mean of `x W`. Its variance is then the quadratic form `x (W W^T / C) x^T`. So the
-        norm of a large feature map with few channels C' costs no pass over its C channels.
+        subtracting the mean of `x W`. Its variance is then the quadratic form `x (W W^T / C) x^T`, which
+        needs x's C' channels alone; the norm as a whole is folded into the product where these are few.
         """
         if self.expand is None:
             return self.layer_norm(x)
-        width, channels = x.shape[-1], self.layer_norm.gamma.shape[0]
-        if not (width <= min(_FOLDED_WIDTH, channels / 2) and self.expand.quantization_mode is None):
+        if self.expand.quantization_mode is not None:
             return self.layer_norm(self.expand(x))
         dtype = keras.backend.result_type(x.dtype, "float32")
-        x, kernel = ops.cast(x, dtype), ops.cast(self.expand.kernel, dtype)
-        centered = kernel - ops.mean(kernel, axis=1, keepdims=True)
-        covariance = ops.matmul(centered, ops.transpose(centered)) / channels
-        variance = ops.sum(ops.matmul(x, covariance) * x, axis=-1, keepdims=True)
-        x = x * ops.rsqrt(ops.maximum(variance, 0) + self.layer_norm.epsilon)  # rounding may pass 0
-        scaled = centered * ops.cast(self.layer_norm.gamma, dtype)
-        x = ops.matmul(ops.cast(x, self.compute_dtype), ops.cast(scaled, self.compute_dtype))
-        return x + ops.cast(self.layer_norm.beta, self.compute_dtype)
+        gamma, beta = (ops.cast(weight, dtype) for weight in (self.layer_norm.gamma, self.layer_norm.beta))
+        kernel = ops.cast(self.expand.kernel, dtype)
+        kernel = kernel - ops.mean(kernel, axis=1, keepdims=True)
+        width, channels = kernel.shape
+        if width <= min(_FOLDED_WIDTH, channels / 2):
+            x = ops.cast(x, dtype)
+            covariance = ops.matmul(kernel, ops.transpose(kernel)) / channels
+            variance = ops.sum(ops.matmul(x, covariance) * x, axis=-1, keepdims=True)
+            variance = ops.maximum(variance, 0)  # which rounding may pass
+            x = self._product(x * ops.rsqrt(variance + _EPSILON), kernel * gamma)
+        else:
+            x = ops.cast(self._product(x, kernel), dtype)
+            variance = ops.mean(ops.square(x), axis=-1, keepdims=True)
+            x = ops.cast(x * ops.rsqrt(variance + _EPSILON) * gamma, self.compute_dtype)
+        return x + ops.cast(beta, self.compute_dtype)
+
+    def _product(self, x: Tensor, kernel: Tensor) -> Tensor:
+        return ops.matmul(ops.cast(x, self.compute_dtype), ops.cast(kernel, self.compute_dtype))
 
     def _channels_last(self, inputs: Tensor) -> Tensor:
         x = ops.cast(inputs, self.compute_dtype)
