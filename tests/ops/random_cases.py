@@ -1,13 +1,17 @@
 """Random geometries, to try many.
 
-    python -m tests.ops.random_cases [LIBRARY] [--count 5000] [--seed 0]
+    python -m tests.ops.random_cases [DOOR] [--count 5000] [--seed 0]
 
-runs them on a library with csrc/c_api.cc in it (`sanitize.py` builds one), or on TensorFlow's op.
+runs them through one of the kernels' doors: TensorFlow's op ("eager", "graph"), XLA's custom calls ("xla" in
+TensorFlow, "jax"), or the plain functions of a library with csrc/c_api.cc in it (its path; `sanitize.py`
+builds one).
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import os
 import sys
 
 import numpy as np
@@ -67,25 +71,43 @@ def check(value_and_gradients, count, rng, dtypes=DTYPES):
             raise
 
 
-def _function(library):
-    if library:
-        from tests.ops.plain_kernels import PlainKernels
+def _function(door):
+    if door in ("eager", "graph", "xla"):
+        from tests.ops.tf_harness import kernels_value_and_gradients
 
-        return PlainKernels(library).value_and_gradients
-    from tests.ops.tf_harness import kernels_value_and_gradients
+        return functools.partial(kernels_value_and_gradients, mode=door)
+    if door == "jax":
+        return _jax_value_and_gradients
+    from tests.ops.plain_kernels import PlainKernels
 
-    return kernels_value_and_gradients
+    return PlainKernels(door).value_and_gradients
+
+
+def _jax_value_and_gradients(arguments, upstream, threads=None, **options):
+    import jax
+
+    from keras_das import ops
+
+    def compute(arguments, upstream):
+        function = functools.partial(ops.deformable_conv2d, **options, implementation="native")
+        outputs, pull_back = jax.vjp(lambda given: function(**given), arguments)
+        return outputs, pull_back(upstream)[0]
+
+    outputs, gradients = jax.jit(compute)(arguments, upstream)
+    return np.asarray(outputs), {name: np.asarray(gradient) for name, gradient in gradients.items()}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "library", nargs="?", help="a library with csrc/c_api.cc in it; default: TensorFlow's op"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("door", nargs="?", default="eager", help="eager, graph, xla, jax or a library's path")
     parser.add_argument("--count", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    check(_function(options.library), options.count, np.random.default_rng(options.seed))
+    if options.door == "jax":  # before anything imports them
+        os.environ |= {"KERAS_BACKEND": "jax", "JAX_ENABLE_X64": "1"}
+    check(_function(options.door), options.count, np.random.default_rng(options.seed))
     print(f"{options.count} random cases agree with the oracle")
 
 

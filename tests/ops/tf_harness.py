@@ -51,12 +51,16 @@ def run(case, arrays, *how, **options):
     return runner(case, *how, **options)(arrays)
 
 
-def kernels_value_and_gradients(arguments, upstream, threads=None, **options):
-    """The kernels behind TensorFlow's op, eagerly, for `random_cases.check`; the threads are TensorFlow's."""
+def kernels_value_and_gradients(arguments, upstream, threads=None, mode="eager", **options):
+    """The kernels behind TensorFlow's op, for `random_cases.check`; the threads are TensorFlow's."""
+
+    def compute(tensors, upstream):
+        with tf.GradientTape() as tape:
+            tape.watch(tensors)
+            outputs = ops.deformable_conv2d(**tensors, **options, implementation="native")
+        return outputs, tape.gradient(outputs, tensors, upstream)
+
     tensors = tensors_of({**arguments, "outputs": upstream})
     upstream = tensors.pop("outputs")
-    with tf.GradientTape() as tape:
-        tape.watch(tensors)
-        outputs = ops.deformable_conv2d(**tensors, **options, implementation="native")
-    gradients = tape.gradient(outputs, tensors, upstream)
+    outputs, gradients = MODES[mode](compute)(tensors, upstream)
     return outputs.numpy(), {name: gradient.numpy() for name, gradient in gradients.items()}
