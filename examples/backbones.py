@@ -1,9 +1,10 @@
-"""Backbones by name: keras.applications, a small ResNet-18, and presets of KerasCV and KerasHub."""
+"""Backbones by name: keras.applications, ResNets 18 and 20, and presets of KerasCV and KerasHub."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import keras
 
 from examples.common import UserError, first_line
 
-NAMES = ("resnet18", "resnet50", "mobilenet_v2")
+NAMES = ("resnet18", "resnet20", "resnet50", "mobilenet_v2")
 LIBRARIES = ("keras_cv", "keras_hub")
 CAFFE_MEAN = (103.939, 116.779, 123.68)
 """The blue, green and red that the ImageNet weights of keras.applications' ResNets expect as zero."""
@@ -38,11 +39,12 @@ def build(spec: str, image_size: int, pretrained: bool, small_stem: bool = False
     if spec not in NAMES and not (library in LIBRARIES and preset):
         choices = ", ".join([*NAMES, *(f"{name}:PRESET" for name in LIBRARIES)])
         raise UserError(f"--backbone must be one of {choices}, not {spec!r}")
-    if spec == "resnet18":
+    if spec in ("resnet18", "resnet20"):
         if pretrained:
-            raise UserError("resnet18 has no ImageNet weights; name a weights file or take resnet50")
-        stages = [f"stage{number}" for number in range(1, 5)]
-        return Backbone(resnet18(image_size, small_stem), _to_unit_range, stages)
+            raise UserError(f"{spec} has no ImageNet weights; name a weights file or take resnet50")
+        model = resnet18(image_size, small_stem) if spec == "resnet18" else resnet20(image_size)
+        stages = [layer.name for layer in model.layers if re.fullmatch(r"stage\d", layer.name)]
+        return Backbone(model, _to_unit_range, stages)
     try:
         if spec in NAMES:
             return _application(spec, image_size, pretrained)
@@ -110,10 +112,24 @@ def resnet18(image_size: int, small_stem: bool = False) -> keras.Model:
     else:
         x = _convolution(inputs, 64, 7, 2, "stem")
         x = keras.layers.MaxPooling2D(3, 2, padding="same", name="stem_pool")(x)
-    for number, filters in enumerate((64, 128, 256, 512), start=1):
-        x = _basic_block(x, filters, 1 if number == 1 else 2, f"stage{number}_block1", None)
-        x = _basic_block(x, filters, 1, f"stage{number}_block2", f"stage{number}")
-    return keras.Model(inputs, x, name="resnet18")
+    return keras.Model(inputs, _stages(x, (64, 128, 256, 512), 2), name="resnet18")
+
+
+def resnet20(image_size: int) -> keras.Model:
+    """The ResNet-20 of the same paper's section 4.2, for images of about 32 pixels: three stages."""
+    inputs = keras.Input((image_size, image_size, 3))
+    x = _convolution(inputs, 16, 3, 1, "stem")
+    return keras.Model(inputs, _stages(x, (16, 32, 64), 3), name="resnet20")
+
+
+def _stages(x: Any, filters: Sequence[int], blocks: int) -> Any:
+    """Stages of basic blocks; all but the first begin with a stride of 2, and each ends in `stage{i}`."""
+    for number, width in enumerate(filters, start=1):
+        for block in range(1, blocks + 1):
+            name = f"stage{number}_block{block}"
+            stride = 2 if number > 1 and block == 1 else 1
+            x = _basic_block(x, width, stride, name, f"stage{number}" if block == blocks else None)
+    return x
 
 
 def _basic_block(x: Any, filters: int, stride: int, name: str, output_name: str | None) -> Any:

@@ -16,7 +16,7 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Config:
 
     data: str = "trees"
     data_dir: str | None = None
+    data_share: float = 1.0
     image_size: int = 64
     augment: str = "auto"
     backbone: str = "resnet50"
@@ -106,9 +107,27 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 What a user names on the command line wins over them."""
 
-CHOICES: dict[str, tuple[str, ...]] = {
+
+def attach_das(backbone: backbones.Backbone, config: Config) -> keras.Model:
+    """`keras_das.attach_das` on the backbone's stages; what does not fit is the command line's mistake."""
+    identity = config.identity_init == "on"
+    try:
+        return keras_das.attach_das(backbone.model, backbone.stages, identity_init=identity, **config.das)
+    except (TypeError, ValueError) as error:
+        given = "".join(f" --das {key}={value}" for key, value in config.das.items())
+        line = common.first_line(error)
+        raise UserError(f"cannot attach gates to {config.backbone}{given}: {line}") from error
+
+
+ATTENTIONS: dict[str, Callable[[backbones.Backbone, Config], keras.Model]] = {
+    "none": lambda backbone, config: backbone.model,
+    "das": attach_das,
+}
+"""What makes the features of a backbone; a comparison with other modules adds its own."""
+
+CHOICES: dict[str, Collection[str]] = {
     "augment": ("auto", "none", "flip", "aerial", "crop", "zoom"),
-    "attention": ("none", "das"),
+    "attention": ATTENTIONS.keys(),
     "identity_init": ("auto", "on", "off"),
     "optimizer": ("adamw", "sgd"),
     "schedule": ("cosine", "steps", "constant"),
@@ -128,18 +147,22 @@ def train(config: Config) -> dict[str, Any]:
     keras.utils.set_random_seed(config.seed)
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
-    dataset = data.load(config.data, config.image_size, config.seed, config.data_dir)
+    dataset = data.load(config.data, config.image_size, config.seed, config.data_dir, config.data_share)
     with _dtype_policy(config.mixed_precision):
         model = build_model(config, dataset.class_names)
         compile_model(model, config, dataset.splits["train"].count)
         backup = Path(config.resume or output / "backup")
         training.prepare_backup(backup, bool(config.resume), _identity(config, dataset))
+        before = {}
+        if config.weights != "none" and not config.resume:
+            start = _evaluate(model, dataset, config)
+            before["test_accuracy_before"] = scores(start)["test_accuracy"]
         timer = _fit(model, dataset, config, output, backup)
         print("evaluating on the test split", flush=True)
-        labels, predicted = predict(model, dataset.splits["test"], config.batch_size)
-    confusion = confusion_matrix(labels, predicted, len(dataset.class_names))
+        confusion = _evaluate(model, dataset, config)
     results = {
         **_describe_run(config, model, dataset),
+        **before,
         **timer.figures(),
         **scores(confusion),
         "history": training.read_history(output / "history.csv"),
@@ -216,18 +239,31 @@ def _dtype_policy(name: str) -> Iterator[None]:
 
 
 def build_model(config: Config, class_names: tuple[str, ...]) -> keras.Model:
-    """A classifier of pixels of 0..255: scaling, backbone, gates, average pooling and a softmax."""
+    """A classifier of pixels of 0..255: scaling, backbone, gates, average pooling and a softmax.
+
+    With one seed, backbone and head start from the same weights whatever the attention. `config.weights` may
+    be a file of the model without attention: then attention is attached to what was read.
+    """
     pretrained = config.weights in ("imagenet", "preset")
+    file = None if pretrained or config.weights == "none" else Path(config.weights)
     backbone = backbones.build(config.backbone, config.image_size, pretrained, config.small_stem)
-    features = backbone.model
-    if config.attention == "das":
-        identity = pretrained if config.identity_init == "auto" else config.identity_init == "on"
-        try:
-            features = keras_das.attach_das(features, backbone.stages, identity_init=identity, **config.das)
-        except (TypeError, ValueError) as error:
-            given = "".join(f" --das {key}={value}" for key, value in config.das.items())
-            line = common.first_line(error)
-            raise UserError(f"cannot attach gates to {config.backbone}{given}: {line}") from error
+    plain = _classifier(backbone.model, backbone, config, len(class_names))
+    attach_to_file = file is not None and config.attention != "none" and _holds(file, plain)
+    if attach_to_file:
+        load_weights(plain, file)
+    if config.identity_init == "auto":
+        config = dataclasses.replace(config, identity_init="on" if pretrained or attach_to_file else "off")
+    features = ATTENTIONS[config.attention](backbone, config)
+    model = _classifier(features, backbone, config, len(class_names))
+    model.get_layer("classes").set_weights(plain.get_layer("classes").get_weights())
+    if file is not None and not attach_to_file:
+        load_weights(model, file)
+    return model
+
+
+def _classifier(
+    features: keras.Model, backbone: backbones.Backbone, config: Config, classes: int
+) -> keras.Model:
     for layer in features.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.momentum = config.norm_momentum
@@ -235,11 +271,18 @@ def build_model(config: Config, class_names: tuple[str, ...]) -> keras.Model:
     x = features(backbone.preprocess(inputs))
     x = keras.layers.GlobalAveragePooling2D()(x)
     x = keras.layers.Dropout(config.dropout)(x)
-    outputs = keras.layers.Dense(len(class_names), "softmax", dtype="float32", name="classes")(x)
-    model = keras.Model(inputs, outputs, name="classifier")
-    if not pretrained and config.weights != "none":
-        load_weights(model, Path(config.weights))
-    return model
+    outputs = keras.layers.Dense(classes, "softmax", dtype="float32", name="classes")(x)
+    return keras.Model(inputs, outputs, name="classifier")
+
+
+def _holds(path: Path, model: keras.Model) -> bool:
+    """Whether a `.keras` file holds a model with as many weights as `model`; others are not looked into."""
+    if path.suffix != ".keras" or not path.is_file():
+        return False
+    try:
+        return len(keras.models.load_model(path, compile=False).weights) == len(model.weights)
+    except (OSError, ValueError, TypeError):
+        return False  # `load_weights` says what is wrong with it
 
 
 def load_weights(model: keras.Model, path: Path) -> None:
@@ -362,6 +405,12 @@ def _fit(
 # The results
 
 
+def _evaluate(model: keras.Model, dataset: pipeline.Dataset, config: Config) -> np.ndarray:
+    """The confusion matrix of the test split."""
+    labels, predicted = predict(model, dataset.splits["test"], config.batch_size)
+    return confusion_matrix(labels, predicted, len(dataset.class_names))
+
+
 def predict(model: keras.Model, split: pipeline.Split, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     """True and predicted labels of a split, in order."""
     labels, predicted = [], []
@@ -465,13 +514,16 @@ HELP = {
     "data": "trees (aerial photographs from PyPI), folder:PATH (of class folders, or train, val and test of "
     "those) or tfds:NAME",
     "data_dir": "where TensorFlow Datasets keeps its files",
+    "data_share": "train and validate on this share of the images of a folder, class by class",
     "image_size": "side of the square images in pixels",
     "augment": "what happens to training images, by Keras layers; auto: aerial for trees, crop for others",
-    "backbone": "resnet18, resnet50, mobilenet_v2, keras_cv:PRESET_OR_FOLDER or keras_hub:PRESET_OR_FOLDER",
+    "backbone": "resnet18, resnet20, resnet50, mobilenet_v2, keras_cv:PRESET_OR_FOLDER or "
+    "keras_hub:PRESET_OR_FOLDER",
     "small_stem": "resnet18 without stride in its first layer, for images of about 32 pixels",
-    "weights": "none (train from scratch), imagenet or preset (fine-tune), or a .weights.h5 or .keras file",
+    "weights": "none (train from scratch), imagenet or preset (fine-tune), or a .weights.h5 or .keras file; "
+    "attention can be attached to a .keras file of the model without",
     "attention": "DAS gates after each stage, or none",
-    "identity_init": "whether gates start at exactly 1; auto: only in pretrained backbones",
+    "identity_init": "whether gates start at exactly 1; auto: only on trained weights",
     "norm_momentum": "momentum of batch normalisation's moving averages",
     "optimizer": "AdamW, or SGD with momentum 0.9",
     "schedule": "of the learning rate; steps: a tenth after 30, 60 and 90 %% of the epochs",

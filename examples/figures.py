@@ -37,17 +37,13 @@ def draw_gates(model: keras.Model, images: np.ndarray, labels: list[str], path: 
 
     `images` are pixels of 0..255, `(N, H, W, 3)`; `model` is a classifier of `classify.build_model`.
     """
-    features = next(layer for layer in model.layers if isinstance(layer, keras.Model))
-    before = model.layers[model.layers.index(features) - 1]
-    prepared = keras.Model(model.input, before.output)(images)
-    gates = [layer for layer in features.layers if isinstance(layer, keras_das.DASLayer)]
-    maps = keras.Model(features.input, [gate.input for gate in gates])(prepared)
-    figure = Figure(figsize=(2 * (1 + len(gates)), 2.1 * len(images)), layout="constrained")
-    grid = figure.subplots(len(images), 1 + len(gates), squeeze=False)
+    inputs = gate_inputs(model, images)
+    figure = Figure(figsize=(2 * (1 + len(inputs)), 2.1 * len(images)), layout="constrained")
+    grid = figure.subplots(len(images), 1 + len(inputs), squeeze=False)
     for row, (image, label) in enumerate(zip(images, labels, strict=True)):
         grid[row, 0].imshow(image.astype("uint8"))
         grid[row, 0].set_ylabel(label)
-    for column, (gate, x) in enumerate(zip(gates, maps, strict=True), start=1):
+    for column, (gate, x) in enumerate(inputs, start=1):
         attention = _to_numpy(gate.gate(x)).mean(axis=-1)
         points, strength = _sampled_points(gate, x, images.shape[1:3])
         for row, axes in enumerate(grid[:, column]):
@@ -63,6 +59,18 @@ def draw_gates(model: keras.Model, images: np.ndarray, labels: list[str], path: 
         axes.set_xticks([])
         axes.set_yticks([])
     figure.savefig(path, format="png", dpi=120)
+
+
+def gate_inputs(model: keras.Model, images: np.ndarray) -> list[tuple[keras_das.DASLayer, keras.KerasTensor]]:
+    """The gates of a classifier of `classify.build_model`, each with the feature maps that it gets."""
+    features = next(layer for layer in model.layers if isinstance(layer, keras.Model))
+    gates = [layer for layer in features.layers if isinstance(layer, keras_das.DASLayer)]
+    if not gates:
+        return []
+    before = model.layers[model.layers.index(features) - 1]
+    prepared = keras.Model(model.input, before.output)(images)
+    maps = keras.Model(features.input, [gate.input for gate in gates])(prepared)
+    return list(zip(gates, keras.tree.flatten(maps), strict=True))
 
 
 def _sampled_points(

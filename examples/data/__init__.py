@@ -7,18 +7,21 @@ from examples.data import folders, tfds_source, trees
 from examples.data.pipeline import ArraySplit, Dataset
 
 
-def load(spec: str, image_size: int, seed: int, data_dir: str | None = None) -> Dataset:
+def load(spec: str, image_size: int, seed: int, data_dir: str | None = None, share: float = 1.0) -> Dataset:
     """The data that `spec` names: `trees`, `folder:PATH` or `tfds:NAME`, as square images of `image_size`.
 
     `seed` decides which images are held out where the source has no validation or test split of its own,
-    `data_dir` is where TensorFlow Datasets keeps its files.
+    `data_dir` is where TensorFlow Datasets keeps its files. Of a folder, `share` of the images of train and
+    validation are taken.
     """
     kind, _, name = spec.partition(":")
+    if share != 1 and kind != "folder":
+        raise UserError(f"--data-share goes with --data folder:PATH only, not {spec!r}")
     if spec == "trees":
         splits = {split: ArraySplit(*arrays) for split, arrays in trees.load(image_size).items()}
         return Dataset(trees.CLASS_NAMES, splits)
     if kind == "folder" and name:
-        return folders.load(name, image_size, seed)
+        return folders.load(name, image_size, seed, share)
     if kind == "tfds" and name:
         return tfds_source.load(name, image_size, data_dir)
     raise UserError(f"--data must be trees, folder:PATH or tfds:NAME, not {spec!r}")

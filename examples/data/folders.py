@@ -17,16 +17,24 @@ Files = dict[str, list[str]]
 """The image files of each class."""
 
 
-def load(path: str, size: int, seed: int) -> Dataset:
-    """The images below `path`; what is missing of val and test is held out of train, class by class."""
+def load(path: str, size: int, seed: int, share: float = 1.0) -> Dataset:
+    """The images below `path`; what is missing of val and test is held out of train, class by class.
+
+    Of train and val only `share` is taken, class by class too.
+    """
+    if not 0 < share <= 1:
+        raise UserError(f"--data-share must be above 0 and at most 1, not {share}")
     root = Path(path).expanduser()
     if not root.is_dir():
         raise UserError(f"data folder not found: {root}")
     found = _find_splits(root)
     class_names = list(found["train"])
-    for name, share in (("test", TEST_SHARE), ("val", VAL_SHARE)):
+    for name, held_out in (("test", TEST_SHARE), ("val", VAL_SHARE)):
         if name not in found:
-            found["train"], found[name] = _hold_out(found["train"], share, seed)
+            found["train"], found[name] = _hold_out(found["train"], held_out, seed)
+    if share < 1:
+        for name in ("train", "val"):
+            _, found[name] = _hold_out(found[name], share, seed)
     splits = {name: _as_split(files, size) for name, files in found.items()}
     total = sum(split.count for split in splits.values())
     if total * size * size * 3 > IN_MEMORY_BYTES:
