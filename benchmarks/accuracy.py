@@ -36,7 +36,8 @@ class Experiment:
     title: str
     recipe: dict[str, Any]
     variants: dict[str, dict[str, Any]]
-    base: str = "cifar10/none"
+    base: str
+    """What they are compared with: experiment/variant."""
 
 
 # SGD and a cosine, as is usual for ResNets on CIFAR-10, on a fifth of the images and for 6 epochs, which is
@@ -59,6 +60,7 @@ EXPERIMENTS = {
         "CIFAR-10, ResNet-20, a fifth of the training images, 6 epochs, from scratch",
         _CIFAR,
         {name: {"attention": name} for name in ("none", "das", "se", "cbam", "eca", "triplet")},
+        base="cifar10/none",
     ),
     "ablation": Experiment(
         "The same, one thing changed in DAS at a time",
@@ -80,10 +82,11 @@ EXPERIMENTS = {
         "Three more epochs from the model without attention, learning rate 0.01",
         {**_CIFAR, "epochs": 3, "learning_rate": 0.01, "warmup_epochs": 0.5, "weights": "cifar10/none"},
         {
-            "none": {},
+            "none": {"attention": "none"},
             "das with identity start": {**_DAS, "identity_init": "on"},
             "das with the paper's gate": {**_DAS, "identity_init": "off"},
         },
+        base="finetune/none",
     ),
     "flowers": Experiment(
         "Flowers, ResNet-18 at 96 pixels, from scratch",
@@ -96,6 +99,7 @@ EXPERIMENTS = {
             "epochs": 8,
         },
         {name: {"attention": name} for name in ("none", "das", "se", "cbam")},
+        base="flowers/none",
     ),
 }
 

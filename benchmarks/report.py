@@ -51,7 +51,7 @@ def model_lines(document) -> list[str]:
                 [cell["description"], _number(took), _number(ratio, "x"), _mebibytes(cell.get("memory"))]
             )
         heading = ["", "ms", "over the same without gates", "resident at most, MiB"]
-        lines += ["", f"### {mode}", "", *_table(heading, rows), *_failures(by_name.values())]
+        lines += ["", f"### {mode}", "", *table(heading, rows), *_failures(by_name.values())]
     return lines
 
 
@@ -77,7 +77,7 @@ def _times(cells, operation, mode, rates) -> list[str]:
         rows.append(row)
     rows.append(["floor", *(_number(floors[shape]) for shape in shapes), _number(least), "", ""])
     heading = ["ms", *shapes, "sum", f"times as fast as {fastest or 'the fastest peer'}", "over the floor"]
-    return [*_table(heading, rows), *_failures(cells)]
+    return [*table(heading, rows), *_failures(cells)]
 
 
 def floor(problem: Problem, mode: str, rates) -> float | None:
@@ -97,12 +97,12 @@ def _memory(rows) -> list[str]:
     found = {}
     for row in rows:
         found.setdefault((row["contender"], row["op"], row["mode"]), {})[row["shape"]] = row.get("bytes")
-    table = [
+    rows_of = [
         [_emphasize(name), operation, TITLES[mode], *(_mebibytes(by_shape.get(shape)) for shape in shapes)]
         for (name, operation, mode), by_shape in found.items()
     ]
     lines = ["", "### Memory beyond the arguments and the results, at most", ""]
-    return [*lines, *_table(["MiB", "", "", *shapes], table), *_failures(rows)]
+    return [*lines, *table(["MiB", "", "", *shapes], rows_of), *_failures(rows)]
 
 
 def _setting(document) -> list[str]:
@@ -139,7 +139,7 @@ def _failures(cells) -> list[str]:
     return [line for failure in lines for line in ("", failure)]
 
 
-def _table(heading, rows) -> list[str]:
+def table(heading, rows) -> list[str]:
     rules = ["---", *["--:"] * (len(heading) - 1)]
     return ["| " + " | ".join(map(str, row)) + " |" for row in (heading, rules, *rows)]
 

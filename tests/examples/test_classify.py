@@ -241,7 +241,7 @@ def test_a_full_disk_in_the_middle_of_training(image_folder: MakeFolder, tmp_pat
         (["--data", "folder:"], "--data must be trees, folder:PATH or tfds:NAME, not 'folder:'"),
         (
             ["--backbone", "resnet19"],
-            "--backbone must be one of resnet18, resnet50, mobilenet_v2, keras_cv:PRESET",
+            "--backbone must be one of resnet18, resnet20, resnet50, mobilenet_v2, keras_cv:PRESET",
         ),
         (["--backbone", "keras_hub:/nowhere"], "cannot load backbone keras_hub:/nowhere: "),
         (["--backbone", "keras_cv:/nowhere"], "cannot load backbone keras_cv:/nowhere: "),
@@ -302,6 +302,17 @@ def test_weights_files(image_folder: MakeFolder, tmp_path: Path) -> None:
     np.testing.assert_array_equal(again.predict(pixels, verbose=0), first.predict(pixels, verbose=0))
     with pytest.raises(UserError, match="does not fit this model"):
         classify.build_model(config, ("blue", "green", "red"))
+    config.attention = "das"
+    config.weights = str(path)
+    gated = classify.build_model(config, ("green", "red"))  # of the file without gates, which start at 1
+    assert gated.count_params() > first.count_params()
+    np.testing.assert_allclose(gated.predict(pixels, verbose=0), first.predict(pixels, verbose=0), rtol=1e-5)
+    gated.save(tmp_path / "gated.keras")
+    config.weights, config.identity_init = str(tmp_path / "gated.keras"), "on"
+    again = classify.build_model(config, ("green", "red"))
+    np.testing.assert_array_equal(again.predict(pixels, verbose=0), gated.predict(pixels, verbose=0))
+
+    config.attention = "none"
     config.weights = str(path)
     with pytest.raises(UserError, match="was trained for 2 classes, the data has 3"):
         classify.build_model(config, ("blue", "green", "red"))

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from examples.common import RunError, UserError
-from examples.data import Dataset, folders
+from examples.data import Dataset, folders, load
 from examples.data.pipeline import ArraySplit, FileSplit
 
 from .conftest import COLOURS, write_images
@@ -55,6 +55,20 @@ def test_train_and_test_folders(image_folder: MakeFolder) -> None:
 def test_train_val_and_test_folders(image_folder: MakeFolder, val: str) -> None:
     dataset = folders.load(str(image_folder(splits=("train", val, "test"))), 8, seed=0)
     assert counts(dataset) == {"train": [20, 20], "val": [20, 20], "test": [20, 20]}
+
+
+@pytest.mark.usefixtures("streamed")
+def test_share(image_folder: MakeFolder) -> None:
+    root = str(image_folder({"red": 20, "green": 40}, splits=("train", "val", "test")))
+    dataset = folders.load(root, 8, seed=1, share=0.25)
+    assert counts(dataset) == {"train": [10, 5], "val": [10, 5], "test": [40, 20]}
+    assert paths(folders.load(root, 8, seed=1, share=0.25)) == paths(dataset)
+    assert paths(folders.load(root, 8, seed=2, share=0.25)) != paths(dataset)
+    for share in (0.0, 1.5, float("nan")):
+        with pytest.raises(UserError, match="--data-share must be above 0 and at most 1"):
+            folders.load(root, 8, seed=1, share=share)
+    with pytest.raises(UserError, match="--data-share goes with --data folder"):
+        load("trees", 8, 0, share=0.5)
 
 
 def test_small_sets_are_decoded_once(image_folder: MakeFolder) -> None:
