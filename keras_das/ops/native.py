@@ -149,12 +149,20 @@ def must_be_portable(tensors: Sequence[Tensor | None]) -> bool:
 def xla_compiles_for_cpu() -> bool:
     """Whether what is called here becomes part of a program that XLA compiles for a CPU."""
     if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-        from tensorflow.python.ops import control_flow_util  # no public name tells of `jit_compile`
-
-        in_xla = control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
-        return not tf.executing_eagerly() and in_xla and not _tensorflow_device("XLA", ())
+        return _tensorflow_in_xla() and not _tensorflow_device("XLA", ())
     return keras.backend.backend() == "jax" and not _jax_device("XLA", ())
+
+
+def _tensorflow_in_xla() -> bool:
+    import tensorflow as tf
+
+    if tf.executing_eagerly():
+        return False
+    try:  # no public name tells of `jit_compile`
+        from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
+    except ImportError:
+        return False
+    return bool(GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()))
 
 
 def _is_tracing(tensors: Sequence[Tensor | None]) -> bool:
