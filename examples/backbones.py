@@ -74,7 +74,7 @@ def _application(name: str, image_size: int, pretrained: bool) -> Backbone:
 
 
 def _keras_cv(preset: str, pretrained: bool) -> Backbone:
-    library = _import_library("keras_cv", "cv")
+    library = import_library("keras_cv", "cv")
     model = library.models.Backbone.from_preset(preset, load_weights=pretrained)
     # Its presets scale pixels themselves, unless they were made not to.
     scales = getattr(model, "include_rescaling", False)
@@ -82,7 +82,7 @@ def _keras_cv(preset: str, pretrained: bool) -> Backbone:
 
 
 def _keras_hub(preset: str, pretrained: bool) -> Backbone:
-    library = _import_library("keras_hub", "hub")
+    library = import_library("keras_hub", "hub")
     policy = keras.config.dtype_policy()
     model = library.models.Backbone.from_preset(preset, load_weights=pretrained, dtype=policy)
     try:
@@ -95,7 +95,8 @@ def _keras_hub(preset: str, pretrained: bool) -> Backbone:
     )
 
 
-def _import_library(name: str, extra: str) -> Any:
+def import_library(name: str, extra: str) -> Any:
+    """KerasCV or KerasHub, or a line that says how to get it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

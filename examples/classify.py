@@ -8,12 +8,9 @@
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import dataclasses
 import json
 import os
-import platform
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -30,7 +27,7 @@ import numpy as np
 import tensorflow as tf
 
 import keras_das
-from examples import backbones, common, data, figures, training
+from examples import backbones, common, data, figures, options, training
 from examples.common import RunError, UserError
 from examples.data import pipeline
 
@@ -135,20 +132,18 @@ CHOICES: dict[str, Collection[str]] = {
     "jit": ("auto", "on", "off"),
     "progress": ("auto", "bar", "lines", "none"),
 }
-STEP_EPOCHS, STEP_FACTOR = (0.3, 0.6, 0.9), 0.1
-"""Schedule `steps`: at these shares of all epochs (30, 60 and 90 of 100) the rate is multiplied by this."""
 
 
 def train(config: Config) -> dict[str, Any]:
     """Run `config` from data to saved model, and return every figure, as in `results.json`."""
     config = dataclasses.replace(config, output=config.output or _default_output(config))
-    _check(config)
+    INTERFACE.check(config)
     output = Path(config.output)
     keras.utils.set_random_seed(config.seed)
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
     dataset = data.load(config.data, config.image_size, config.seed, config.data_dir, config.data_share)
-    with _dtype_policy(config.mixed_precision):
+    with training.dtype_policy(config.mixed_precision):
         model = build_model(config, dataset.class_names)
         compile_model(model, config, dataset.splits["train"].count)
         backup = Path(config.resume or output / "backup")
@@ -178,32 +173,6 @@ def _default_output(config: Config) -> str:
     return str(Path("runs") / "-".join(Path(part.replace(":", "-")).name for part in parts))
 
 
-def _check(config: Config) -> None:
-    for name, choices in CHOICES.items():
-        if getattr(config, name) not in choices:
-            raise UserError(
-                f"{_flag(name)} must be one of {', '.join(choices)}, not {getattr(config, name)!r}"
-            )
-    for name, low in {
-        "image_size": 8,
-        "epochs": 1,
-        "batch_size": 1,
-        "seed": 0,
-        "learning_rate": 1e-12,
-    }.items():
-        if getattr(config, name) < low:
-            raise UserError(f"{_flag(name)} must be at least {low}, not {getattr(config, name)}")
-    if config.export:
-        _check_export(Path(config.export))
-
-
-def _check_export(path: Path) -> None:
-    """Refuse before training what `keras_das.export` would refuse after it."""
-    free = not path.exists() or (path.is_dir() and not any(path.iterdir()))
-    if not free and not (path / "saved_model.pb").is_file():
-        raise UserError(f"--export: {path} is there already and is not a SavedModel")
-
-
 def _identity(config: Config, dataset: pipeline.Dataset) -> dict[str, Any]:
     """What a run and its continuation must have in common."""
     names = (
@@ -218,21 +187,6 @@ def _identity(config: Config, dataset: pipeline.Dataset) -> dict[str, Any]:
         "seed",
     )
     return {name: getattr(config, name) for name in names} | {"class_names": list(dataset.class_names)}
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-@contextlib.contextmanager
-def _dtype_policy(name: str) -> Iterator[None]:
-    previous = keras.config.dtype_policy()
-    if name != "none":
-        keras.config.set_dtype_policy(name)
-    try:
-        yield
-    finally:
-        keras.config.set_dtype_policy(previous)
 
 
 # The model
@@ -311,35 +265,12 @@ def _check_class_count(path: Path, source: keras.Model, model: keras.Model) -> N
 
 def compile_model(model: keras.Model, config: Config, train_count: int) -> None:
     """Set optimizer, loss and accuracy for runs over `train_count` images an epoch."""
-    steps = max(1, train_count // config.batch_size)
-    rate = learning_rate(config, steps)
-    if config.optimizer == "sgd":
-        optimizer = keras.optimizers.SGD(rate, momentum=0.9, weight_decay=config.weight_decay or None)
-    else:
-        optimizer = keras.optimizers.AdamW(rate, weight_decay=config.weight_decay)
-    if config.weight_decay:
-        optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+    optimizer = training.make_optimizer(config, max(1, train_count // config.batch_size))
     model.compile(
         optimizer,
         keras.losses.CategoricalCrossentropy(label_smoothing=config.label_smoothing),
         metrics=["accuracy"],
         jit_compile={"auto": "auto", "on": True, "off": False}[config.jit],
-    )
-
-
-def learning_rate(config: Config, steps: int) -> keras.optimizers.schedules.LearningRateSchedule | float:
-    """The rate by step, for epochs of `steps` steps."""
-    if config.schedule == "constant":
-        return config.learning_rate
-    if config.schedule == "steps":
-        boundaries = [round(share * config.epochs * steps) for share in STEP_EPOCHS]
-        values = [config.learning_rate * STEP_FACTOR**i for i in range(len(boundaries) + 1)]
-        return keras.optimizers.schedules.PiecewiseConstantDecay(boundaries, values)
-    warmup = min(round(config.warmup_epochs * steps), config.epochs * steps - 1)
-    if not warmup:
-        return keras.optimizers.schedules.CosineDecay(config.learning_rate, config.epochs * steps)
-    return keras.optimizers.schedules.CosineDecay(
-        0.0, config.epochs * steps - warmup, warmup_target=config.learning_rate, warmup_steps=warmup
     )
 
 
@@ -450,12 +381,7 @@ def _describe_run(config: Config, model: keras.Model, dataset: pipeline.Dataset)
         "gate_parameters": sum(gate.count_params() for gate in gates),
         "jit_compile": bool(model.jit_compile),
         "devices": [device.device_type for device in tf.config.list_logical_devices()],
-        "versions": {
-            "python": platform.python_version(),
-            "tensorflow": tf.__version__,
-            "keras": keras.__version__,
-            "keras_das": keras_das.__version__,
-        },
+        "versions": training.versions(),
     }
 
 
@@ -538,52 +464,14 @@ HELP = {
 }
 
 
+INTERFACE = options.Interface(
+    "classify", "Train an image classifier with DAS gates.", Config, HELP, CHOICES, RECIPES
+)
+
+
 def parse_arguments(arguments: list[str] | None = None) -> tuple[Config, bool]:
     """The configuration of a command line, recipe and defaults filled in, and whether it says `--debug`."""
-    parser = argparse.ArgumentParser("classify", description="Train an image classifier with DAS gates.")
-    parser.add_argument(
-        "--recipe", choices=sorted(RECIPES), help="start from the arguments of an experiment of the paper"
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.add_argument(
-        "--das",
-        metavar="KEY=VALUE",
-        action="append",
-        type=_key_value,
-        default=[],
-        help="argument of DASLayer, repeatable: --das reduction=0.1",
-    )
-    for field in dataclasses.fields(Config):
-        if field.name != "das":
-            _add_argument(parser, field)
-    given = vars(parser.parse_args(arguments))
-    recipe, debug, das = given.pop("recipe"), given.pop("debug"), dict(given.pop("das"))
-    return Config(**{**RECIPES.get(recipe, {}), **given, "das": das}), debug
-
-
-def _add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
-    # Without a default of its own, an argument that is not given stays out of the way of the recipe's.
-    options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": HELP.get(field.name, "")}
-    default = field.default
-    if default not in (None, False):
-        options["help"] += f" (default: {default})"
-    if isinstance(default, bool):
-        options["action"] = "store_true"
-    elif field.name in CHOICES:
-        options["choices"] = CHOICES[field.name]
-    else:
-        options["type"] = type(default) if default is not None else str
-    parser.add_argument(_flag(field.name), **options)
-
-
-def _key_value(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not (key and equals):
-        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
-    try:
-        return key, json.loads(value)
-    except json.JSONDecodeError:
-        return key, value
+    return INTERFACE.parse(arguments)
 
 
 def _report(config: Config) -> None:

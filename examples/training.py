@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import importlib.metadata
 import json
 import math
+import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -16,9 +18,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+import keras_das
 from examples import common
 from examples.common import RunError, UserError
-from examples.data import pipeline
 
 
 class History(keras.callbacks.CSVLogger):
@@ -41,11 +43,14 @@ def _trim_history(path: Path, epoch: int) -> None:
     path.write_text(header + "".join(row for row in rows if int(row.split(",")[0]) < epoch))
 
 
-def read_history(path: Path) -> dict[str, list[float]]:
-    """The columns of a `history.csv`."""
+def read_history(path: Path) -> dict[str, list[float | None]]:
+    """The columns of a `history.csv`; where Keras' logger wrote NA, for a NaN, stands None."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    return {name: [float(row[name]) for row in rows] for name in (rows[0] if rows else {})}
+    return {
+        name: [None if row[name] == "NA" else float(row[name]) for row in rows]
+        for name in (rows[0] if rows else {})
+    }
 
 
 class StepTimer(keras.callbacks.Callback):
@@ -136,7 +141,7 @@ def verbosity(progress: str) -> int:
 
 
 @contextlib.contextmanager
-def explaining(dataset: pipeline.Dataset, backup: Path) -> Iterator[None]:
+def explaining(dataset: Any, backup: Path) -> Iterator[None]:
     """Turn what can go wrong in the middle of training into a line that says what to do."""
     resume = f"continue from the last complete epoch with --resume {backup}"
     try:
@@ -148,7 +153,7 @@ def explaining(dataset: pipeline.Dataset, backup: Path) -> Iterator[None]:
         if not common.is_disk_full(error):
             # A decoding error does not say which file it met.
             for split in dataset.splits.values():
-                if isinstance(split, pipeline.FileSplit):
+                if hasattr(split, "check"):
                     split.check()
             raise
         raise RunError(f"disk full while training; make room and {resume}") from error
@@ -156,3 +161,59 @@ def explaining(dataset: pipeline.Dataset, backup: Path) -> Iterator[None]:
         if common.is_disk_full(error):
             raise RunError(f"disk full while training; make room and {resume}") from error
         raise
+
+
+STEP_EPOCHS, STEP_FACTOR = (0.3, 0.6, 0.9), 0.1
+"""Schedule `steps`: at these shares of all epochs (30, 60 and 90 of 100) the rate is multiplied by this."""
+
+
+def learning_rate(config: Any, steps: int) -> keras.optimizers.schedules.LearningRateSchedule | float:
+    """The rate by step, for epochs of `steps` steps; `config` is that of an example."""
+    if config.schedule == "constant":
+        return config.learning_rate
+    if config.schedule == "steps":
+        boundaries = [round(share * config.epochs * steps) for share in STEP_EPOCHS]
+        values = [config.learning_rate * STEP_FACTOR**i for i in range(len(boundaries) + 1)]
+        return keras.optimizers.schedules.PiecewiseConstantDecay(boundaries, values)
+    warmup = min(round(config.warmup_epochs * steps), config.epochs * steps - 1)
+    if not warmup:
+        return keras.optimizers.schedules.CosineDecay(config.learning_rate, config.epochs * steps)
+    return keras.optimizers.schedules.CosineDecay(
+        0.0, config.epochs * steps - warmup, warmup_target=config.learning_rate, warmup_steps=warmup
+    )
+
+
+def make_optimizer(config: Any, steps: int) -> keras.optimizers.Optimizer:
+    """The optimizer of an example's `config`, for epochs of `steps` steps; biases and norms do not decay."""
+    rate, clip = learning_rate(config, steps), getattr(config, "clip_norm", None) or None
+    if config.optimizer == "sgd":
+        decay = config.weight_decay or None
+        optimizer = keras.optimizers.SGD(rate, momentum=0.9, weight_decay=decay, global_clipnorm=clip)
+    else:
+        optimizer = keras.optimizers.AdamW(rate, weight_decay=config.weight_decay, global_clipnorm=clip)
+    if config.weight_decay:
+        optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+    return optimizer
+
+
+@contextlib.contextmanager
+def dtype_policy(name: str) -> Iterator[None]:
+    """Within it, models are made with this policy; `none` leaves Keras' own."""
+    previous = keras.config.dtype_policy()
+    if name != "none":
+        keras.config.set_dtype_policy(name)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(previous)
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """What ran: Python, TensorFlow, Keras, this package, and `packages` besides."""
+    return {
+        "python": platform.python_version(),
+        "tensorflow": tf.__version__,
+        "keras": keras.__version__,
+        "keras_das": keras_das.__version__,
+        **{name: importlib.metadata.version(name.replace("_", "-")) for name in packages},
+    }

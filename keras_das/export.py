@@ -36,7 +36,8 @@ def export(
     Example:
 
     >>> keras_das.export(model, "serving/1")
-    >>> tf.saved_model.load("serving/1").serve(images)
+    >>> served = tf.saved_model.load("serving/1")
+    >>> served.serve(images)
     """
     if format not in FORMATS:
         raise ValueError(f"`format` must be one of {FORMATS}. Received: format={format!r}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -15,6 +17,7 @@ VAL_SHARE, TEST_SHARE = 0.15, 0.2
 
 Files = dict[str, list[str]]
 """The image files of each class."""
+Item = TypeVar("Item")
 
 
 def load(path: str, size: int, seed: int, share: float = 1.0) -> Dataset:
@@ -89,13 +92,22 @@ def _hold_out(files: Files, share: float, seed: int) -> tuple[Files, Files]:
     rng = np.random.default_rng(seed)
     larger, smaller = {}, {}
     for name, paths in files.items():
-        if len(paths) < 2:
-            raise UserError(f"class {name!r} has too few images to hold some out for validation and test")
-        count = min(len(paths) - 1, max(1, round(share * len(paths))))
-        order = rng.permutation(len(paths)).tolist()
-        smaller[name] = [paths[i] for i in sorted(order[:count])]
-        larger[name] = [paths[i] for i in sorted(order[count:])]
+        larger[name], smaller[name] = hold_out(paths, share, rng, f"class {name!r}")
     return larger, smaller
+
+
+def hold_out(
+    items: Sequence[Item], share: float, rng: np.random.Generator, source: str
+) -> tuple[list[Item], list[Item]]:
+    """Split `items` at random into the rest and `share` of them, neither of them empty, both in order.
+
+    `source` names them where there are too few.
+    """
+    if len(items) < 2:
+        raise UserError(f"{source} has too few images to hold some out for validation and test")
+    count = min(len(items) - 1, max(1, round(share * len(items))))
+    order = rng.permutation(len(items)).tolist()
+    return [items[i] for i in sorted(order[count:])], [items[i] for i in sorted(order[:count])]
 
 
 def _as_split(files: Files, size: int) -> FileSplit:

@@ -57,7 +57,7 @@ class ArraySplit:
         """See `Split`."""
         with tf.device("cpu"):
             images, labels = tf.constant(self.images), tf.constant(self.labels)
-        return _indices(self.count, key).map(lambda index: (images[index], labels[index]))
+        return indices(self.count, key).map(lambda index: (images[index], labels[index]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ class FileSplit:
         def read(index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             return read_image(paths[index], self.size), labels[index]
 
-        return _indices(self.count, key).map(read, num_parallel_calls=tf.data.AUTOTUNE)
+        return indices(self.count, key).map(read, num_parallel_calls=tf.data.AUTOTUNE)
 
     def load(self) -> ArraySplit:
         """Decode every image now; the first that cannot be read stops with its name."""
@@ -96,9 +96,7 @@ class FileSplit:
 
     def check(self) -> None:
         """Decode every image and keep none, to name the one that stopped a run."""
-        with ThreadPoolExecutor() as pool:
-            for _ in pool.map(lambda path: _read_checked(path, 8), self.paths):
-                pass
+        check_files(self.paths)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,24 +116,30 @@ class StreamSplit:
             # Sets the seed of this function's graph only. Left at 0 (`--seed 0`), TensorFlow would go on to
             # ask whether the other seed, a tensor here, is 0 as well, which it cannot while tracing.
             tf.random.set_seed(1)
-            return self.dataset.shuffle(self.buffer, seed=_mix(key))
+            return self.dataset.shuffle(self.buffer, seed=mix(key))
 
         # Inside `flat_map` the seed is read when an epoch begins, not when the pipeline is built.
         return tf.data.Dataset.from_tensors(0).flat_map(shuffle)
 
 
-def _indices(count: int, key: tf.Tensor | None) -> tf.data.Dataset:
-    indices = tf.data.Dataset.range(count)
+def indices(count: int, key: tf.Tensor | None) -> tf.data.Dataset:
+    """0 to `count - 1`, int64; in an order that `key` decides unless it is None."""
+    numbers = tf.data.Dataset.range(count)
     if key is None:
-        return indices
+        return numbers
     # `index_shuffle` is a permutation that is computed element by element: no buffer to fill.
-    return indices.map(lambda index: tf.random.experimental.index_shuffle(index, key, count - 1))
+    return numbers.map(lambda index: tf.random.experimental.index_shuffle(index, key, count - 1))
 
 
 def read_image(path: tf.Tensor, size: int) -> tf.Tensor:
     """Decode a JPEG, PNG, BMP or the first frame of a GIF into uint8 `(size, size, 3)`."""
-    image = tf.io.decode_image(tf.io.read_file(path), channels=3, expand_animations=False)
-    return fit_square(image, size)
+    return fit_square(decode_image(tf.io.read_file(path)), size)
+
+
+def decode_image(content: tf.Tensor) -> tf.Tensor:
+    """The uint8 `(height, width, 3)` pixels of an encoded image; of a GIF, of its first frame."""
+    image = tf.io.decode_image(content, channels=3, expand_animations=False)
+    return tf.ensure_shape(image, (None, None, 3))
 
 
 def fit_square(image: tf.Tensor, size: int) -> tf.Tensor:
@@ -145,6 +149,13 @@ def fit_square(image: tf.Tensor, size: int) -> tf.Tensor:
     image = tf.image.resize(image, scaled, "bicubic", antialias=True)
     image = tf.image.resize_with_crop_or_pad(image, size, size)
     return tf.cast(tf.round(tf.clip_by_value(image, 0, 255)), tf.uint8)
+
+
+def check_files(paths: Sequence[str]) -> None:
+    """Decode every image and keep none; the first that cannot be read stops with its name."""
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(lambda path: _read_checked(path, 8), paths):
+            pass
 
 
 def _read_checked(path: str, size: int) -> np.ndarray:
@@ -185,10 +196,10 @@ class _BatchSeed(keras.random.SeedGenerator):
 
     def next(self, ordered: bool = True) -> tf.Tensor:
         self.draws += 1
-        return tf.stack([_mix(self.key), 256 * self.batch + self.draws])
+        return tf.stack([mix(self.key), 256 * self.batch + self.draws])
 
 
-def _mix(key: tf.Tensor) -> tf.Tensor:
+def mix(key: tf.Tensor) -> tf.Tensor:
     """One number out of the seed and the epoch."""
     return key[0] * 1_000_003 + key[1]
 
@@ -210,16 +221,16 @@ def training_batches(
         return images, tf.one_hot(labels, classes)
 
     batches = split.examples(clock.key).batch(batch_size, drop_remainder=split.count >= batch_size)
-    return _counted(batches.enumerate().map(augment, tf.data.AUTOTUNE), split.count // batch_size or 1)
+    return counted(batches.enumerate().map(augment, tf.data.AUTOTUNE), split.count // batch_size or 1)
 
 
 def evaluation_batches(split: Split, classes: int, batch_size: int) -> tf.data.Dataset:
     """Batches in order, with one-hot labels."""
     batches = split.examples(None).batch(batch_size)
     batches = batches.map(lambda images, labels: (tf.cast(images, tf.float32), tf.one_hot(labels, classes)))
-    return _counted(batches, -(-split.count // batch_size))
+    return counted(batches, -(-split.count // batch_size))
 
 
-def _counted(batches: tf.data.Dataset, count: int) -> tf.data.Dataset:
-    """Keras shows a progress bar with an end if a dataset knows its length."""
+def counted(batches: tf.data.Dataset, count: int) -> tf.data.Dataset:
+    """`batches` that know their `count`, so that Keras' progress bar has an end, read ahead."""
     return batches.apply(tf.data.experimental.assert_cardinality(count)).prefetch(tf.data.AUTOTUNE)

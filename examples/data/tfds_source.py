@@ -7,23 +7,26 @@ from typing import Any
 import tensorflow as tf
 
 from examples.common import UserError, first_line, is_disk_full
-from examples.data.pipeline import Dataset, StreamSplit, fit_square
+from examples.data.pipeline import Dataset, StreamSplit, decode_image, fit_square
 
+UNLABELLED_TESTS = {"imagenet2012", "coco", "voc/2012"}
+"""Sets, or their configurations, that have a test split without labels: those were never published."""
 VAL_PERCENT, TEST_PERCENT = 5, 20
 """What is held out of the train split where a set has no validation or test split."""
 
 
 def load(name: str, size: int, data_dir: str | None) -> Dataset:
     """The set `name`, prepared below `data_dir` (downloaded there if need be), as squares of `size`."""
-    builder = _prepare(name, data_dir)
+    builder = prepare(name, data_dir)
     features = builder.info.features
     if not {"image", "label"} <= set(features) or not hasattr(features["label"], "names"):
         raise UserError(f"tfds:{name} has no image and class label: it is not a classification set")
-    splits = {split: _split(builder, part, size) for split, part in _slices(builder).items()}
+    splits = {split: _split(builder, part, size) for split, part in slices(builder).items()}
     return Dataset(features["label"].names, splits)
 
 
-def _prepare(name: str, data_dir: str | None) -> Any:
+def prepare(name: str, data_dir: str | None) -> Any:
+    """The builder of the set `name`, its files below `data_dir` (downloaded there if need be)."""
     import tensorflow_datasets as tfds
 
     try:
@@ -37,12 +40,13 @@ def _prepare(name: str, data_dir: str | None) -> Any:
     return builder
 
 
-def _slices(builder: Any) -> dict[str, str]:
+def slices(builder: Any) -> dict[str, str]:
     """Which slices of the set make train, val and test."""
     # A builder of `tfds.testing.mock_data` does not know its splits, and takes any.
     have = set(builder.info.splits) or {"train", "test"}
-    if builder.name == "imagenet2012":
-        have.discard("test")  # its labels were never published
+    config = getattr(builder.builder_config, "name", None)
+    if {builder.name, f"{builder.name}/{config}"} & UNLABELLED_TESTS:
+        have.discard("test")
     if "train" not in have:
         raise UserError(f"tfds:{builder.name} has no split named train, only {', '.join(sorted(have))}")
     test = next((name for name in ("test", "validation") if name in have), None)
@@ -65,8 +69,7 @@ def _split(builder: Any, part: str, size: int) -> StreamSplit:
     dataset = builder.as_dataset(split=part, shuffle_files=False, decoders=decoders)
 
     def read(example: dict[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
-        image = tf.io.decode_image(example["image"], channels=3, expand_animations=False)
-        return fit_square(image, size), tf.cast(example["label"], tf.int32)
+        return fit_square(decode_image(example["image"]), size), tf.cast(example["label"], tf.int32)
 
     count = int(dataset.cardinality())
     return StreamSplit(dataset.map(read, num_parallel_calls=tf.data.AUTOTUNE), count)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import keras_das
-from examples import backbones, classify, figures
+from examples import backbones, classify, figures, training
 from examples.common import UserError
 
 from . import tiny
@@ -351,17 +351,17 @@ def test_recipes_are_defaults() -> None:
 
 
 def test_learning_rates() -> None:
-    steps = classify.learning_rate(classify.Config(schedule="steps", epochs=100, learning_rate=0.1), 10)
+    steps = training.learning_rate(classify.Config(schedule="steps", epochs=100, learning_rate=0.1), 10)
     assert [float(steps(step)) for step in (0, 299, 301, 601, 901)] == pytest.approx(
         [0.1, 0.1, 1e-2, 1e-3, 1e-4]
     )
-    cosine = classify.learning_rate(
+    cosine = training.learning_rate(
         classify.Config(schedule="cosine", epochs=10, warmup_epochs=2, learning_rate=0.1), 10
     )
     assert [float(cosine(step)) for step in (0, 10, 20, 60, 100)] == pytest.approx(
         [0, 0.05, 0.1, 0.05, 0], abs=1e-6
     )
-    short = classify.learning_rate(classify.Config(epochs=1, warmup_epochs=5), 1)
+    short = training.learning_rate(classify.Config(epochs=1, warmup_epochs=5), 1)
     assert np.isfinite(float(short(1)))
 
 

@@ -67,14 +67,14 @@ def test_a_prepared_set_without_a_test_split(tmp_path: Path) -> None:
     ],
 )
 def test_slices(name: str, splits: set[str], expected: tuple[str, ...]) -> None:
-    builder = SimpleNamespace(name=name, info=SimpleNamespace(splits=splits))
-    assert tfds_source._slices(builder) == dict(zip(("train", "val", "test"), expected, strict=True))
+    builder = SimpleNamespace(name=name, builder_config=None, info=SimpleNamespace(splits=splits))
+    assert tfds_source.slices(builder) == dict(zip(("train", "val", "test"), expected, strict=True))
 
 
 def test_a_set_without_a_train_split() -> None:
-    builder = SimpleNamespace(name="odd", info=SimpleNamespace(splits={"all"}))
+    builder = SimpleNamespace(name="odd", builder_config=None, info=SimpleNamespace(splits={"all"}))
     with pytest.raises(UserError, match="tfds:odd has no split named train, only all"):
-        tfds_source._slices(builder)
+        tfds_source.slices(builder)
 
 
 def test_training_with_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,344 @@
+"""Train an object detector, a RetinaNet of KerasCV or KerasHub, with or without DAS gates.
+
+    python examples/detect.py --backbone resnet18 --attention das --data trees
+    python examples/detect.py --help
+
+`train` is the whole run as a function; it returns what `results.json` holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script: find `examples` and a keras_das that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import keras_das
+from examples import common, options, training
+from examples.common import UserError
+from examples.data import pipeline
+from examples.detection import batches, coco_metrics, data, detectors, pictures, splits
+
+
+@dataclasses.dataclass
+class Config:
+    """The arguments of a run; the defaults train the demonstration on `trees`."""
+
+    data: str = "trees"
+    data_dir: str | None = None
+    image_size: int = 256
+    augment: str = "on"
+    library: str = "keras_hub"
+    backbone: str = "resnet18"
+    head_layers: int = 0
+    weights: str = "none"
+    attention: str = "das"
+    identity_init: str = "auto"
+    das: dict[str, Any] = dataclasses.field(default_factory=dict)
+    norm_momentum: float = 0.9
+    epochs: int = 12
+    batch_size: int = 8
+    optimizer: str = "adamw"
+    learning_rate: float = 5e-4
+    schedule: str = "cosine"
+    warmup_epochs: float = 1.0
+    weight_decay: float = 1e-3
+    clip_norm: float = 10.0
+    mixed_precision: str = "none"
+    score_every: int = 4
+    seed: int = 0
+    deterministic: bool = False
+    output: str | None = None
+    resume: str | None = None
+    export: str | None = None
+    progress: str = "auto"
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    # The usual schedule of twelve epochs; the paper trains a RetinaNet on a ResNet-50 with such a one.
+    "coco": {
+        "data": "tfds:coco/2017",
+        "image_size": 1024,
+        "backbone": "resnet_50_imagenet",
+        "weights": "preset",
+        "norm_momentum": 0.99,
+        "epochs": 12,
+        "batch_size": 16,
+        "optimizer": "sgd",
+        "learning_rate": 0.01,
+        "schedule": "steps",
+        "weight_decay": 1e-3,  # apart from the gradient; 1e-4 in it acts ten times, by momentum
+        "clip_norm": 10.0,
+    },
+}
+"""After the usual arguments for COCO: 800x1333 pixels become a square of the nearest multiple of 128."""
+
+CHOICES: dict[str, Collection[str]] = {
+    "augment": ("on", "off"),
+    "library": detectors.LIBRARIES,
+    "attention": ("none", "das"),
+    "identity_init": ("auto", "on", "off"),
+    "optimizer": ("adamw", "sgd"),
+    "schedule": ("cosine", "steps", "constant"),
+    "mixed_precision": ("none", "mixed_float16", "mixed_bfloat16"),
+    "progress": ("auto", "bar", "lines", "none"),
+}
+HELP = {
+    "data": "trees (tiles of aerial photographs from PyPI), voc:FOLDER, coco:ANNOTATIONS.json,IMAGES_FOLDER "
+    "or tfds:NAME",
+    "data_dir": "where TensorFlow Datasets keeps its files",
+    "image_size": "images are scaled to fit into a square of this side, a multiple of 128",
+    "augment": "flips, and scales and crops at random, boxes too",
+    "library": "whose RetinaNet",
+    "backbone": "resnet18, resnet50, or a preset or preset folder of the library",
+    "head_layers": "convolutions of each head before its last (keras_hub only); 0: the library's own number",
+    "weights": "none (train from scratch), preset, or a .keras file of a classifier on the same backbone",
+    "attention": "DAS gates after each stage, or none",
+    "identity_init": "whether gates start at exactly 1; auto: only on trained weights",
+    "norm_momentum": "momentum of batch normalisation's moving averages",
+    "optimizer": "AdamW, or SGD with momentum 0.9",
+    "schedule": "of the learning rate; steps: a tenth after 30, 60 and 90 %% of the epochs",
+    "warmup_epochs": "epochs in which the cosine schedule's rate rises from 0",
+    "clip_norm": "gradients are scaled down to this norm; 0: never",
+    "mixed_precision": "Keras's dtype policy",
+    "score_every": "COCO's metrics on the validation split, and pictures, after this many epochs",
+    "deterministic": "same bits each time, where TensorFlow can, at a cost in speed",
+    "output": "folder of the results (default: runs/DATA-LIBRARY-BACKBONE-ATTENTION)",
+    "resume": "folder of the training state: a killed run continues there after its last complete epoch",
+    "export": "also write a SavedModel to this folder, from pixels to boxes",
+    "progress": "a bar, a line an epoch, or nothing; auto: a bar on a terminal",
+}
+INTERFACE = options.Interface(
+    "detect", "Train an object detector with DAS gates.", Config, HELP, CHOICES, RECIPES
+)
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Run `config` from data to saved model, and return every figure, as in `results.json`."""
+    config = dataclasses.replace(config, output=config.output or _default_output(config))
+    _check(config)
+    output = Path(config.output)
+    keras.utils.set_random_seed(config.seed)
+    if config.deterministic:
+        tf.config.experimental.enable_op_determinism()
+    found = data.load(config.data, config.seed, config.data_dir)
+    for name, split in found.splits.items():
+        boxes = sum(len(truth.boxes) for truth in split.truths)
+        print(f"{name}: {len(split.truths)} images, {boxes} boxes, {split.dropped} dropped", flush=True)
+    with training.dtype_policy(config.mixed_precision):
+        detector = build_detector(config, len(found.class_names))
+        detectors.compile_model(
+            detector,
+            training.make_optimizer(config, max(1, len(found.splits["train"].truths) // config.batch_size)),
+        )
+        backup = Path(config.resume or output / "backup")
+        training.prepare_backup(backup, bool(config.resume), _identity(config, found))
+        timer = _fit(detector, found, config, output, backup)
+        print("evaluating on the test split", flush=True)
+        detections = detect(detector.predictor(config.image_size), found.splits["test"], config)
+    results = {
+        "arguments": dataclasses.asdict(config),
+        "class_names": list(found.class_names),
+        "images": {name: len(split.truths) for name, split in found.splits.items()},
+        "parameters": detector.model.count_params(),
+        **timer.figures(),
+        **coco_metrics.score(truths_of(found.splits["test"]), detections, found.class_names),
+        "history": training.read_history(output / "history.csv"),
+        "versions": training.versions(config.library),
+    }
+    _save(detector, results, detections, found, config, backup)
+    common.remove(backup)
+    return results
+
+
+def _default_output(config: Config) -> str:
+    parts = (config.data, config.library, config.backbone, config.attention)
+    return str(Path("runs") / "-".join(Path(part.split(",")[0].replace(":", "-")).name for part in parts))
+
+
+def _check(config: Config) -> None:
+    INTERFACE.check(config)
+    if config.image_size % 128:
+        raise UserError(f"--image-size must be a multiple of 128, not {config.image_size}")
+    if config.score_every < 1:
+        raise UserError(f"--score-every must be at least 1, not {config.score_every}")
+
+
+def _identity(config: Config, found: data.DetectionData) -> dict[str, Any]:
+    """What a run and its continuation must have in common."""
+    names = (
+        "library",
+        "backbone",
+        "attention",
+        "das",
+        "data",
+        "image_size",
+        "batch_size",
+        "optimizer",
+        "seed",
+    )
+    return {name: getattr(config, name) for name in names} | {"class_names": list(found.class_names)}
+
+
+def build_detector(config: Config, class_count: int) -> detectors.Detector:
+    """The detector that `config` describes."""
+    attach = None
+    if config.attention == "das":
+        trained = config.weights != "none"
+        identity = trained if config.identity_init == "auto" else config.identity_init == "on"
+        attach = detectors.attach_das(identity, config.das)
+    detector = detectors.build(
+        config.library,
+        config.backbone,
+        config.image_size,
+        class_count,
+        attach,
+        config.weights,
+        config.head_layers,
+    )
+    for layer in detector.model._flatten_layers():
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.momentum = config.norm_momentum
+    return detector
+
+
+def _fit(
+    detector: detectors.Detector, found: data.DetectionData, config: Config, output: Path, backup: Path
+) -> training.StepTimer:
+    output.mkdir(parents=True, exist_ok=True)
+    if not config.resume:
+        common.remove(output / "history.csv")
+    clock, timer = pipeline.EpochClock(config.seed), training.StepTimer()
+    split = found.splits["train"]
+    train_data = batches.training_batches(
+        split, config.image_size, config.batch_size, clock, config.augment == "on"
+    )
+    # The validation's truth comes as a batch of targets too, without augmentation, in order.
+    val_data = batches.scored_batches(found.splits["val"], config.image_size, config.batch_size)
+    scorer = coco_metrics.CocoMetrics(
+        detector.batches(val_data), detectors.FORMAT, found.class_names, config.score_every
+    )
+    with training.explaining(found, backup):
+        detector.model.fit(
+            detector.batches(train_data),
+            epochs=config.epochs,
+            shuffle=False,  # the pipeline does
+            verbose=training.verbosity(config.progress),
+            callbacks=[
+                clock,
+                timer,
+                scorer,
+                training.History(output / "history.csv"),
+                keras.callbacks.TensorBoard(str(output / "logs"), write_graph=False),
+                _pictures(detector, found, config, output / "logs"),
+                training.Backup(backup),
+            ],
+        )
+    return timer
+
+
+def truths_of(split: data.Split) -> list[coco_metrics.Boxes]:
+    """The boxes of every image of a split, in pixels of the original images."""
+    return [
+        coco_metrics.Boxes(truth.image_id, truth.boxes, truth.labels, crowd=truth.crowd)
+        for truth in split.truths
+    ]
+
+
+def detect(predictor: keras.Model, split: data.Split, config: Config) -> list[coco_metrics.Boxes]:
+    """What is found in the images of a split, in pixels of the original images."""
+    found = []
+    for images, indices in batches.evaluation_batches(split, config.image_size, config.batch_size):
+        predicted = {name: np.asarray(value) for name, value in predictor.predict_on_batch(images).items()}
+        for number, index in enumerate(indices.numpy().tolist()):
+            truth, count = split.truths[index], int(predicted["count"][number])
+            scale = batches.resize_scale(truth.height, truth.width, config.image_size)
+            boxes = predicted["boxes"][number, :count] / scale
+            boxes = np.clip(boxes, 0, [truth.width, truth.height] * 2)
+            labels = predicted["classes"][number, :count].astype(int)
+            found.append(
+                coco_metrics.Boxes(truth.image_id, boxes, labels, predicted["scores"][number, :count])
+            )
+    return found
+
+
+def _pictures(
+    detector: detectors.Detector, found: data.DetectionData, config: Config, logs: Path
+) -> pictures.Pictures:
+    predictor, split = detector.predictor(config.image_size), _first(found.splits["val"], 4)
+
+    def draw(file: Any) -> None:
+        _draw(detect(predictor, split, config), split, found.class_names, file)
+
+    return pictures.Pictures(logs, draw, config.score_every)
+
+
+def _first(split: data.Split, count: int) -> data.Split:
+    """A few images of a split, evenly out of all."""
+    chosen = np.unique(np.linspace(0, len(split.truths) - 1, count).astype(int))
+    return splits.Subset(split, chosen.tolist())
+
+
+def _draw(detections: list[coco_metrics.Boxes], split: data.Split, class_names: Any, file: Any) -> None:
+    images = [split.image(tf.constant(number)).numpy() for number in range(len(split.truths))]
+    pictures.draw_sheet(images, truths_of(split), detections, class_names, file)
+
+
+def _save(
+    detector: detectors.Detector,
+    results: Mapping[str, Any],
+    detections: list[coco_metrics.Boxes],
+    found: data.DetectionData,
+    config: Config,
+    backup: Path,
+) -> None:
+    """Write everything of a finished run; until then its training state stays in `backup`."""
+    output = Path(config.output)
+    try:
+        with common.replacing(output / "model.weights.h5") as path:
+            detector.model.save_weights(path)
+        predictor = detector.predictor(config.image_size)
+        if config.export:
+            with common.naming_full_disk(Path(config.export)):
+                keras_das.export(predictor, config.export)
+        with common.replacing(output / "detections.json") as path:
+            path.write_text(json.dumps(coco_metrics.coco_results(detections, found.category_ids)) + "\n")
+        with common.replacing(output / "sheet.png") as path:
+            split = _first(found.splits["test"], 8)
+            _draw(detect(predictor, split, config), split, found.class_names, path)
+        with common.replacing(output / "results.json") as path:
+            path.write_text(json.dumps(results, indent=2) + "\n")
+    except common.RunError as error:
+        raise common.RunError(
+            f"{error}; training is not lost: make room and repeat with --resume {backup}"
+        ) from error
+
+
+def _report(config: Config) -> None:
+    results = train(config)
+    print(
+        f"AP {results['AP']:.3f}, AP50 {results['AP50']:.3f} on {results['images']['test']} images, "
+        f"trained in {results['train_seconds']:.0f} s; results in {results['arguments']['output']}"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    config, debug = INTERFACE.parse(arguments)
+    return common.run("detect", lambda: _report(config), debug)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

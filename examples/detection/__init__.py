@@ -1,0 +1,1 @@
+"""What examples/detect.py is made of: data, detectors, metrics and pictures."""

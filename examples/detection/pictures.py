@@ -1,0 +1,97 @@
+"""Pictures of detections beside the truth."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from matplotlib import patches
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from examples.detection.coco_metrics import Boxes
+
+_COLOURS = ("#ff7f0e", "#1f77ff", "#e03030", "#a050ff", "#00b0b0", "#ff50c0")
+_TRUTH = "#30ff60"
+
+
+def draw_sheet(
+    images: Sequence[np.ndarray],
+    truths: Sequence[Boxes],
+    detections: Sequence[Boxes],
+    class_names: Sequence[str],
+    path: Path | io.BytesIO,
+    threshold: float = 0.3,
+) -> None:
+    """A PNG of images in pairs: the truth's boxes on the left, on the right those detected.
+
+    Args:
+        images: Pixels of 0..255, `(H, W, 3)`.
+        truths: The boxes of each.
+        detections: What was found in each; scores below `threshold` are left out.
+        class_names: By label.
+        path: Where to.
+        threshold: The least score of a box to draw.
+    """
+    columns = 2 if len(images) > 1 else 1
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(6.4 * columns, 3.5 * rows), layout="constrained")
+    grid = figure.subplots(rows, 2 * columns, squeeze=False).reshape(-1, 2)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for (left, right), image, truth, found in zip(grid, images, truths, detections, strict=False):
+        _show(left, image, f"truth: {len(truth.boxes)}")
+        for box in truth.boxes:
+            _draw_box(left, box, _TRUTH)
+        chosen = found.scores >= threshold
+        _show(right, image, f"detected, score {threshold} and more: {int(chosen.sum())}")
+        for box, label, score in zip(
+            found.boxes[chosen], found.labels[chosen], found.scores[chosen], strict=True
+        ):
+            colour = _COLOURS[int(label) % len(_COLOURS)]
+            _draw_box(right, box, colour)
+            if chosen.sum() <= 40:
+                text = f"{class_names[int(label)]} {score:.2f}"
+                right.text(*box[:2], text, fontsize=5, color="white", va="bottom", backgroundcolor=colour)
+    figure.savefig(path, format="png", dpi=120)
+
+
+def _show(axes: Axes, image: np.ndarray, title: str) -> None:
+    axes.imshow(image.astype("uint8"))
+    axes.set_title(title, fontsize=8)
+
+
+def _draw_box(axes: Axes, box: np.ndarray, colour: str) -> None:
+    x1, y1, x2, y2 = box
+    axes.add_patch(patches.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1))
+
+
+class Pictures(keras.callbacks.Callback):
+    """Writes a sheet of predictions to TensorBoard after every so many epochs."""
+
+    def __init__(self, logs: Path, draw: Callable[[io.BytesIO], None], every: int = 1) -> None:
+        """`draw` writes the PNG of the model as it is."""
+        super().__init__()
+        self.folder, self.draw, self.every = logs, draw, every
+        self.writer: Any = None
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Draw, when it is time."""
+        if (epoch + 1) % self.every and epoch + 1 != self.params.get("epochs"):
+            return
+        if self.writer is None:
+            self.writer = tf.summary.create_file_writer(str(self.folder / "pictures"))
+        png = io.BytesIO()
+        self.draw(png)
+        with self.writer.as_default():
+            tf.summary.image("detections", tf.io.decode_png(png.getvalue())[None, ..., :3], step=epoch)
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Close the file."""
+        if self.writer is not None:
+            self.writer.close()

@@ -1,0 +1,101 @@
+"""Command lines made of a dataclass: a field is an argument, its default the argument's."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from examples.common import UserError
+
+MINIMA = {"image_size": 8, "epochs": 1, "batch_size": 1, "seed": 0, "learning_rate": 1e-12}
+"""The least value of arguments that are numbers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Interface:
+    """What a command line is made of."""
+
+    program: str
+    description: str
+    config: Any
+    """The dataclass; its field `das`, a dictionary, becomes the repeatable `--das KEY=VALUE`."""
+    help: Mapping[str, str]
+    choices: Mapping[str, Collection[str]]
+    recipes: Mapping[str, Mapping[str, Any]]
+
+    def parse(self, arguments: list[str] | None = None) -> tuple[Any, bool]:
+        """The configuration, recipe and defaults filled in, and whether the line says `--debug`."""
+        parser = argparse.ArgumentParser(self.program, description=self.description)
+        parser.add_argument(
+            "--recipe",
+            choices=sorted(self.recipes),
+            help="start from the arguments of an experiment of the paper",
+        )
+        parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        parser.add_argument(
+            "--das",
+            metavar="KEY=VALUE",
+            action="append",
+            type=_key_value,
+            default=[],
+            help="argument of DASLayer, repeatable: --das reduction=0.1",
+        )
+        for field in dataclasses.fields(self.config):
+            if field.name != "das":
+                self._add_argument(parser, field)
+        given = vars(parser.parse_args(arguments))
+        recipe, debug, das = given.pop("recipe"), given.pop("debug"), dict(given.pop("das"))
+        return self.config(**{**self.recipes.get(recipe, {}), **given, "das": das}), debug
+
+    def _add_argument(self, parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
+        # Without a default of its own, an argument that is not given stays out of the way of the recipe's.
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": self.help.get(field.name, "")}
+        default = field.default
+        if default not in (None, False):
+            options["help"] += f" (default: {default})"
+        if isinstance(default, bool):
+            options["action"] = "store_true"
+        elif field.name in self.choices:
+            options["choices"] = self.choices[field.name]
+        else:
+            options["type"] = type(default) if default is not None else str
+        parser.add_argument(flag(field.name), **options)
+
+    def check(self, config: Any) -> None:
+        """Refuse what a configuration made in Python might hold, and argparse would not have let through."""
+        for name, choices in self.choices.items():
+            if getattr(config, name) not in choices:
+                raise UserError(
+                    f"{flag(name)} must be one of {', '.join(choices)}, not {getattr(config, name)!r}"
+                )
+        for name, low in MINIMA.items():
+            if getattr(config, name) < low:
+                raise UserError(f"{flag(name)} must be at least {low}, not {getattr(config, name)}")
+        if config.export:
+            _check_export(Path(config.export))
+
+
+def _check_export(path: Path) -> None:
+    """Refuse before training what `keras_das.export` would refuse after it."""
+    free = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    if not free and not (path / "saved_model.pb").is_file():
+        raise UserError(f"--export: {path} is there already and is not a SavedModel")
+
+
+def flag(name: str) -> str:
+    """The argument for a field."""
+    return "--" + name.replace("_", "-")
+
+
+def _key_value(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value

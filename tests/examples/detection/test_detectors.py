@@ -1,0 +1,165 @@
+"""RetinaNets of both libraries: what gates change, what training starts from, decoding and export."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_das
+from examples import backbones
+from examples.common import UserError
+from examples.detection import detectors
+
+SIZE = 128
+# KerasCV's own doing.
+pytestmark = pytest.mark.filterwarnings(r"ignore:`build\(\)` was called on layer 'retina_net'")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """ResNets of narrow stages, for their weights are what takes time."""
+    monkeypatch.setattr(detectors, "_FILTERS", [64, 16, 16, 16])
+    monkeypatch.setitem(detectors.RESNETS, "resnet18", ("basic_block", [1, 1, 1, 1]))
+
+
+def build(library, attach=None, **options):
+    keras.utils.set_random_seed(3)
+    return detectors.build(library, "resnet18", SIZE, 3, attach, **options)
+
+
+def raw(detector, images):
+    pixels = detector.preprocess(tf.constant(images))
+    inputs = {"images": pixels} if detector.library == "keras_cv" else pixels
+    return {name: value.numpy() for name, value in detector.model(inputs, training=False).items()}
+
+
+@pytest.fixture
+def images(rng):
+    return rng.uniform(0, 255, size=(2, SIZE, SIZE, 3)).astype("float32")
+
+
+@pytest.mark.parametrize("library", detectors.LIBRARIES)
+def test_identity_gates_change_no_bit_of_the_predictions(library, images):
+    plain = build(library)
+    for layer in plain.model._flatten_layers():
+        if isinstance(layer, keras.layers.BatchNormalization):  # so that features differ from image to image
+            layer.gamma.assign(np.random.default_rng(0).uniform(0.5, 1.5, layer.gamma.shape))
+    gated = build(library, detectors.attach_das(True, {}))
+    taken = len(gated.model.weights) - len(plain.model.weights)
+    gates = [layer for layer in gated.model._flatten_layers() if isinstance(layer, keras_das.DASLayer)]
+    assert len(gates) == 4
+    assert taken == sum(len(gate.weights) for gate in gates)
+    of_gates = {id(weight) for gate in gates for weight in gate.weights}
+    rest = [weight for weight in gated.model.weights if id(weight) not in of_gates]
+    assert [w.shape for w in rest] == [w.shape for w in plain.model.weights]
+    for old, new in zip(plain.model.weights, rest, strict=True):
+        new.assign(old)
+    expected, found = raw(plain, images), raw(gated, images)
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name])
+    gates[1].layer_norm.gamma.assign(tf.ones_like(gates[1].layer_norm.gamma))  # and they are on the way
+    assert all(np.any(value != expected[name]) for name, value in raw(gated, images).items())
+
+
+@pytest.mark.parametrize("library", detectors.LIBRARIES)
+def test_each_tap_sees_its_gate(library, images):
+    """The levels P3 to P5 that the pyramid is made of: moving one gate moves the predictions."""
+    detector = build(library, detectors.attach_das(True, {}))
+    gates = {
+        layer.name: layer
+        for layer in detector.model._flatten_layers()
+        if isinstance(layer, keras_das.DASLayer)
+    }
+    for name in ("das_p3", "das_p4", "das_p5"):
+        before = raw(detector, images)
+        beta = gates[name].layer_norm.beta
+        beta.assign(tf.fill(beta.shape, 2.0))
+        after = raw(detector, images)
+        assert all(np.any(after[key] != before[key]) for key in before), name
+
+
+@pytest.mark.parametrize("library", detectors.LIBRARIES)
+def test_all_scores_start_near_the_prior(library, images):
+    outputs = raw(build(library), images)
+    scores = tf.sigmoid(outputs["classification" if library == "keras_cv" else "cls_logits"]).numpy()
+    assert np.median(scores) == pytest.approx(detectors.PRIOR, rel=0.5)
+
+
+@pytest.mark.parametrize("library", detectors.LIBRARIES)
+def test_training_lowers_the_loss_and_finds_the_box(library, rng):
+    """Images without boxes, and one box again and again: the predictor must find it, in pixels."""
+    detector = build(
+        library, detectors.attach_das(True, {}), **({"head_layers": 1} if library == "keras_hub" else {})
+    )
+    images = rng.uniform(0, 60, size=(4, SIZE, SIZE, 3)).astype("float32")
+    images[:2, 32:96, 16:80] = 250
+    boxes = np.full((4, 2, 4), -1, "float32")
+    boxes[:2, 0] = [16, 32, 80, 96]
+    classes = np.full((4, 2), -1, "float32")
+    classes[:2, 0] = 2
+    detectors.compile_model(detector, keras.optimizers.Adam(1e-3))
+    data = tf.data.Dataset.from_tensors((images, {"boxes": boxes, "classes": classes}))
+    history = detector.model.fit(
+        detector.batches(data.repeat(10)), epochs=8, shuffle=False, verbose=0
+    ).history
+    assert history["loss"][-1] < 0.2 * history["loss"][0]
+    assert np.isfinite(history["loss"]).all()
+    found = detector.predictor(SIZE).predict_on_batch(images)
+    assert found["count"].shape == (4,)
+    assert found["count"][0] >= 1
+    best = found["boxes"][0, 0]
+    assert int(found["classes"][0, 0]) == 2
+    np.testing.assert_allclose(best, [16, 32, 80, 96], atol=12)
+
+
+@pytest.mark.parametrize("library", detectors.LIBRARIES)
+def test_export_gives_the_same_boxes_without_keras(library, images, tmp_path):
+    predictor = build(library, detectors.attach_das(True, {})).predictor(SIZE)
+    for layer in predictor._flatten_layers():
+        if getattr(layer, "bias", None) is not None and layer.bias.shape[-1] in (27,):
+            layer.bias.assign(tf.zeros_like(layer.bias))  # so that there is something to find
+    expected = predictor.predict_on_batch(images)
+    assert expected["count"].min() > 0
+    keras_das.export(predictor, tmp_path / "detector")
+    loaded = tf.saved_model.load(tmp_path / "detector")
+    found = loaded.serve(images)
+    assert found.keys() == expected.keys()
+    np.testing.assert_array_equal(found["count"], expected["count"])
+    np.testing.assert_allclose(found["scores"], expected["scores"], rtol=1e-4, atol=1e-5)
+
+
+def test_backbone_of_a_trained_classifier(tmp_path):
+    backbone = detectors._backbone("keras_hub", "resnet18", SIZE, False).model
+    inputs = keras.Input((SIZE, SIZE, 3))
+    x = keras.layers.GlobalAveragePooling2D()(backbone(inputs))
+    keras.Model(inputs, keras.layers.Dense(2)(x)).save(tmp_path / "classifier.keras")
+    detector = build("keras_hub", weights=str(tmp_path / "classifier.keras"))
+    theirs = {w.path.split("/", 1)[-1]: w.numpy() for w in backbone.weights}
+    found = {w.path.split("/", 1)[-1]: w.numpy() for w in detector.model.backbone.image_encoder.weights}
+    assert all(np.array_equal(found[path], value) for path, value in theirs.items())
+    with pytest.raises(UserError, match=r"--weights: .*nowhere.keras does not fit the backbone"):
+        build("keras_hub", weights="nowhere.keras")
+
+
+def test_suppression_is_class_by_class():
+    boxes = np.array([[[0, 0, 40, 20], [2, 0, 42, 20], [2, 0, 42, 20], [50, 60, 90, 70]]], "float32")
+    logits = np.array([[[3, -9], [2, -9], [-9, 1], [-4, -9]]], "float32")  # the last is too weak
+    found = detectors.Suppression()(boxes, logits)
+    assert found["num_detections"].numpy().tolist() == [2]
+    np.testing.assert_array_equal(found["boxes"][0, :2], [[0, 0, 40, 20], [2, 0, 42, 20]])
+    np.testing.assert_array_equal(found["classes"][0, :2], [0, 1])
+    np.testing.assert_allclose(found["confidence"][0, :2], 1 / (1 + np.exp([-3.0, -1.0])), rtol=1e-6)
+
+
+def test_errors():
+    with pytest.raises(UserError, match="--library must be one of keras_cv, keras_hub"):
+        build("torchvision")
+    with pytest.raises(UserError, match="--weights preset: resnet18 is built here"):
+        build("keras_hub", weights="preset")
+    with pytest.raises(UserError, match="--head-layers goes with --library keras_hub"):
+        build("keras_cv", head_layers=2)
+    with pytest.raises(UserError, match="cannot load backbone keras_hub:/no/such"):
+        detectors.build("keras_hub", "/no/such", SIZE, 2)
+    with pytest.raises(UserError, match=r"cannot attach gates: .*reduction"):
+        build("keras_hub", detectors.attach_das(True, {"reduction": -1}))
+    assert backbones.LIBRARIES == ("keras_cv", "keras_hub")
