@@ -44,13 +44,15 @@ def _trim_history(path: Path, epoch: int) -> None:
 
 
 def read_history(path: Path) -> dict[str, list[float | None]]:
-    """The columns of a `history.csv`; where Keras' logger wrote NA, for a NaN, stands None."""
+    """The columns of a `history.csv`; None where there was no number, for JSON knows no NaN."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    return {
-        name: [None if row[name] == "NA" else float(row[name]) for row in rows]
-        for name in (rows[0] if rows else {})
-    }
+    return {name: [_number(row[name]) for row in rows] for name in (rows[0] if rows else {})}
+
+
+def _number(text: str) -> float | None:
+    value = float("nan" if text == "NA" else text)  # Keras' logger writes either
+    return None if math.isnan(value) else value
 
 
 class StepTimer(keras.callbacks.Callback):

@@ -8,7 +8,7 @@ import tensorflow as tf
 from examples.data.pipeline import EpochClock
 from examples.detection import batches
 from examples.detection.data import Truth, evaluation_batches, resize_scale, training_batches
-from examples.detection.splits import EncodedSplit, on_cpu
+from examples.detection.splits import EncodedSplit, Subset, on_cpu
 
 SIZE = 64
 RED, GREEN, BLUE = (15, 10, 26, 20), (30, 2, 50, 8), (1, 1, 9, 29)
@@ -299,3 +299,30 @@ def test_crowds_are_left_out_of_training() -> None:
 @pytest.mark.parametrize(("height", "width", "scale"), [(100, 50, 0.64), (10, 64, 1.0), (16, 8, 4.0)])
 def test_resize_scale(height: int, width: int, scale: float) -> None:
     assert resize_scale(height, width, 64) == scale
+
+
+def test_scored_batches_have_every_image_in_order_and_its_targets() -> None:
+    split = split_of(
+        [
+            (picture([RED, GREEN], 64, 32), [RED, GREEN]),
+            (picture([], 64, 32), []),
+            (picture([BLUE], 32, 16), [BLUE]),
+        ]
+    )
+    images, boxes, classes = read(batches.scored_batches(split, SIZE, 2))
+    plain, _ = zip(*evaluation_batches(split, SIZE, 2).as_numpy_iterator(), strict=True)
+    np.testing.assert_array_equal(images, np.concatenate(plain))
+    np.testing.assert_array_equal(boxes[0], [RED, GREEN])
+    np.testing.assert_array_equal(boxes[2, 0], 2 * np.array(BLUE))  # of an image half as large
+    np.testing.assert_array_equal(classes, [[0, 1], [-1, -1], [0, -1]])
+    assert (boxes[classes < 0] == -1).all()
+
+
+def test_subset() -> None:
+    whole = numbered(6)
+    some = Subset(whole, [4, 1])
+    assert [truth.image_id for truth in some.truths] == [4, 1]
+    np.testing.assert_array_equal(some.image(tf.constant(0)), whole.image(tf.constant(4)))
+    images, _ = next(iter(evaluation_batches(some, SIZE, 2)))
+    expected, _ = next(iter(evaluation_batches(whole, SIZE, 6)))
+    np.testing.assert_array_equal(images, expected.numpy()[[4, 1]])

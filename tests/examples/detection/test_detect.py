@@ -1,0 +1,126 @@
+"""examples/detect.py as a run: what it writes, resuming, the recipe, and what it says of wrong arguments."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from examples import detect
+from examples.detection import detectors
+
+SMALL = ["--image-size", "128", "--batch-size", "4", "--head-layers", "1", "--progress", "none"]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(detectors, "_FILTERS", [64, 8, 8, 8])
+    monkeypatch.setitem(detectors.RESNETS, "resnet18", ("basic_block", [1, 1, 1, 1]))
+
+
+@pytest.fixture
+def coco_folder(tmp_path, rng):
+    """Twenty images of a bright square on noise, two of them without any."""
+    (tmp_path / "images").mkdir()
+    images, annotations = [], []
+    for number in range(20):
+        pixels = rng.integers(0, 60, size=(90, 120, 3)).astype("uint8")
+        if number % 10:
+            x, y, side = (int(value) for value in rng.integers([0, 0, 30], [60, 30, 60]))
+            pixels[y : y + side, x : x + side] = 250
+            box = {"bbox": [x, y, side, side], "area": side**2, "iscrowd": 0, "category_id": 18}
+            annotations.append({"id": number + 1, "image_id": 100 + number, **box})
+        name = f"{number:02}.png"
+        Image.fromarray(pixels).save(tmp_path / "images" / name)
+        images.append({"id": 100 + number, "file_name": name, "height": 90, "width": 120})
+    file = tmp_path / "annotations.json"
+    categories = [{"id": 18, "name": "square"}]
+    file.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    return f"coco:{file},{tmp_path / 'images'}"
+
+
+def config_of(*words):
+    return detect.INTERFACE.parse([*SMALL, *words])[0]
+
+
+@pytest.mark.usefixtures("small")
+def test_run(coco_folder, tmp_path):
+    output = tmp_path / "run"
+    results = detect.train(
+        config_of(
+            "--data", coco_folder, "--output", str(output), "--export", str(output / "saved"), "--epochs", "2"
+        )
+    )
+    assert results == json.loads((output / "results.json").read_text())
+    assert results["images"] == {"train": 14, "val": 2, "test": 4}
+    assert results["class_names"] == ["square"]
+    assert 0 <= results["AP"] <= results["AP50"] <= 1
+    history = results["history"]
+    assert len(history["loss"]) == 2
+    assert history["coco_AP"][0] is None  # scored every fourth epoch, and after the last
+    assert history["coco_AP"][1] is not None
+    found = json.loads((output / "detections.json").read_text())
+    assert {entry["category_id"] for entry in found} <= {18}
+    assert all(entry["image_id"] in range(100, 120) for entry in found)
+    assert (output / "sheet.png").stat().st_size > 10_000
+    assert list((output / "logs" / "pictures").glob("events*"))
+    assert not (output / "backup").exists()
+    config = config_of("--data", coco_folder)
+    again = detect.build_detector(config, 1)
+    again.model.load_weights(output / "model.weights.h5")
+    images = np.zeros((1, 128, 128, 3), "float32")
+    served = tf.saved_model.load(output / "saved")
+    expected = again.predictor(128).predict_on_batch(images)
+    np.testing.assert_allclose(served.serve(images)["scores"], expected["scores"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_killed_run_goes_on_as_if_it_had_not_been(coco_folder, tmp_path, monkeypatch):
+    def run(folder, *words):
+        config = config_of("--data", coco_folder, "--output", str(tmp_path / folder), "--epochs", "2", *words)
+        return detect.train(config)["history"]["loss"]
+
+    whole = run("whole")
+
+    class Kill(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if self.params["steps"] and self.model.optimizer.iterations == 4:  # in the second epoch
+                raise KeyboardInterrupt
+
+    original = detect._pictures
+    monkeypatch.setattr(detect, "_pictures", lambda *arguments: Kill())
+    with pytest.raises(KeyboardInterrupt):
+        run("killed")
+    monkeypatch.setattr(detect, "_pictures", original)
+    state = str(tmp_path / "killed" / "backup")
+    with pytest.raises(detect.UserError, match="holds a run with attention = das, this one has none"):
+        run("killed", "--resume", state, "--attention", "none")
+    np.testing.assert_allclose(run("killed", "--resume", state), whole, rtol=1e-3)
+
+
+def test_recipe():
+    config, debug = detect.INTERFACE.parse(["--recipe", "coco", "--batch-size", "8"])
+    assert not debug
+    assert (config.data, config.epochs, config.batch_size) == ("tfds:coco/2017", 12, 8)
+    assert (config.optimizer, config.schedule) == ("sgd", "steps")
+    assert config.image_size == 1024
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data", "pigeons"], "--data must be trees, voc:DIR, coco:"),
+        (["--image-size", "100"], "--image-size must be a multiple of 128, not 100"),
+        (["--score-every", "0"], "--score-every must be at least 1, not 0"),
+        (["--epochs", "0"], "--epochs must be at least 1, not 0"),
+        (["--data", "coco:/no/such.json,/no"], ""),
+        (["--export", __file__], f"--export: {__file__} is there already and is not a SavedModel"),
+    ],
+)
+def test_wrong_arguments(words, message, tmp_path, capsys):
+    assert detect.main([*words, "--output", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"detect: error: {message}")
+    assert error.count("\n") == 1
