@@ -308,7 +308,7 @@ def _save(
     output = Path(config.output)
     try:
         with common.replacing(output / "model.weights.h5") as path:
-            detector.model.save_weights(path)
+            detector.network().save_weights(path)
         predictor = detector.predictor(config.image_size)
         if config.export:
             with common.naming_full_disk(Path(config.export)):

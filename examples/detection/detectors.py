@@ -44,6 +44,10 @@ class Detector:
 
         return data.map(prepare, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
 
+    def network(self) -> keras.Model:
+        """The same layers without the library's class around them and without an optimizer: what to save."""
+        return keras.Model(self.model.inputs, self.model.outputs, name="network")
+
     def predictor(self, image_size: int) -> keras.Model:
         """A model of the same weights, from pixels to boxes: decoded, and after suppression of doubles.
 

@@ -69,7 +69,7 @@ def test_run(coco_folder, tmp_path):
     assert not (output / "backup").exists()
     config = config_of("--data", coco_folder)
     again = detect.build_detector(config, 1)
-    again.model.load_weights(output / "model.weights.h5")
+    again.network().load_weights(output / "model.weights.h5")
     images = np.zeros((1, 128, 128, 3), "float32")
     served = tf.saved_model.load(output / "saved")
     expected = again.predictor(128).predict_on_batch(images)
