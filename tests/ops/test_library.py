@@ -284,19 +284,20 @@ def wrap_compiler(folder, monkeypatch, *commands):
 @needs_compiler
 def test_two_processes_at_once_build_once(target, root, tmp_path, monkeypatch):
     gate = tmp_path / "gate"
-    wait = f"while [ ! -e {gate} ]; do sleep 0.05; done"
-    log = wrap_compiler(tmp_path, monkeypatch, f'case "$*" in *half.cc*) {wait};; esac')
+    os.mkfifo(gate)
+    log = wrap_compiler(tmp_path, monkeypatch, f'case "$*" in *half.cc*) read line < {gate};; esac')
     command = [sys.executable, "-m", "tests.ops.stand_in", str(target.sources), str(root)]
     environment = {**os.environ, "KERAS_BACKEND": "numpy"}  # the quickest to import
     start = functools.partial(
         subprocess.Popen, command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True
     )
-    with start() as first, start() as second:
+    # What is written to a pipe is lost when its last user closes it: it stays open until all is done.
+    with start() as first, start() as second, open(os.open(gate, os.O_RDWR), "w") as opened:
         try:  # the first compiler comes to the gate, and the second process to the lock
             line = first.stdout.readline()
             builds, waits = (second, first) if "at work" in line else (first, second)
             assert "Another process is at work" in (line if waits is first else waits.stdout.readline())
-            gate.touch()
+            print("go", file=opened, flush=True)
             built, found = builds.communicate(timeout=120)[0], waits.communicate(timeout=120)[0]
         finally:
             first.kill()
