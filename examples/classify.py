@@ -59,6 +59,7 @@ class Config:
     weight_decay: float = 0.05
     label_smoothing: float = 0.1
     mixed_precision: str = "none"
+    strategy: str = "none"
     jit: str = "auto"
     seed: int = 0
     deterministic: bool = False
@@ -129,6 +130,7 @@ CHOICES: dict[str, Collection[str]] = {
     "optimizer": ("adamw", "sgd"),
     "schedule": ("cosine", "steps", "constant"),
     "mixed_precision": ("none", "mixed_float16", "mixed_bfloat16"),
+    "strategy": training.STRATEGIES,
     "jit": ("auto", "on", "off"),
     "progress": ("auto", "bar", "lines", "none"),
 }
@@ -143,9 +145,11 @@ def train(config: Config) -> dict[str, Any]:
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
     dataset = data.load(config.data, config.image_size, config.seed, config.data_dir, config.data_share)
+    strategy = training.make_strategy(config.strategy, config.batch_size)
     with training.dtype_policy(config.mixed_precision):
-        model = build_model(config, dataset.class_names)
-        compile_model(model, config, dataset.splits["train"].count)
+        with strategy.scope():
+            model = build_model(config, dataset.class_names)
+            compile_model(model, config, dataset.splits["train"].count)
         backup = Path(config.resume or output / "backup")
         training.prepare_backup(backup, bool(config.resume), _identity(config, dataset))
         before = {}
@@ -344,10 +348,12 @@ def _evaluate(model: keras.Model, dataset: pipeline.Dataset, config: Config) -> 
 
 def predict(model: keras.Model, split: pipeline.Split, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     """True and predicted labels of a split, in order."""
+    # Not `predict_on_batch`: under a strategy every replica would predict the whole batch.
+    forward = tf.function(lambda images: model(images, training=False), reduce_retracing=True)
     labels, predicted = [], []
     for images, targets in pipeline.evaluation_batches(split, model.output_shape[-1], batch_size):
         labels.append(np.argmax(targets, axis=-1))
-        predicted.append(np.argmax(model.predict_on_batch(images), axis=-1))
+        predicted.append(np.argmax(forward(images), axis=-1))
     return np.concatenate(labels), np.concatenate(predicted)
 
 
@@ -455,6 +461,7 @@ HELP = {
     "schedule": "of the learning rate; steps: a tenth after 30, 60 and 90 %% of the epochs",
     "warmup_epochs": "epochs in which the cosine schedule's rate rises from 0",
     "mixed_precision": "Keras's dtype policy",
+    "strategy": training.STRATEGY_HELP,
     "jit": "XLA; auto leaves it to Keras",
     "deterministic": "same bits each time, where TensorFlow can, at a cost in speed",
     "output": "folder of the results (default: runs/DATA-BACKBONE-ATTENTION)",

@@ -57,6 +57,7 @@ class Config:
     weight_decay: float = 1e-3
     clip_norm: float = 10.0
     mixed_precision: str = "none"
+    strategy: str = "none"
     score_every: int = 4
     seed: int = 0
     deterministic: bool = False
@@ -93,6 +94,7 @@ CHOICES: dict[str, Collection[str]] = {
     "optimizer": ("adamw", "sgd"),
     "schedule": ("cosine", "steps", "constant"),
     "mixed_precision": ("none", "mixed_float16", "mixed_bfloat16"),
+    "strategy": training.STRATEGIES,
     "progress": ("auto", "bar", "lines", "none"),
 }
 HELP = {
@@ -113,6 +115,7 @@ HELP = {
     "warmup_epochs": "epochs in which the cosine schedule's rate rises from 0",
     "clip_norm": "gradients are scaled down to this norm; 0: never",
     "mixed_precision": "Keras's dtype policy",
+    "strategy": training.STRATEGY_HELP,
     "score_every": "COCO's metrics on the validation split, and pictures, after this many epochs",
     "deterministic": "same bits each time, where TensorFlow can, at a cost in speed",
     "output": "folder of the results (default: runs/DATA-LIBRARY-BACKBONE-ATTENTION)",
@@ -137,12 +140,12 @@ def train(config: Config) -> dict[str, Any]:
     for name, split in found.splits.items():
         boxes = sum(len(truth.boxes) for truth in split.truths)
         print(f"{name}: {len(split.truths)} images, {boxes} boxes, {split.dropped} dropped", flush=True)
+    steps = max(1, len(found.splits["train"].truths) // config.batch_size)
+    strategy = training.make_strategy(config.strategy, config.batch_size)
     with training.dtype_policy(config.mixed_precision):
-        detector = build_detector(config, len(found.class_names))
-        detectors.compile_model(
-            detector,
-            training.make_optimizer(config, max(1, len(found.splits["train"].truths) // config.batch_size)),
-        )
+        with strategy.scope():
+            detector = build_detector(config, len(found.class_names))
+            detectors.compile_model(detector, training.make_optimizer(config, steps))
         backup = Path(config.resume or output / "backup")
         training.prepare_backup(backup, bool(config.resume), _identity(config, found))
         timer = _fit(detector, found, config, output, backup)
@@ -259,9 +262,11 @@ def truths_of(split: data.Split) -> list[coco_metrics.Boxes]:
 
 def detect(predictor: keras.Model, split: data.Split, config: Config) -> list[coco_metrics.Boxes]:
     """What is found in the images of a split, in pixels of the original images."""
+    # Not `predict_on_batch`: under a strategy every replica would predict the whole batch.
+    forward = tf.function(lambda images: predictor(images, training=False), reduce_retracing=True)
     found = []
     for images, indices in batches.evaluation_batches(split, config.image_size, config.batch_size):
-        predicted = {name: np.asarray(value) for name, value in predictor.predict_on_batch(images).items()}
+        predicted = {name: np.asarray(value) for name, value in forward(images).items()}
         for number, index in enumerate(indices.numpy().tolist()):
             truth, count = split.truths[index], int(predicted["count"][number])
             scale = batches.resize_scale(truth.height, truth.width, config.image_size)

@@ -219,3 +219,22 @@ def versions(*packages: str) -> dict[str, str]:
         "keras_das": keras_das.__version__,
         **{name: importlib.metadata.version(name.replace("_", "-")) for name in packages},
     }
+
+
+STRATEGIES = ("none", "mirrored")
+STRATEGY_HELP = "mirrored: each batch is divided among all GPUs of the machine (without any, its CPU devices)"
+
+
+def make_strategy(name: str, batch_size: int) -> tf.distribute.Strategy:
+    """What `--strategy` names; models are built and compiled in its scope.
+
+    Batches of `batch_size` must divide evenly, or the replicas' means would not be that of the batch.
+    """
+    if name == "none":
+        return tf.distribute.get_strategy()
+    devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
+    if batch_size % len(devices):
+        raise UserError(
+            f"--batch-size must be a multiple of {len(devices)}, the number of devices, not {batch_size}"
+        )
+    return tf.distribute.MirroredStrategy([device.name for device in devices])
