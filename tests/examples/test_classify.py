@@ -347,7 +347,7 @@ def test_recipes_are_defaults() -> None:
     )
     assert (imagenet.data, imagenet.epochs, imagenet.das) == ("folder:x", 100, {"reduction": 0.1})
     for recipe in classify.RECIPES.values():
-        classify._check(classify.Config(**recipe))
+        classify.INTERFACE.check(classify.Config(**recipe))
 
 
 def test_learning_rates() -> None:
