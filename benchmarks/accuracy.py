@@ -197,9 +197,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     runner = commands.add_parser("run", help="train what the record lacks")
     runner.add_argument("experiment", choices=EXPERIMENTS)
-    runner.add_argument(
-        "--attention", "--variants", dest="variants", help="a comma-separated choice; default: all"
-    )
+    runner.add_argument("--attention", dest="variants", help="which variants, with commas; default: all")
     runner.add_argument("--seeds", default="0,1,2")
     runner.add_argument("--data", required=True, help="see examples/classify.py")
     runner.add_argument("--jobs", type=int, default=1, help="runs at a time")

@@ -15,7 +15,7 @@ Tensor = Any
 
 
 @keras.saving.register_keras_serializable("keras_das_benchmarks")
-class FirstValues(keras.constraints.Constraint):
+class ZeroFirstValues(keras.constraints.Constraint):
     """Holds the first `count` entries of a weight's last axis at zero: the offsets', before the masks'."""
 
     def __init__(self, count: int) -> None:
@@ -62,7 +62,7 @@ def _attach_frozen(classify: Any) -> Any:
         for gate in gates_of(model):
             count = gate.deform.offset_groups * gate.deform.taps * 2
             for weight in (gate.deform.offset_kernel, gate.deform.offset_bias):
-                weight.constraint = FirstValues(count)
+                weight.constraint = ZeroFirstValues(count)
         return model
 
     return attach

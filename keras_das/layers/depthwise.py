@@ -13,8 +13,8 @@ Tensor = Any
 class DepthwiseConv2D(keras.layers.DepthwiseConv2D):
     """Keras' layer, with one difference: in programs that XLA compiles for a CPU it is computed by shifts.
 
-    XLA hands an ordinary depthwise convolution to a loop that uses one core and no vectors, and takes up to
-    fifty times as long. For stride 1, `padding="same"`, one filter for each channel, channels last.
+    There an ordinary depthwise convolution takes many times as long as outside XLA. For stride 1,
+    `padding="same"`, one filter for each channel, channels last.
     """
 
     def call(self, inputs: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def depthwise_by_shifts(inputs: Tensor, kernel: Tensor) -> Tensor:
             grad_output = args[0] if upstream is None else upstream
             grad_inputs = _correlate(grad_output, ops.flip(kernel, axis=(0, 1)), after, before)
             products = [shifted * grad_output for shifted in _shifts(inputs, size, before, after)]
-            # The batch first: XLA does the sum over all three axes at once on one core.
+            # The batch first: XLA is slow at the sum over all three axes at once.
             by_pixel = ops.stack([ops.sum(product, axis=0) for product in products])
             return grad_inputs, ops.reshape(ops.sum(by_pixel, axis=(1, 2)), kernel.shape)
 

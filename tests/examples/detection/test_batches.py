@@ -53,8 +53,8 @@ def clock_at(epoch: int, seed: int = 5) -> EpochClock:
 def read(dataset: tf.data.Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Images, boxes and classes of an epoch."""
     images, targets = zip(*dataset.as_numpy_iterator(), strict=True)
-    parts = (images, [target["boxes"] for target in targets], [target["classes"] for target in targets])
-    return tuple(np.concatenate(part) for part in parts)  # type: ignore[return-value]
+    boxes = np.concatenate([target["boxes"] for target in targets])
+    return np.concatenate(images), boxes, np.concatenate([target["classes"] for target in targets])
 
 
 def bright(channel: np.ndarray) -> list[int]:
