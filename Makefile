@@ -9,7 +9,7 @@ TENSORFLOW ?= tensorflow
 TORCH ?= torch==2.13.0
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help demo demo-none test lint suite sanitize test-torch wheel clean
+.PHONY: help demo demo-none demo-detect test lint suite sanitize test-torch wheel clean
 .NOTPARALLEL: # one set-up at a time; what takes long brings its own parallelism
 .DEFAULT_GOAL := help
 
@@ -22,7 +22,11 @@ demo: $(VENV)/.demo $(VENV)/.kernels ## Train a ResNet-50 with DAS gates on aeri
 demo-none: $(VENV)/.demo $(VENV)/.kernels ## The same without gates, to compare
 	$(RUN) examples/classify.py $(DEMO) --attention none --output runs/demo-none
 
+demo-detect: $(VENV)/.demo-detect $(VENV)/.kernels ## Train a RetinaNet with DAS gates to find the crowns of trees, draw what it finds
+	$(RUN) examples/detect.py $(DEMO_DETECT) --attention das --output runs/demo-detect --export runs/demo-detect/saved_model
+
 DEMO := --backbone resnet50 --data trees --image-size 64 --epochs 6 --progress bar $(DEMO_ARGS)
+DEMO_DETECT := --backbone resnet18 --data trees --image-size 256 --head-layers 1 --epochs 12 --progress bar $(DEMO_ARGS)
 
 test: lint suite ## Lint, type-check and test
 
@@ -32,7 +36,7 @@ lint: $(VENV)/.test
 	$(RUN) -m mypy
 
 suite: $(VENV)/.test $(VENV)/.all-kernels
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 sanitize: $(VENV)/.test ## The kernels' random cases under the address, undefined-behaviour and thread sanitizers
 	$(RUN) -m tests.ops.sanitize
@@ -59,15 +63,19 @@ $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --quiet '$(TENSORFLOW)' -e '.[tf,examples]'
 	touch $@
 
+$(VENV)/.demo-detect: $(VENV)/.demo
+	$(VENV)/bin/python -m pip install --quiet '$(TENSORFLOW)' -e '.[tf,hub,examples]'
+	touch $@
+
 $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --quiet '$(TENSORFLOW)' -e '.[tf,hub,cv,jax,viz,examples,dev]'
-	touch $@ $(VENV)/.demo
+	touch $@ $(VENV)/.demo $(VENV)/.demo-detect
 
 # Without a compiler (exit status 1) the reference implementation serves. A build that fails stops the tests, and
 # not the demonstration. There is no stamp then, so that the next run tries again.
 NO_KERNELS := echo 'No fused kernels (see above): going on with the reference implementation.'
 KERNEL_SOURCES := $(wildcard keras_das/csrc/*) keras_das/ops/library.py
-demo demo-none: after_failure := $(NO_KERNELS)
+demo demo-none demo-detect: after_failure := $(NO_KERNELS)
 define build_kernels
 @$(RUN) -m keras_das build --framework $(1); status=$$?; \
 case $$status in 0) touch $@;; 1) $(NO_KERNELS);; *) $(or $(after_failure),exit $$status);; esac

@@ -140,23 +140,26 @@ def train(config: Config) -> dict[str, Any]:
     """Run `config` from data to saved model, and return every figure, as in `results.json`."""
     config = dataclasses.replace(config, output=config.output or _default_output(config))
     INTERFACE.check(config)
+    strategy = training.make_strategy(config.strategy, config.batch_size)
+    chief = training.is_chief(strategy)
     output = Path(config.output)
     keras.utils.set_random_seed(config.seed)
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
     dataset = data.load(config.data, config.image_size, config.seed, config.data_dir, config.data_share)
-    strategy = training.make_strategy(config.strategy, config.batch_size)
     with training.dtype_policy(config.mixed_precision):
         with strategy.scope():
             model = build_model(config, dataset.class_names)
             compile_model(model, config, dataset.splits["train"].count)
         backup = Path(config.resume or output / "backup")
-        training.prepare_backup(backup, bool(config.resume), _identity(config, dataset))
+        if chief:
+            training.prepare_backup(backup, bool(config.resume), _identity(config, dataset))
+        training.wait_for_all(strategy)
         before = {}
         if config.weights != "none" and not config.resume:
             start = _evaluate(model, dataset, config)
             before["test_accuracy_before"] = scores(start)["test_accuracy"]
-        timer = _fit(model, dataset, config, output, backup)
+        timer = _fit(model, dataset, config, output, backup, chief)
         print("evaluating on the test split", flush=True)
         confusion = _evaluate(model, dataset, config)
     results = {
@@ -164,11 +167,12 @@ def train(config: Config) -> dict[str, Any]:
         **before,
         **timer.figures(),
         **scores(confusion),
-        "history": training.read_history(output / "history.csv"),
         "confusion_matrix": confusion.tolist(),
     }
-    _save(model, results, confusion, dataset, config, backup)
-    common.remove(backup)
+    if chief:
+        results["history"] = training.read_history(output / "history.csv")
+        _save(model, results, confusion, dataset, config, backup)
+        common.remove(backup)
     return results
 
 
@@ -309,11 +313,11 @@ def augmentation(name: str, data_name: str = "") -> list[keras.Layer]:
 
 
 def _fit(
-    model: keras.Model, dataset: pipeline.Dataset, config: Config, output: Path, backup: Path
+    model: keras.Model, dataset: pipeline.Dataset, config: Config, output: Path, backup: Path, chief: bool
 ) -> training.StepTimer:
-    output.mkdir(parents=True, exist_ok=True)
-    if not config.resume:
-        common.remove(output / "history.csv")
+    records: list[keras.callbacks.Callback] = []
+    if chief:
+        records = training.make_records(output, bool(config.resume))
     clock, timer = pipeline.EpochClock(config.seed), training.StepTimer()
     classes, splits = len(dataset.class_names), dataset.splits
     layers = augmentation(config.augment, config.data)
@@ -329,9 +333,8 @@ def _fit(
                 clock,
                 timer,
                 # Before the backup: a kill between the two leaves a row too many, which is trimmed later.
-                training.History(output / "history.csv"),
-                keras.callbacks.TensorBoard(str(output / "logs"), write_graph=False),
-                training.Backup(backup),
+                *records,
+                training.Backup(backup, writes=chief),
             ],
         )
     return timer

@@ -132,6 +132,8 @@ def train(config: Config) -> dict[str, Any]:
     """Run `config` from data to saved model, and return every figure, as in `results.json`."""
     config = dataclasses.replace(config, output=config.output or _default_output(config))
     _check(config)
+    strategy = training.make_strategy(config.strategy, config.batch_size)
+    chief = training.is_chief(strategy)
     output = Path(config.output)
     keras.utils.set_random_seed(config.seed)
     if config.deterministic:
@@ -141,14 +143,15 @@ def train(config: Config) -> dict[str, Any]:
         boxes = sum(len(truth.boxes) for truth in split.truths)
         print(f"{name}: {len(split.truths)} images, {boxes} boxes, {split.dropped} dropped", flush=True)
     steps = max(1, len(found.splits["train"].truths) // config.batch_size)
-    strategy = training.make_strategy(config.strategy, config.batch_size)
     with training.dtype_policy(config.mixed_precision):
         with strategy.scope():
             detector = build_detector(config, len(found.class_names))
             detectors.compile_model(detector, training.make_optimizer(config, steps))
         backup = Path(config.resume or output / "backup")
-        training.prepare_backup(backup, bool(config.resume), _identity(config, found))
-        timer = _fit(detector, found, config, output, backup)
+        if chief:
+            training.prepare_backup(backup, bool(config.resume), _identity(config, found))
+        training.wait_for_all(strategy)
+        timer = _fit(detector, found, config, output, backup, chief)
         print("evaluating on the test split", flush=True)
         detections = detect(detector.predictor(config.image_size), found.splits["test"], config)
     results = {
@@ -158,11 +161,12 @@ def train(config: Config) -> dict[str, Any]:
         "parameters": detector.model.count_params(),
         **timer.figures(),
         **coco_metrics.score(truths_of(found.splits["test"]), detections, found.class_names),
-        "history": training.read_history(output / "history.csv"),
         "versions": training.versions(config.library),
     }
-    _save(detector, results, detections, found, config, backup)
-    common.remove(backup)
+    if chief:
+        results["history"] = training.read_history(output / "history.csv")
+        _save(detector, results, detections, found, config, backup)
+        common.remove(backup)
     return results
 
 
@@ -218,20 +222,23 @@ def build_detector(config: Config, class_count: int) -> detectors.Detector:
 
 
 def _fit(
-    detector: detectors.Detector, found: data.DetectionData, config: Config, output: Path, backup: Path
+    detector: detectors.Detector,
+    found: data.DetectionData,
+    config: Config,
+    output: Path,
+    backup: Path,
+    chief: bool,
 ) -> training.StepTimer:
-    output.mkdir(parents=True, exist_ok=True)
-    if not config.resume:
-        common.remove(output / "history.csv")
+    records: list[keras.callbacks.Callback] = []
+    if chief:
+        records = [
+            _scorer(detector, found, config),  # ahead of those that write down its figures
+            *training.make_records(output, bool(config.resume)),
+            _pictures(detector, found, config, output / "logs"),
+        ]
     clock, timer = pipeline.EpochClock(config.seed), training.StepTimer()
-    split = found.splits["train"]
     train_data = batches.training_batches(
-        split, config.image_size, config.batch_size, clock, config.augment == "on"
-    )
-    # The validation's truth comes as a batch of targets too, without augmentation, in order.
-    val_data = batches.scored_batches(found.splits["val"], config.image_size, config.batch_size)
-    scorer = coco_metrics.CocoMetrics(
-        detector.batches(val_data), detectors.FORMAT, found.class_names, config.score_every
+        found.splits["train"], config.image_size, config.batch_size, clock, config.augment == "on"
     )
     with training.explaining(found, backup):
         detector.model.fit(
@@ -239,17 +246,18 @@ def _fit(
             epochs=config.epochs,
             shuffle=False,  # the pipeline does
             verbose=training.verbosity(config.progress),
-            callbacks=[
-                clock,
-                timer,
-                scorer,
-                training.History(output / "history.csv"),
-                keras.callbacks.TensorBoard(str(output / "logs"), write_graph=False),
-                _pictures(detector, found, config, output / "logs"),
-                training.Backup(backup),
-            ],
+            callbacks=[clock, timer, *records, training.Backup(backup, writes=chief)],
         )
     return timer
+
+
+def _scorer(
+    detector: detectors.Detector, found: data.DetectionData, config: Config
+) -> coco_metrics.CocoMetrics:
+    val_data = batches.scored_batches(found.splits["val"], config.image_size, config.batch_size)
+    return coco_metrics.CocoMetrics(
+        detector.batches(val_data), detectors.FORMAT, found.class_names, config.score_every
+    )
 
 
 def truths_of(split: data.Split) -> list[coco_metrics.Boxes]:

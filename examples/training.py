@@ -7,6 +7,7 @@ import csv
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import sys
 import time
@@ -36,6 +37,17 @@ class History(keras.callbacks.CSVLogger):
         if not self.trimmed:
             _trim_history(Path(self.filename), epoch)
             self.trimmed = True
+
+
+def make_records(output: Path, resume: bool) -> list[keras.callbacks.Callback]:
+    """What writes a run's figures into its folder: `history.csv`, and TensorBoard's `logs`."""
+    output.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        common.remove(output / "history.csv")
+    return [
+        History(output / "history.csv"),
+        keras.callbacks.TensorBoard(str(output / "logs"), write_graph=False),
+    ]
 
 
 def _trim_history(path: Path, epoch: int) -> None:
@@ -123,12 +135,15 @@ class Backup(keras.callbacks.BackupAndRestore):
     once the results are saved.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Keep the state in `folder`."""
+    def __init__(self, folder: Path, writes: bool = True) -> None:
+        """Keep the state in `folder`, or only restore it from there if something else `writes` it."""
         super().__init__(str(folder), double_checkpoint=True, delete_checkpoint=False)
+        self.writes = writes
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """Make sure of the room for the state, and for a copy of the one before, and save it."""
+        if not self.writes:
+            return
         variables = self.model.variables + self.model.optimizer.variables
         size = sum(math.prod(variable.shape) * 8 for variable in variables)
         common.reserve(Path(self.backup_dir), 2 * size)
@@ -221,20 +236,62 @@ def versions(*packages: str) -> dict[str, str]:
     }
 
 
-STRATEGIES = ("none", "mirrored")
-STRATEGY_HELP = "mirrored: each batch is divided among all GPUs of the machine (without any, its CPU devices)"
+STRATEGIES = ("none", "mirrored", "multiworker")
+STRATEGY_HELP = (
+    "mirrored: each batch is divided among all GPUs of the machine (without any, its CPU devices); "
+    "multiworker: among those of all machines in TF_CONFIG, each of which runs this command, with an output "
+    "folder that all of them see"
+)
 
 
 def make_strategy(name: str, batch_size: int) -> tf.distribute.Strategy:
     """What `--strategy` names; models are built and compiled in its scope.
 
-    Batches of `batch_size` must divide evenly, or the replicas' means would not be that of the batch.
+    To be called before TensorFlow does anything else: several machines must meet first. Batches of
+    `batch_size` must divide evenly, or the replicas' means would not be that of the batch.
     """
     if name == "none":
         return tf.distribute.get_strategy()
-    devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
-    if batch_size % len(devices):
+    if name == "multiworker":
+        if "TF_CONFIG" not in os.environ:
+            raise UserError("--strategy multiworker needs the machines' addresses in TF_CONFIG")
+        strategy = _Machines()
+    else:
+        devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
+        strategy = tf.distribute.MirroredStrategy([device.name for device in devices])
+    count = strategy.num_replicas_in_sync
+    if batch_size % count:
         raise UserError(
-            f"--batch-size must be a multiple of {len(devices)}, the number of devices, not {batch_size}"
+            f"--batch-size must be a multiple of {count}, the number of devices, not {batch_size}"
         )
-    return tf.distribute.MirroredStrategy([device.name for device in devices])
+    return strategy
+
+
+class _Machines(tf.distribute.MultiWorkerMirroredStrategy):
+    """Keras 3.15 reduces whole structures, and scalars along an axis; TensorFlow takes single tensors."""
+
+    def reduce(self, reduce_op: Any, value: Any, axis: int | None = None) -> Any:
+        """Reduce every tensor of the structure `value`, those without axes over the replicas alone."""
+
+        def reduce_one(each: Any) -> Any:
+            rank = self.experimental_local_results(each)[0].shape.rank
+            return reduce_tensor(reduce_op, each, axis if rank else None)
+
+        reduce_tensor = super().reduce
+        return tf.nest.map_structure(reduce_one, value)
+
+
+def is_chief(strategy: tf.distribute.Strategy) -> bool:
+    """Whether this process is the one that writes files: of several machines, the first."""
+    resolver = strategy.cluster_resolver
+    return resolver is None or not resolver.task_id
+
+
+def wait_for_all(strategy: tf.distribute.Strategy) -> None:
+    """Go on only when every machine has come to this place."""
+
+    @tf.function
+    def meet() -> tf.Tensor:
+        return strategy.run(lambda: tf.distribute.get_replica_context().all_reduce("SUM", tf.constant(1.0)))
+
+    meet()

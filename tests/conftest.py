@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 SEED_VARIABLE = "KERAS_DAS_TEST_SEED"
-SESSION_SEED = int(os.environ.get(SEED_VARIABLE) or secrets.randbits(32))
+# In the environment, so that the processes which share the tests' work have the same.
+SESSION_SEED = int(os.environ.setdefault(SEED_VARIABLE, str(secrets.randbits(32))))
 
 
 def pytest_report_header():

@@ -3,9 +3,11 @@
 import json
 
 import keras
+import keras_hub
 import numpy as np
 import pytest
 import tensorflow as tf
+import tensorflow_datasets as tfds
 from PIL import Image
 
 from examples import detect
@@ -23,9 +25,13 @@ def small(monkeypatch):
 @pytest.fixture
 def coco_folder(tmp_path, rng):
     """Twenty images of a bright square on noise, two of them without any."""
+    return write_coco(tmp_path, rng, 20)
+
+
+def write_coco(tmp_path, rng, count):
     (tmp_path / "images").mkdir()
     images, annotations = [], []
-    for number in range(20):
+    for number in range(count):
         pixels = rng.integers(0, 60, size=(90, 120, 3)).astype("uint8")
         if number % 10:
             x, y, side = (int(value) for value in rng.integers([0, 0, 30], [60, 30, 60]))
@@ -106,6 +112,65 @@ def test_recipe():
     assert (config.data, config.epochs, config.batch_size) == ("tfds:coco/2017", 12, 8)
     assert (config.optimizer, config.schedule) == ("sgd", "steps")
     assert config.image_size == 1024
+
+
+@pytest.fixture
+def preset(tmp_path):
+    """A KerasHub preset's folder: a ResNet of narrow stages with its weights."""
+    keras.utils.set_random_seed(5)
+    backbone = keras_hub.models.ResNetBackbone([64], [7], [8] * 4, [1] * 4, [1, 2, 2, 2], "basic_block")
+    backbone.save_to_preset(str(tmp_path / "preset"))
+    return backbone, ["--backbone", str(tmp_path / "preset")]
+
+
+def train_by_recipe(preset, tmp_path, *words):
+    """The recipe of COCO, smaller."""
+    smaller = ["--image-size", "128", "--epochs", "1", "--batch-size", "2", "--head-layers", "1"]
+    output = tmp_path / "run"
+    words = ["--recipe", "coco", *smaller, *preset[1], "--progress", "none", "--output", str(output), *words]
+    results = detect.train(detect.INTERFACE.parse(words)[0])
+    assert results["history"]["loss"][0] > 0
+    assert results["arguments"]["optimizer"] == "sgd"
+    assert (output / "sheet.png").exists()
+    return results
+
+
+def test_the_recipe_trains_on_three_images(preset, tmp_path, rng, monkeypatch):
+    starts = []
+
+    def build_detector(config, class_count):
+        detector = build(config, class_count)
+        starts.append([weight.numpy() for weight in detector.model.weights])
+        return detector
+
+    build = detect.build_detector
+    monkeypatch.setattr(detect, "build_detector", build_detector)
+    results = train_by_recipe(preset, tmp_path, "--data", write_coco(tmp_path, rng, 3))
+    assert results["images"] == {"train": 1, "val": 1, "test": 1}
+    kernel = preset[0].get_layer("conv1_conv").kernel.numpy()  # the preset's weights are what it starts from
+    assert any(np.array_equal(kernel, weight) for weight in starts[0])
+
+
+def test_the_recipe_trains_on_coco_of_tfds(preset, tmp_path, rng):
+    """Its stand-in: what TensorFlow Datasets draws for it has more boxes than labels."""
+
+    def as_dataset(self, split, **_):
+        examples = [
+            {
+                "image": tf.io.encode_png(rng.integers(0, 255, (90, 120, 3)).astype("uint8")).numpy(),
+                "image/id": number,
+                "tfds_id": f"coco__{number}",
+                "objects": {"bbox": np.array([[0.1, 0.2, 0.5, 0.6]], "float32"), "label": np.array([number])},
+            }
+            for number in range(4)
+        ]
+        spec = tf.nest.map_structure(lambda value: tf.type_spec_from_value(tf.constant(value)), examples[0])
+        return tf.data.Dataset.from_generator(lambda: iter(examples), output_signature=spec)
+
+    with tfds.testing.mock_data(as_dataset_fn=as_dataset):
+        results = train_by_recipe(preset, tmp_path, "--data-dir", str(tmp_path / "tfds"))
+    assert results["images"] == {"train": 4, "val": 4, "test": 4}
+    assert len(results["class_names"]) == 80
 
 
 @pytest.mark.parametrize(
