@@ -118,7 +118,7 @@ def test_recipe():
 def preset(tmp_path):
     """A KerasHub preset's folder: a ResNet of narrow stages with its weights."""
     keras.utils.set_random_seed(5)
-    backbone = keras_hub.models.ResNetBackbone([64], [7], [8] * 4, [1] * 4, [1, 2, 2, 2], "basic_block")
+    backbone = keras_hub.models.ResNetBackbone([64], [7], [64, 8, 8, 8], [1] * 4, [1, 2, 2, 2], "basic_block")
     backbone.save_to_preset(str(tmp_path / "preset"))
     return backbone, ["--backbone", str(tmp_path / "preset")]
 
