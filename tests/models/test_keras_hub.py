@@ -101,7 +101,9 @@ def test_classifier_trains(rng):
     gated = attach_das(base, **SMALL_GATE)
     classifier = keras_hub.models.ImageClassifier(gated, num_classes=3)
     # Gates that start at 1 pass little on at first: steps that do not depend on how much.
-    classifier.compile(keras.optimizers.Adam(1e-2), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    classifier.compile(
+        keras.optimizers.Adam(1e-2), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    )
     start = [gated.get_layer(name).deform.get_weights() for name in GATES]
     classifier.fit(images(rng, 64, 4) / 255, np.array([0, 1, 2, 0]), epochs=2, verbose=0)
     assert_same(weights_of(base), before)
