@@ -28,7 +28,7 @@ def draw_sheet(
     path: Path | io.BytesIO,
     threshold: float = 0.3,
 ) -> None:
-    """A PNG of images in pairs: the truth's boxes on the left, on the right those detected.
+    """A PNG of images in pairs: the truth's boxes on the left, on the right those detected, with scores.
 
     Args:
         images: Pixels of 0..255, `(H, W, 3)`.
@@ -40,7 +40,8 @@ def draw_sheet(
     """
     columns = 2 if len(images) > 1 else 1
     rows = -(-len(images) // columns)
-    figure = Figure(figsize=(6.4 * columns, 3.5 * rows), layout="constrained")
+    tallest = max(image.shape[0] / image.shape[1] for image in images)
+    figure = Figure(figsize=(6.4 * columns, (3.2 * tallest + 0.3) * rows + 0.3), layout="constrained")
     grid = figure.subplots(rows, 2 * columns, squeeze=False).reshape(-1, 2)
     for axes in grid.flat:
         axes.set_axis_off()
@@ -53,12 +54,18 @@ def draw_sheet(
         for box, label, score in zip(
             found.boxes[chosen], found.labels[chosen], found.scores[chosen], strict=True
         ):
-            colour = _COLOURS[int(label) % len(_COLOURS)]
-            _draw_box(right, box, colour)
+            _draw_box(right, box, _colour(label))
             if chosen.sum() <= 40:
-                text = f"{class_names[int(label)]} {score:.2f}"
-                right.text(*box[:2], text, fontsize=5, color="white", va="bottom", backgroundcolor=colour)
+                flag = {"facecolor": _colour(label), "edgecolor": "none", "pad": 0.4}
+                right.text(*box[:2], f"{score:.2f}", fontsize=4, color="white", va="top", bbox=flag)
+    keys = [patches.Patch(color=_colour(label), label=name) for label, name in enumerate(class_names)]
+    if len(keys) <= len(_COLOURS):
+        figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), fontsize=8, frameon=False)
     figure.savefig(path, format="png", dpi=120)
+
+
+def _colour(label: Any) -> str:
+    return _COLOURS[int(label) % len(_COLOURS)]
 
 
 def _show(axes: Axes, image: np.ndarray, title: str) -> None:
