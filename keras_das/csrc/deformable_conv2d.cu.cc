@@ -406,9 +406,9 @@ __global__ void __launch_bounds__(kThreads) tap_gradients(Gradients<T, A> a) {
 // entries are sorted by the cell that they read, those of a cell by their number, and a pixel belongs to four cells.
 // Lists are of an image and offset group. The cell at (row, column) is number (row + 1) * (width + 1) + column + 1.
 
-template <class T, class A>
+template <class A>
 struct Lists {
-  Field<T, A> field;
+  Field<A, A> field;  // without inputs
   int64_t first, pixels;  // output pixels: whole images, or some of one image
   int64_t image, images;  // that those read
   int64_t cells;          // of a list
@@ -422,8 +422,8 @@ struct Lists {
 
 enum class Step { kCount, kFill, kSort };
 
-template <class T, class A, Step kStep>
-__global__ void __launch_bounds__(kThreads) sort_entries(Lists<T, A> a) {
+template <class A, Step kStep>
+__global__ void __launch_bounds__(kThreads) sort_entries(Lists<A> a) {
   const Geometry& g = a.field.geometry;
   const int64_t taps = a.field.taps, out_pixels = g.out_height * g.out_width, all = a.pixels * g.offset_groups * taps;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
@@ -454,8 +454,8 @@ __global__ void __launch_bounds__(kThreads) sort_entries(Lists<T, A> a) {
 }
 
 // Turns the counts in `ends` into starts; `ends` holds them too then. A block for a list.
-template <class T, class A>
-__global__ void __launch_bounds__(kThreads) start_lists(Lists<T, A> a) {
+template <class A>
+__global__ void __launch_bounds__(kThreads) start_lists(Lists<A> a) {
   __shared__ int sums[kThreads];
   for (int64_t list = blockIdx.x; list < a.images * a.field.geometry.offset_groups; list += gridDim.x) {
     int before = 0;
@@ -477,9 +477,9 @@ __global__ void __launch_bounds__(kThreads) start_lists(Lists<T, A> a) {
   }
 }
 
-template <class T, class A>
+template <class A>
 struct Gathering {
-  Lists<T, A> lists;
+  Lists<A> lists;
   const A* kernel;       // depthwise
   const A* grad_output;  // depthwise
   const A* columns;      // else: gradients of samples from pixel `lists.first` on
@@ -487,9 +487,9 @@ struct Gathering {
   bool add;  // to what is there, from other pixels of the same image
 };
 
-template <class T, class A, int V, bool kDepthwise>
-__global__ void __launch_bounds__(kThreads) gather_gradients(Gathering<T, A> a) {
-  const Lists<T, A>& lists = a.lists;
+template <class A, int V, bool kDepthwise>
+__global__ void __launch_bounds__(kThreads) gather_gradients(Gathering<A> a) {
+  const Lists<A>& lists = a.lists;
   const Geometry& g = lists.field.geometry;
   const int64_t taps = lists.field.taps, depth = quotient(g.channels, g.offset_groups), vectors = g.channels / V;
   const int64_t image_pixels = g.height * g.width, all = lists.images * image_pixels * vectors;
@@ -767,12 +767,12 @@ auto gradient_kernel(int width) -> void (*)(Gradients<T, A>) {
   return width == 2 ? tap_gradients<T, A, 2, kDepthwise> : tap_gradients<T, A, 1, kDepthwise>;
 }
 
-template <class T, class A, bool kDepthwise>
-auto gathering_kernel(int width) -> void (*)(Gathering<T, A>) {
+template <class A, bool kDepthwise>
+auto gathering_kernel(int width) -> void (*)(Gathering<A>) {
   if constexpr (sizeof(A) == 4) {
-    if (width == 4) return gather_gradients<T, A, 4, kDepthwise>;
+    if (width == 4) return gather_gradients<A, 4, kDepthwise>;
   }
-  return width == 2 ? gather_gradients<T, A, 2, kDepthwise> : gather_gradients<T, A, 1, kDepthwise>;
+  return width == 2 ? gather_gradients<A, 2, kDepthwise> : gather_gradients<A, 1, kDepthwise>;
 }
 
 bool is_depthwise(const Geometry& g) { return g.groups == g.channels && g.filters == g.channels; }
@@ -899,15 +899,14 @@ int64_t count_ranges(const Geometry& g, int64_t pixels, int64_t most) {
 }
 
 // Working memory for lists, and what of it is the same for each run of pixels.
-template <class T, class A>
+template <class A>
 class Gatherer {
  public:
-  Gatherer(const Device& device, const Field<T, A>& field) : device_(device) {
-    const Geometry& g = field.geometry;
-    if (field.taps > INT_MAX) throw std::runtime_error("there are more than 2^31 taps, too many to be sorted");
-    lists_.field = field;
+  Gatherer(const Device& device, const Geometry& g, const BackwardBuffers& buffers) : device_(device) {
+    if (g.taps() > INT_MAX) throw std::runtime_error("there are more than 2^31 taps, too many to be sorted");
+    lists_.field = make_field<A, A>(g, nullptr, buffers.offsets, buffers.mask);
     lists_.cells = (g.height + 1) * (g.width + 1);
-    const int64_t of_entries = (2 * int64_t{sizeof(int)} + 4 * int64_t{sizeof(A)}) * g.offset_groups * field.taps;
+    const int64_t of_entries = (2 * int64_t{sizeof(int)} + 4 * int64_t{sizeof(A)}) * g.offset_groups * g.taps();
     const int64_t of_cells = 2 * int64_t{sizeof(int)} * g.offset_groups * lists_.cells;
     bytes_per_pixel_ = of_entries + divide_up(of_cells, g.out_pixels());
   }
@@ -916,7 +915,7 @@ class Gatherer {
 
   // Sets the inputs' gradient of whole images, or adds to it what comes from some of an image's pixels.
   template <bool kDepthwise>
-  void gather(int64_t first, int64_t pixels, Gathering<T, A> gathering) {
+  void gather(int64_t first, int64_t pixels, Gathering<A> gathering) {
     const Geometry& g = lists_.field.geometry;
     const int64_t taps = lists_.field.taps, entries = pixels * g.offset_groups * taps;
     lists_.first = first, lists_.pixels = pixels;
@@ -926,15 +925,15 @@ class Gatherer {
     prepare(entries, lists_.images * g.offset_groups * lists_.cells);
     device_.zero(lists_.ends, lists_.images * g.offset_groups * lists_.cells);
     const int64_t blocks = divide_up(entries, kThreads);
-    device_.launch(sort_entries<T, A, Step::kCount>, blocks, lists_);
-    device_.launch(start_lists<T, A>, lists_.images * g.offset_groups, lists_);
-    device_.launch(sort_entries<T, A, Step::kFill>, blocks, lists_);
-    device_.launch(sort_entries<T, A, Step::kSort>, blocks, lists_);
+    device_.launch(sort_entries<A, Step::kCount>, blocks, lists_);
+    device_.launch(start_lists<A>, lists_.images * g.offset_groups, lists_);
+    device_.launch(sort_entries<A, Step::kFill>, blocks, lists_);
+    device_.launch(sort_entries<A, Step::kSort>, blocks, lists_);
     gathering.lists = lists_;
     gathering.add = first % g.out_pixels() != 0;
     const int width = pack_width<A>(g.channels / g.offset_groups, {gathering.kernel, gathering.grad_output,
                                                                    gathering.columns, gathering.grad_inputs});
-    device_.launch(gathering_kernel<T, A, kDepthwise>(width),
+    device_.launch(gathering_kernel<A, kDepthwise>(width),
                    divide_up(lists_.images * g.height * g.width * (g.channels / width), kThreads), gathering);
   }
 
@@ -950,7 +949,7 @@ class Gatherer {
   }
 
   const Device& device_;
-  Lists<T, A> lists_{};
+  Lists<A> lists_{};
   int64_t bytes_per_pixel_;
 };
 
@@ -976,8 +975,8 @@ void depthwise_backward(const Device& device, const Geometry& g, const BackwardB
   take_gradients<true>(device, a);
   sum_rows(device, a.kernel_shares, a.ranges, weights, static_cast<A*>(buffers.grad_kernel));
   if (!device.deterministic()) return;
-  Gatherer<T, A> gatherer(device, a.field);
-  Gathering<T, A> gathering{};
+  Gatherer<A> gatherer(device, g, buffers);
+  Gathering<A> gathering{};
   gathering.kernel = a.kernel;
   gathering.grad_output = a.grad_output;
   gathering.grad_inputs = static_cast<A*>(buffers.grad_inputs);
@@ -991,11 +990,11 @@ void dense_backward(const Device& device, const Geometry& g, const BackwardBuffe
   const Columns<A> columns(device, g);
   Gradients<T, A> a = make_gradients<T, A>(g, buffers, !device.deterministic());
   a.columns = columns.memory;
-  Gatherer<T, A> gatherer(device, a.field);
-  Gathering<T, A> gathering{};
+  Gatherer<A> gatherer(device, g, buffers);
+  Gathering<A> gathering{};
   gathering.columns = columns.memory;
   gathering.grad_inputs = static_cast<A*>(buffers.grad_inputs);
-  Operands<T, A> operands = make_operands<T, A>(g, buffers.kernel);
+  Operands<A, A> operands = make_operands<A, A>(g, buffers.kernel);
   operands.columns = columns.memory;
   const int64_t rows = g.taps() * (g.channels / g.groups), weights = rows * g.filters;
   const int64_t tiles = divide_up(rows, kTile) * divide_up(g.filters / g.groups, kTile) * g.groups;

@@ -221,7 +221,7 @@ ffi::Error cuda_backward_handler(void* stream, ffi::ScratchAllocator memory, ffi
 
 // All handlers take five tensors and the same attributes.
 template <typename Binding>
-auto bind_arguments(Binding binding) {
+auto bind_arguments(Binding&& binding) {
   return std::move(binding)
       .template Arg<ffi::AnyBuffer>()
       .template Arg<ffi::AnyBuffer>()
@@ -231,7 +231,7 @@ auto bind_arguments(Binding binding) {
 }
 
 template <typename Binding>
-auto bind_attributes(Binding binding) {
+auto bind_attributes(Binding&& binding) {
   return std::move(binding)
       .template Attr<Integers>("strides")
       .template Attr<Integers>("dilations")
@@ -244,12 +244,12 @@ auto bind_attributes(Binding binding) {
 }
 
 template <typename Binding>
-auto bind_forward(Binding binding) {
+auto bind_forward(Binding&& binding) {
   return bind_attributes(bind_arguments(std::move(binding)).template Ret<ffi::AnyBuffer>());
 }
 
 template <typename Binding>
-auto bind_backward(Binding binding) {
+auto bind_backward(Binding&& binding) {
   return bind_attributes(bind_arguments(std::move(binding))
                              .template Ret<ffi::AnyBuffer>()
                              .template Ret<ffi::AnyBuffer>()
