@@ -1,7 +1,7 @@
 """Times a ResNet-50 at 224x224, batch 8, without gates and with four DAS gates.
 
     python benchmarks/bench_model.py          # everything: about half an hour on two cores
-    python benchmarks/bench_model.py --device gpu --policy mixed_bfloat16     # batch 128 on the first NVIDIA GPU
+    python benchmarks/bench_model.py --device gpu --policy mixed_bfloat16  # batch 128, on the first GPU
     python benchmarks/bench_model.py --mode inference --models none-graph,native-graph --repetitions 5
 
 Training steps and inference, with XLA and without, the gates' convolution from the fused kernels and from

@@ -10,8 +10,8 @@ contender's results are compared with float64 NumPy loops on a small problem, an
 is timed, with one another's. The peers' environments come from benchmarks/environments.sh; one that is
 missing is reported. `report.py` writes the tables into RESULTS.md.
 
-On a GPU, calls are put in its queue by batches, and a batch's time is shared among them. The floor is then the
-bytes moved at the speed at which the GPU copies; memory is not measured.
+On a GPU, calls are put in its queue by batches, and a batch's time is shared among them. The floor is then
+that of the bytes moved, at the speed at which the GPU copies; memory is not measured.
 """
 
 import argparse
@@ -48,7 +48,9 @@ def main():
         "date": datetime.date.today().isoformat(),
         "threads": options.threads,
         "machine": machine.describe(),
-        "rates": machine.measure_rates(options.threads) if options.device == "cpu" else "no TensorFlow on a GPU",
+        "rates": machine.measure_rates(options.threads)
+        if options.device == "cpu"
+        else "no TensorFlow on a GPU",
         "versions": {},
         "missing": {},
         "cells": [],

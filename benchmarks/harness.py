@@ -151,8 +151,8 @@ def installed(distributions) -> dict[str, str]:
 def time_calls(run, seconds: float, wait=None) -> list[float]:
     """Milliseconds of single calls, for that long; if calls are shorter, the first does not count.
 
-    With `wait`, calls only put work on a GPU, and `wait` returns when it is done: as many as the time allows go
-    there in one batch, and share what it took. The first batch does not count.
+    With `wait`, calls only put work on a GPU, and `wait` returns when it is done: as many as the time allows
+    go there in one batch, and share what it took. The first batch does not count.
     """
     if wait:
         return _time_batches(run, seconds, wait)

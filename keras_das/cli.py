@@ -173,8 +173,8 @@ def _parser() -> argparse.ArgumentParser:
         "build",
         help="compile the fused kernels for the installed framework",
         description="Compiles the fused kernels into the user's cache folder, unless they are there already.",
-        epilog="Environment: CXX names the compiler; CUDA_HOME the folder of CUDA, whose nvcc is else taken from "
-        f"the PATH or the package nvidia-cuda-nvcc; {library.CACHE_VARIABLE} names the cache folder. "
+        epilog="Environment: CXX names the compiler; CUDA_HOME the folder of CUDA, whose nvcc is else taken "
+        f"from the PATH or the package nvidia-cuda-nvcc; {library.CACHE_VARIABLE} names the cache folder. "
         f"Exit status: {_CANNOT_BUILD} if nothing can be built here (no compiler, no such framework), "
         f"{_BUILD_FAILED} if a build failed.",
     )

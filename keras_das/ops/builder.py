@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from keras_das.ops import library
-from keras_das.ops.compilers import NoCompiler, Nvcc, architecture_flags, find_compiler, find_nvcc
+from keras_das.ops.compilers import Nvcc, architecture_flags, find_compiler, find_nvcc
 from keras_das.ops.library import Target, Unit
 
 _LOCK = "lock"
@@ -211,16 +211,29 @@ def _check_runtime(file: pathlib.Path) -> None:
 
     TensorFlow exports another, which kernels would be registered with, and then never be found.
     """
-    listed = subprocess.run(["nm", "-D", "--undefined-only", str(file)], capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["nm", "-D", "--undefined-only", str(file)], capture_output=True, text=True, check=True
+    )
     if missing := re.findall(r" U ((?:__)?cuda\w+)", listed.stdout):
-        raise BuildError(f"linking failed: the library lacks a CUDA runtime of its own ({', '.join(missing)})")
+        raise BuildError(
+            f"linking failed: the library lacks a CUDA runtime of its own ({', '.join(missing)})"
+        )
 
 
 def _nvcc_command(target: Target, compiler: list[str], nvcc: Nvcc) -> list[str]:
     """Of a unit of CUDA. It sees no framework's headers, which hold those of another CUDA version."""
     definitions = [flag for flag in target.flags if flag.startswith("-D")]
     host = [f"-ccbin={compiler[0]}", "-Xcompiler=-fPIC"]
-    return [nvcc.command, "-x", "cu", "-std=c++17", "-O3", *host, *definitions, *architecture_flags(target.cuda)]
+    return [
+        nvcc.command,
+        "-x",
+        "cu",
+        "-std=c++17",
+        "-O3",
+        *host,
+        *definitions,
+        *architecture_flags(target.cuda),
+    ]
 
 
 def _compile_all(

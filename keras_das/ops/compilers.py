@@ -76,7 +76,8 @@ def find_nvcc() -> Nvcc:
             known = {*_ask(command, "--list-gpu-code").split(), *_ask(command, "--list-gpu-arch").split()}
             return Nvcc(command, folder, frozenset(known))
     raise NoCompiler(
-        f"no CUDA runtime: {_RUNTIME} is in none of {', '.join(map(str, folders))} (its package is nvidia-cuda-runtime)"
+        f"no CUDA runtime: {_RUNTIME} is in none of {', '.join(map(str, folders))} "
+        "(its package is nvidia-cuda-runtime)"
     )
 
 
@@ -116,9 +117,9 @@ def architectures(nvcc: Nvcc, asked: str | None) -> tuple[str, ...]:
 
     Args:
         nvcc: The compiler.
-        asked: Architectures in nvcc's names, separated by commas: "sm_90", or "compute_90" for code that newer
-            GPUs translate. `None` takes those of the GPUs in this machine; without any, the common ones that the
-            compiler knows, and the newest of them as "compute_...", too.
+        asked: Architectures in nvcc's names, separated by commas: "sm_90", or "compute_90" for code that
+            newer GPUs translate. `None` takes those of the GPUs in this machine; without any, the common ones
+            that the compiler knows (nvcc 13 begins at sm_75), and the newest of them as "compute_...", too.
 
     Returns:
         The names.
@@ -129,7 +130,11 @@ def architectures(nvcc: Nvcc, asked: str | None) -> tuple[str, ...]:
     wanted = tuple(asked.split(",")) if asked is not None else _of_this_machine()
     if unknown := [name for name in wanted if name not in nvcc.known]:
         names = ", ".join(sorted(nvcc.known, key=_order))
-        where = f"`--arch` must name architectures that {nvcc.command} compiles for" if asked else "this GPU is not known"
+        where = (
+            f"`--arch` must name architectures that {nvcc.command} compiles for"
+            if asked
+            else "this GPU is not known"
+        )
         raise NoCompiler(f"{where}: {names}. Received: {', '.join(unknown)}")
     if wanted:
         return wanted

@@ -1,4 +1,4 @@
-"""The kernels on an NVIDIA GPU, beyond what the tests of every implementation ask of them there: `make test-gpu`."""
+"""The kernels on an NVIDIA GPU: `make test-gpu`, which runs the tests of every implementation there as well."""
 
 import os
 import pathlib
@@ -42,7 +42,11 @@ def test_results_come_from_the_gpu(rng, mode):
     def compute(arguments):
         return call(arguments, DEPTHWISE, implementation="native")
 
-    compiled = {"eager": compute, "graph": tf.function(compute), "xla": tf.function(compute, jit_compile=True)}[mode]
+    compiled = {
+        "eager": compute,
+        "graph": tf.function(compute),
+        "xla": tf.function(compute, jit_compile=True),
+    }[mode]
     assert "GPU" in compiled(arguments).device
 
 
@@ -79,7 +83,7 @@ from tests.ops.tf_harness import runner
 for groups in (64, 1):
     case = Case("", batch=8, image=(32, 32), channels=64, filters=64, groups=groups, padding="same")
     tensors = draw(case, np.random.default_rng(0))
-    tensors["offsets"][:] = np.round(tensors["offsets"] - np.arange(32)[:, None, None] / 2)  # many read the same
+    tensors["offsets"][:] = np.round(tensors["offsets"] - np.arange(32)[:, None, None] / 2)  # many meet
     for mode in ("eager", "xla"):
         compute, found = runner(case, mode, implementation="native"), set()
         for _ in range(10):
@@ -162,7 +166,8 @@ import keras_das
 rng = np.random.default_rng(0)
 images, targets = rng.normal(size=(8, 9, 9, 4)).astype("float32"), rng.normal(size=(8, 7, 7, 3))
 weights = []
-for strategy in (tf.distribute.MirroredStrategy(["GPU:0", "GPU:1"]), tf.distribute.OneDeviceStrategy("GPU:0")):
+for devices in (["GPU:0", "GPU:1"], ["GPU:0"]):
+    strategy = tf.distribute.MirroredStrategy(devices)
     keras.utils.set_random_seed(0)
     with strategy.scope():
         model = keras.Sequential([

@@ -1,7 +1,7 @@
 """The CUDA kernels, run on the host: what they index, and what they compute.
 
-A C++ compiler makes them, against csrc/cuda_on_host.h, which runs a block's threads one after another. What a GPU
-adds is seen by `make test-gpu` alone: threads that run at once, its compiler, its speed.
+A C++ compiler makes them, against csrc/cuda_on_host.h, which runs a block's threads one after another. What a
+GPU adds is seen by `make test-gpu` alone: threads that run at once, its compiler, its speed.
 """
 
 import concurrent.futures
@@ -39,7 +39,15 @@ def path(tmp_path_factory):
     sources = pathlib.Path(library.__file__).parents[1] / "csrc"
 
     def compile_one(unit):
-        command = [*compiler, *FLAGS, *UNITS[unit], "-c", str(sources / unit), "-o", str(folder / f"{unit}.o")]
+        command = [
+            *compiler,
+            *FLAGS,
+            *UNITS[unit],
+            "-c",
+            str(sources / unit),
+            "-o",
+            str(folder / f"{unit}.o"),
+        ]
         subprocess.run(command, check=True)
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -101,11 +109,23 @@ def test_random_cases(rng, kernels):
 # entries in shared memory, tiles of 64 by 64 by 16, packs of up to 16 bytes.
 BLOCKS = [
     Case("packs", image=(4, 5), channels=128, groups=128, filters=128, kernel_size=(1, 2), padding="same"),
-    Case("packs_of_two", image=(3, 4), channels=34, groups=34, filters=34, kernel_size=(3, 3), padding="same"),
+    Case(
+        "packs_of_two", image=(3, 4), channels=34, groups=34, filters=34, kernel_size=(3, 3), padding="same"
+    ),
     Case("packs_dense", image=(3, 4), channels=64, filters=3, kernel_size=(2, 2), padding="same"),
     Case("channels", image=(3, 3), channels=263, groups=263, filters=263, kernel_size=(1, 2), padding="same"),
-    Case("channels_dense", image=(3, 2), channels=518, filters=2, kernel_size=(1, 2), padding="same", offset_groups=2),
-    Case("taps", batch=1, image=(3, 3), channels=2, groups=2, filters=2, kernel_size=(17, 17), padding="same"),
+    Case(
+        "channels_dense",
+        image=(3, 2),
+        channels=518,
+        filters=2,
+        kernel_size=(1, 2),
+        padding="same",
+        offset_groups=2,
+    ),
+    Case(
+        "taps", batch=1, image=(3, 3), channels=2, groups=2, filters=2, kernel_size=(17, 17), padding="same"
+    ),
     Case("taps_dense", batch=1, image=(3, 3), channels=2, filters=3, kernel_size=(17, 17), padding="same"),
     Case("pixels", image=(23, 21), channels=3, groups=3, filters=3, kernel_size=(1, 2), padding="same"),
     Case("filters", image=(9, 9), channels=5, filters=150, kernel_size=(2, 3), padding="same"),
@@ -128,7 +148,9 @@ def test_unaligned_tensors_give_the_same_outputs(rng, kernels, case):
     assert_as_expected(case, tensors, "float32", outputs, gradients)
 
 
-DEPTHWISE = Case("depthwise", batch=3, image=(6, 5), channels=6, groups=6, filters=6, padding="same", offset_groups=2)
+DEPTHWISE = Case(
+    "depthwise", batch=3, image=(6, 5), channels=6, groups=6, filters=6, padding="same", offset_groups=2
+)
 DENSE = Case("dense", batch=3, image=(6, 5), channels=6, groups=2, filters=8, padding="same", offset_groups=3)
 
 

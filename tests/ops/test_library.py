@@ -317,7 +317,7 @@ CUDA_UNIT = "deformable_conv2d.cu.cc"
 
 
 def make_nvcc(folder):
-    """A program that answers as nvcc does and has the C++ compiler do the work, with an empty CUDA runtime."""
+    """A program that answers as nvcc does and has the C++ compiler do the work."""
     (folder / "bin").mkdir(parents=True)
     (folder / "lib").mkdir()
     nvcc = folder / "bin" / "nvcc"
@@ -442,7 +442,10 @@ def test_architectures_of_this_machine(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--cuda", "--arch", "sm_70"], "`--arch` must name architectures.*sm_75, sm_80, sm_90. Received: sm_70"),
+        (
+            ["--cuda", "--arch", "sm_70"],
+            "`--arch` must name architectures.*sm_75, sm_80, sm_90. Received: sm_70",
+        ),
         (["--cuda", "--arch", "fast"], "Received: fast"),
     ],
 )
@@ -481,7 +484,7 @@ def test_nvcc_of_the_package_index(monkeypatch, tmp_path):
     monkeypatch.setattr(compilers.shutil, "which", lambda name: None)
     assert compilers.find_nvcc().command == str(program)
     (tmp_path / "nvidia" / "cu13" / "lib" / "libcudart_static.a").unlink()
-    with pytest.raises(compilers.NoCompiler, match="no CUDA runtime: libcudart_static.a is in none of"):
+    with pytest.raises(compilers.NoCompiler, match=r"no CUDA runtime: libcudart_static\.a is in none of"):
         compilers.find_nvcc()
 
 

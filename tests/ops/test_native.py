@@ -264,11 +264,15 @@ def test_cuda_kernels_serve_a_gpu(with_cuda):
     assert native.can_use(tensors=[Placed("GPU:0"), Placed("CPU:0")])
     assert native.why_not() == ""
     assert not native.xla_compiles_for_cpu()
-    assert "CPUs and NVIDIA GPUs only, and this would run on /job" in native.why_not(tensors=[Placed("TPU:0")])
+    assert "CPUs and NVIDIA GPUs only, and this would run on /job" in native.why_not(
+        tensors=[Placed("TPU:0")]
+    )
 
 
 def test_without_them_info_says_how_to_get_them(with_gpu):
-    assert native.why_not(tensors=[Placed("GPU:0")]).endswith('"keras-das build --cuda" adds kernels for NVIDIA GPUs')
+    assert native.why_not(tensors=[Placed("GPU:0")]).endswith(
+        '"keras-das build --cuda" adds kernels for NVIDIA GPUs'
+    )
 
 
 def test_a_missing_library_is_the_reason_on_a_gpu(with_gpu, monkeypatch):
