@@ -1,4 +1,4 @@
-"""The kernels on an NVIDIA GPU: `make test-gpu`, which runs the tests of every implementation there as well."""
+"""The kernels on an NVIDIA GPU: `make test-gpu`, which runs every implementation's tests there as well."""
 
 import os
 import pathlib
