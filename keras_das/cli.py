@@ -75,10 +75,11 @@ def _kernel_library() -> dict[str, str]:
         return {"library": f"none ({error})"}
     if reason:
         return {"library": f"none ({reason})", "key wanted": target.key, "cache folder": cache}
+    path = library.path(backend)
     return {
-        "library": str(library.path(backend)),
+        "library": str(path),
         "built for": f"{target}, {target.platform}",
-        "key": target.key,
+        "key": path.parent.name.rpartition("-")[2] if path else "",
         "instruction set": library.instruction_set(backend),
         "CUDA kernels": library.cuda_architectures(backend) or 'none ("keras-das build --cuda" adds them)',
         "cache folder": cache,

@@ -204,6 +204,10 @@ struct Samples {
   A* columns;             // else; it begins with pixel `first`
 };
 
+// Packs of channels that a thread takes through a tap: where channels do not fill wide packs, two, which share the
+// reading of where the tap reads and with which weights.
+KERAS_DAS_INLINE constexpr int packs_together(int width, int size) { return width <= 2 && width * size < 16 ? 2 : 1; }
+
 // A depthwise convolution, or the columns of another one.
 template <class T, class A, int V, bool kDepthwise>
 __global__ void __launch_bounds__(kThreads) sample_pixels(Samples<T, A> a) {
@@ -211,20 +215,28 @@ __global__ void __launch_bounds__(kThreads) sample_pixels(Samples<T, A> a) {
   __shared__ int64_t codes[kEntries];
   const Geometry& g = a.field.geometry;
   const int64_t taps = a.field.taps, together = least<int64_t>(taps, kEntries);
-  const int64_t depth = quotient(g.channels, g.offset_groups), vectors = depth / V;
+  constexpr int kParts = packs_together(V, sizeof(T));
+  const int64_t depth = quotient(g.channels, g.offset_groups), packs = depth / V;
+  const int64_t threads = (packs + kParts - 1) / kParts;  // for a pixel
   const int64_t works = quotient(a.pixels + a.tile - 1, a.tile) * g.offset_groups;
   for (int64_t work = blockIdx.x; work < works; work += gridDim.x) {
     const int64_t number = quotient(work, g.offset_groups), group = work - number * g.offset_groups;
     const int64_t first = a.first + number * a.tile;
     const int count = static_cast<int>(least(a.tile, a.first + a.pixels - first));
-    const int64_t items = count * vectors;
+    const int64_t items = count * threads;
     for (int64_t base = 0; base < items; base += blockDim.x) {
       const int64_t item = base + threadIdx.x;
-      const bool active = item < items;
-      const int64_t of_tile = active ? quotient(item, vectors) : 0;
-      const int64_t pixel = first + of_tile, channel = group * depth + (item - of_tile * vectors) * V;
-      Pack<A, V> sums = {};
-      if (kDepthwise && active && a.bias) sums = load<V>(a.bias + channel);
+      const int64_t of_tile = item < items ? quotient(item, threads) : 0;
+      const int64_t pixel = first + of_tile, thread = item - of_tile * threads;
+      int64_t channels[kParts];
+      bool active[kParts];
+      Pack<A, V> sums[kParts] = {};
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        active[part] = item < items && thread + part * threads < packs;
+        channels[part] = group * depth + (thread + part * threads) * V;
+        if (kDepthwise && active[part] && a.bias) sums[part] = load<V>(a.bias + channels[part]);
+      }
       for (int64_t tap = 0; tap < taps; tap += together) {
         const int n = static_cast<int>(least(together, taps - tap));
         if (base == 0 || taps > together) {  // else they are still there
@@ -236,26 +248,34 @@ __global__ void __launch_bounds__(kThreads) sample_pixels(Samples<T, A> a) {
           }
           __syncthreads();
         }
-        if (!active) continue;
+        if (item >= items) continue;
         for (int t = 0; t < n; ++t) {
           const int e = static_cast<int>(of_tile) * n + t;
-          Pack<A, V> pixels[4];
-          read_corners(a.field, codes[e], channel, pixels);
-          const Pack<A, V> sample = interpolate(weights[e], pixels);
-          if (kDepthwise) {
-            const Pack<A, V> kernel = load<V>(a.kernel + (tap + t) * g.channels + channel);
+          const Pack<A, 4> weight = weights[e];
+          const int64_t code = codes[e];
 #pragma unroll
-            for (int v = 0; v < V; ++v) sums.lane[v] += sample.lane[v] * kernel.lane[v];
-          } else {
-            store(a.columns + ((pixel - a.first) * taps + tap + t) * g.channels + channel, sample);
+          for (int part = 0; part < kParts; ++part) {
+            if (!active[part]) continue;
+            Pack<A, V> pixels[4];
+            read_corners(a.field, code, channels[part], pixels);
+            const Pack<A, V> sample = interpolate(weight, pixels);
+            if (kDepthwise) {
+              const Pack<A, V> kernel = load<V>(a.kernel + (tap + t) * g.channels + channels[part]);
+#pragma unroll
+              for (int v = 0; v < V; ++v) sums[part].lane[v] += sample.lane[v] * kernel.lane[v];
+            } else {
+              store(a.columns + ((pixel - a.first) * taps + tap + t) * g.channels + channels[part], sample);
+            }
           }
         }
       }
-      if (kDepthwise && active) {
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        if (!kDepthwise || !active[part]) continue;
         Pack<T, V> rounded;
 #pragma unroll
-        for (int v = 0; v < V; ++v) rounded.lane[v] = convert_to(sums.lane[v], static_cast<const T*>(nullptr));
-        store(a.output + pixel * g.channels + channel, rounded);
+        for (int v = 0; v < V; ++v) rounded.lane[v] = convert_to(sums[part].lane[v], static_cast<const T*>(nullptr));
+        store(a.output + pixel * g.channels + channels[part], rounded);
       }
     }
   }
@@ -310,14 +330,15 @@ __global__ void __launch_bounds__(kThreads) tap_gradients(Gradients<T, A> a) {
   const Geometry& g = a.field.geometry;
   const int64_t taps = a.field.taps, depth = quotient(g.channels, g.offset_groups);
   const int64_t tap_runs = quotient(taps + kTaps - 1, kTaps), works = a.ranges * g.offset_groups * tap_runs;
-  const bool active = static_cast<int64_t>(threadIdx.x) * V < a.channels;
+  constexpr int kParts = packs_together(V, sizeof(A));
+  const auto in_chunk = [](int part) { return (static_cast<int64_t>(part) * blockDim.x + threadIdx.x) * V; };
   for (int64_t work = blockIdx.x; work < works; work += gridDim.x) {
     const int64_t groups_done = quotient(work, tap_runs), tap = (work - groups_done * tap_runs) * kTaps;
     const int64_t range = quotient(groups_done, g.offset_groups), group = groups_done - range * g.offset_groups;
-    const int64_t channel = group * depth + a.skip + static_cast<int64_t>(threadIdx.x) * V;
+    const int64_t start = group * depth + a.skip;
     const int n = static_cast<int>(least<int64_t>(kTaps, taps - tap)), tile = kGradientEntries / n;
     const int64_t stop = a.first + part_start(a.pixels, a.ranges, range + 1);
-    Pack<A, V> shares[kTaps] = {};
+    Pack<A, V> shares[kTaps][kParts] = {};
     for (int64_t first = a.first + part_start(a.pixels, a.ranges, range); first < stop; first += tile) {
       const int count = static_cast<int>(least<int64_t>(tile, stop - first));
       __syncthreads();
@@ -332,16 +353,23 @@ __global__ void __launch_bounds__(kThreads) tap_gradients(Gradients<T, A> a) {
       __syncthreads();
       for (int p = 0; p < count; ++p) {
         const int64_t pixel = first + p;
-        Pack<A, V> upstream = {};
-        if (kDepthwise && active) upstream = load<V>(a.grad_output + pixel * g.channels + channel);
+        Pack<A, V> upstream[kParts] = {};
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+          if (!kDepthwise || in_chunk(part) >= a.channels) continue;
+          upstream[part] = load<V>(a.grad_output + pixel * g.channels + start + in_chunk(part));
+        }
 #pragma unroll
         for (int t = 0; t < kTaps; ++t) {
           if (t >= n) break;
           const int e = p * n + t;
+          const Pack<A, 4> weight = weights[e];
+          const int64_t code = codes[e];
           A gains[4] = {};
-          if (active) {
-            const Pack<A, 4> weight = weights[e];
-            const int64_t code = codes[e];
+#pragma unroll
+          for (int part = 0; part < kParts; ++part) {
+            if (in_chunk(part) >= a.channels) continue;
+            const int64_t channel = start + in_chunk(part);
             Pack<A, V> pixels[4], of_sample;
             read_corners(a.field, code, channel, pixels);
             const Pack<A, V> sample = interpolate(weight, pixels);
@@ -349,25 +377,25 @@ __global__ void __launch_bounds__(kThreads) tap_gradients(Gradients<T, A> a) {
               of_sample = load<V>(a.kernel + (tap + t) * g.channels + channel);
 #pragma unroll
               for (int v = 0; v < V; ++v) {
-                of_sample.lane[v] *= upstream.lane[v];
-                shares[t].lane[v] += upstream.lane[v] * sample.lane[v];
+                of_sample.lane[v] *= upstream[part].lane[v];
+                shares[t][part].lane[v] += upstream[part].lane[v] * sample.lane[v];
               }
             } else {
               A* column = a.columns + ((pixel - a.first) * taps + tap + t) * g.channels + channel;
               of_sample = load<V>(column);
               store(column, sample);
             }
-            A* to = a.grad_inputs + (code >> 4) + channel;
 #pragma unroll
             for (int corner = 0; corner < 4; ++corner) {
 #pragma unroll
               for (int v = 0; v < V; ++v) gains[corner] += pixels[corner].lane[v] * of_sample.lane[v];
-              if (a.grad_inputs && code >> corner & 1) {
-                Pack<A, V> share;
+              if (a.grad_inputs == nullptr || !(code >> corner & 1)) continue;
+              A* to = a.grad_inputs + (code >> 4) + channel;
+              to += (corner & 1 ? g.channels : 0) + (corner & 2 ? g.channels * g.width : 0);
+              Pack<A, V> of_corner;
 #pragma unroll
-                for (int v = 0; v < V; ++v) share.lane[v] = weight.lane[corner] * of_sample.lane[v];
-                add_atomically(to + (corner & 1 ? g.channels : 0) + (corner & 2 ? g.channels * g.width : 0), share);
-              }
+              for (int v = 0; v < V; ++v) of_corner.lane[v] = weight.lane[corner] * of_sample.lane[v];
+              add_atomically(to, of_corner);
             }
           }
           const A sum = sum_over_warp(gains);
@@ -391,10 +419,12 @@ __global__ void __launch_bounds__(kThreads) tap_gradients(Gradients<T, A> a) {
         }
       }
     }
-    if (kDepthwise && active) {
 #pragma unroll
-      for (int t = 0; t < kTaps; ++t) {
-        if (t < n) store(a.kernel_shares + (range * taps + tap + t) * g.channels + channel, shares[t]);
+    for (int t = 0; t < kTaps; ++t) {
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        if (!kDepthwise || t >= n || in_chunk(part) >= a.channels) continue;
+        store(a.kernel_shares + (range * taps + tap + t) * g.channels + start + in_chunk(part), shares[t][part]);
       }
     }
   }
@@ -883,10 +913,11 @@ void take_gradients(const Device& device, Gradients<T, A> a) {
   const Geometry& g = a.field.geometry;
   const int64_t depth = g.channels / g.offset_groups, tap_runs = divide_up(a.field.taps, kTaps);
   const int width = pack_width<A>(depth, {a.field.inputs, a.kernel, a.grad_output, a.columns, a.grad_inputs});
-  const int64_t together = int64_t{kThreads} * width;
+  const int parts = packs_together(width, sizeof(A));
+  const int64_t together = int64_t{kThreads} * width * parts;
   for (a.skip = 0; a.skip < depth; a.skip += together) {
     a.channels = std::min(together, depth - a.skip);
-    const int warps = static_cast<int>(divide_up(a.channels, width * kWarp));
+    const int warps = static_cast<int>(divide_up(a.channels, width * parts * kWarp));
     device.launch(gradient_kernel<T, A, kDepthwise>(width), a.ranges * g.offset_groups * tap_runs, a, warps * kWarp,
                   int64_t{kGradientEntries} * warps * 4 * int64_t{sizeof(A)});
   }
