@@ -318,6 +318,7 @@ CUDA_UNIT = "deformable_conv2d.cu.cc"
 
 def make_nvcc(folder):
     """A program that answers as nvcc does and has the C++ compiler do the work."""
+    compiler = builder.find_compiler()[0] if has_compiler() else "none"
     (folder / "bin").mkdir(parents=True)
     (folder / "lib").mkdir()
     nvcc = folder / "bin" / "nvcc"
@@ -332,7 +333,7 @@ def make_nvcc(folder):
             esac
             echo "$@" >> {folder}/calls
             while [ "$1" != -c ]; do shift; done
-            exec {builder.find_compiler()[0]} -fPIC -x c++ "$@"
+            exec {compiler} -fPIC -x c++ "$@"
             """
         )
     )
@@ -471,20 +472,17 @@ def test_without_nvcc_one_line_and_status_1(monkeypatch, cache, capfd):
 
 
 def test_nvcc_of_the_package_index(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CUDA_HOME", raising=False)
-    found = type("Spec", (), {"submodule_search_locations": [str(tmp_path / "nvidia")]})
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
-    with pytest.raises(compilers.NoCompiler, match="nvidia-cuda-nvcc"):
-        compilers.find_nvcc()
     program = make_nvcc(tmp_path / "nvidia" / "cu13")
-    monkeypatch.undo()
+    packages = type("Spec", (), {"submodule_search_locations": [str(tmp_path / "nvidia")]})
     monkeypatch.delenv("CUDA_HOME", raising=False)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
     monkeypatch.setattr(compilers.shutil, "which", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: packages)
     assert compilers.find_nvcc().command == str(program)
     (tmp_path / "nvidia" / "cu13" / "lib" / "libcudart_static.a").unlink()
     with pytest.raises(compilers.NoCompiler, match=r"no CUDA runtime: libcudart_static\.a is in none of"):
+        compilers.find_nvcc()
+    program.unlink()
+    with pytest.raises(compilers.NoCompiler, match="nvidia-cuda-nvcc"):
         compilers.find_nvcc()
 
 
