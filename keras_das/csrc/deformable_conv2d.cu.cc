@@ -1077,6 +1077,17 @@ std::string run(const F& function) {
   }
 }
 
+#if defined(__CUDACC__)
+// Why no kernel can run on the thread's device, or "": the driver may be too old for this CUDA runtime, or the GPU of
+// an architecture that nothing was compiled for.
+const char* find_problem() {
+  cudaFuncAttributes found;
+  const cudaError_t error = cudaFuncGetAttributes(&found, add_rows<float>);
+  cudaGetLastError();  // forget it: launches ask for the last error
+  return error == cudaSuccess ? "" : cudaGetErrorString(error);
+}
+#endif
+
 }  // namespace
 }  // namespace cuda
 
@@ -1105,3 +1116,7 @@ std::string cuda_backward(DType dtype, const Geometry& geometry, const BackwardB
 }
 
 }  // namespace keras_das
+
+#if defined(__CUDACC__)
+extern "C" const char* keras_das_cuda_problem() { return keras_das::cuda::find_problem(); }
+#endif

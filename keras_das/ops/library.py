@@ -124,10 +124,30 @@ def cuda_architectures(framework: str) -> str:
     return _say(framework, "keras_das_cuda_architectures")
 
 
+def cuda_problem(framework: str) -> str:
+    """Why the CUDA kernels of a framework's loaded library cannot run on this machine's GPU.
+
+    Args:
+        framework: "tensorflow" or "jax".
+
+    Returns:
+        What CUDA says, or "" if they can. The first answer is kept.
+
+    Raises:
+        LibraryUnavailable: If there is no library.
+    """
+    return _say(framework, "keras_das_cuda_problem")
+
+
 def _say(framework: str, name: str) -> str:
     """What a function of the library without arguments says."""
     _SLOTS[framework].get()
-    function = getattr(ctypes.CDLL(str(path(framework))), name)
+    return _say_once(str(path(framework)), name)
+
+
+@functools.cache
+def _say_once(file: str, name: str) -> str:
+    function = getattr(ctypes.CDLL(file), name)
     function.restype = ctypes.c_char_p
     return function().decode()
 

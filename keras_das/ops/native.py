@@ -195,6 +195,9 @@ def _why_not_there(framework: str, places: dict[str, str]) -> str:
             f"the kernels run on the CPU only, and {next(iter(others.values()))}; "
             '"keras-das build --cuda" adds kernels for NVIDIA GPUs'
         )
+    if problem := library.cuda_problem(framework):
+        built = library.cuda_architectures(framework)
+        return f"the CUDA kernels, built for {built}, cannot run on this GPU ({problem})"
     return ""
 
 

@@ -23,6 +23,7 @@ assert library.path("tensorflow") is None
 library.tensorflow_ops()
 assert str(library.path("tensorflow")) == sys.argv[1], library.path("tensorflow")
 assert library.cuda_architectures("tensorflow") == sys.argv[2]
+assert "driver" in library.cuda_problem("tensorflow"), library.cuda_problem("tensorflow")
 for op in ("KerasDas>DeformableConv2D", "KerasDas>DeformableConv2DGrad"):
     devices = {kernel.device_type for kernel in kernels.get_registered_kernels_for_op(op).kernel}
     assert devices == {"CPU", "GPU", "XLA_CPU_JIT", "XLA_GPU_JIT"}, devices

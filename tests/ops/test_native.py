@@ -205,6 +205,7 @@ def with_gpu(monkeypatch):
 def with_cuda(monkeypatch, with_gpu):
     """As if both were there."""
     monkeypatch.setattr(library, "cuda_architectures", lambda framework: "sm_90")
+    monkeypatch.setattr(library, "cuda_problem", lambda framework: "")
 
 
 @pytest.mark.parametrize("context", [None, *native.CONTEXTS])
@@ -267,6 +268,14 @@ def test_cuda_kernels_serve_a_gpu(with_cuda):
     assert "CPUs and NVIDIA GPUs only, and this would run on /job" in native.why_not(
         tensors=[Placed("TPU:0")]
     )
+
+
+def test_cuda_kernels_for_another_gpu_do_not(with_cuda, monkeypatch):
+    monkeypatch.setattr(library, "cuda_problem", lambda framework: "no kernel image is available")
+    assert native.why_not(tensors=[Placed("GPU:0")]) == (
+        "the CUDA kernels, built for sm_90, cannot run on this GPU (no kernel image is available)"
+    )
+    assert native.can_use(tensors=[Placed("CPU:0")])
 
 
 def test_without_them_info_says_how_to_get_them(with_gpu):
