@@ -341,7 +341,7 @@ __global__ void __launch_bounds__(kThreads) tap_gradients(Gradients<T, A> a) {
     Pack<A, V> shares[kTaps][kParts] = {};
     for (int64_t first = a.first + part_start(a.pixels, a.ranges, range); first < stop; first += tile) {
       const int count = static_cast<int>(least<int64_t>(tile, stop - first));
-      __syncthreads();
+      // No barrier: of the tile before, the last part only has to do with entries that the same thread has here.
       for (int e = threadIdx.x; e < count * n; e += blockDim.x) {
         const Location<A> found = locate(a.field, first + e / n, group, tap + e % n);
         for (int corner = 0; corner < 4; ++corner) weights[e].lane[corner] = found.weights[corner];
@@ -598,7 +598,8 @@ __global__ void __launch_bounds__(kThreads) multiply(Operands<T, A> a) {
   // Which elements of the operands' tiles this thread loads: in the order in which memory has them.
   constexpr bool kLeftAlong = kByPixel, kRightAlong = kProduct == Product::kColumnGradients;
   const int thread = threadIdx.x;
-  const int left_k = kLeftAlong ? thread % kStep : thread / kTile, left_i = kLeftAlong ? thread / kStep : thread % kTile;
+  const int left_k = kLeftAlong ? thread % kStep : thread / kTile;
+  const int left_i = kLeftAlong ? thread / kStep : thread % kTile;
   const int right_k = kRightAlong ? thread % kStep : thread / kTile;
   const int right_j = kRightAlong ? thread / kStep : thread % kTile;
   for (int64_t work = blockIdx.x; work < row_tiles * column_tiles * a.groups * a.parts; work += gridDim.x) {
@@ -747,7 +748,8 @@ class Device {
     blocks = std::min(blocks, call_.most_blocks);
     if (blocks == 0) return;
 #if defined(__CUDACC__)
-    kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(call_.stream)>>>(arguments);
+    const auto stream = static_cast<cudaStream_t>(call_.stream);
+    kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(arguments);
     check(cudaGetLastError());
 #else
     cuda_on_host::launch(blocks, threads, shared_bytes, [&] { kernel(arguments); });
@@ -838,7 +840,8 @@ Field<T, A> make_field(const Geometry& g, const void* inputs, const void* offset
 template <bool kDepthwise, class T, class A>
 void take_samples(const Device& device, Samples<T, A> samples) {
   const Geometry& g = samples.field.geometry;
-  samples.tile = clamp(samples.pixels * g.offset_groups / kBlocks, 1, std::max<int64_t>(kEntries / samples.field.taps, 1));
+  const int64_t most = std::max<int64_t>(kEntries / samples.field.taps, 1);
+  samples.tile = clamp(samples.pixels * g.offset_groups / kBlocks, 1, most);
   const int width = pack_width<T>(g.channels / g.offset_groups, {samples.field.inputs, samples.kernel, samples.bias,
                                                                  samples.output, samples.columns});
   device.launch(sampling_kernel<T, A, kDepthwise>(width), divide_up(samples.pixels, samples.tile) * g.offset_groups,
@@ -1029,7 +1032,8 @@ void dense_backward(const Device& device, const Geometry& g, const BackwardBuffe
   operands.columns = columns.memory;
   const int64_t rows = g.taps() * (g.channels / g.groups), weights = rows * g.filters;
   const int64_t tiles = divide_up(rows, kTile) * divide_up(g.filters / g.groups, kTile) * g.groups;
-  const int64_t parts = clamp(kBlocks / 2 / tiles, 1, clamp(device.workspace_bytes() / (weights * int64_t{sizeof(A)}), 1, 64));
+  const int64_t fits = device.workspace_bytes() / (weights * int64_t{sizeof(A)});
+  const int64_t parts = clamp(kBlocks / 2 / tiles, 1, clamp(fits, 1, 64));
   A* grad_kernel = static_cast<A*>(buffers.grad_kernel);
   operands.grad_kernel = parts > 1 ? device.allocate<A>(parts * weights) : grad_kernel;
   const int64_t per_pixel = std::max(columns.bytes_per_pixel, device.deterministic() ? gatherer.bytes_per_pixel() : 0);
