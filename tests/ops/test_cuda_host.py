@@ -105,8 +105,8 @@ def test_random_cases(rng, kernels):
     random_cases.check(run_one, 120, rng)
 
 
-# What blocks and threads take at once: 32 threads of a warp, 256 of a block with up to two packs of channels each,
-# 9 taps in registers, 256 and 144 entries in shared memory, tiles of 64 by 64 by 16, packs of up to 16 bytes.
+# What is taken at once: 32 threads of a warp, 256 of a block with up to two packs of channels each, 9 taps in
+# registers, 256 and 144 entries in shared memory, tiles of 64 by 64 by 16, packs of up to 16 bytes.
 BLOCKS = [
     Case("packs", image=(4, 5), channels=128, groups=128, filters=128, kernel_size=(1, 2), padding="same"),
     Case(
