@@ -131,8 +131,8 @@ def start_one(name, options, document, expected) -> Worker:
             for mode in set(options.mode) & set(CONTENDERS[name].modes):
                 worker.ask("prepare", operation=operation, shape=SMALL, mode=mode)
                 check(worker, expected[operation][mode], SMALL_BOUND, "float64 loops")
-                if (found := worker.ask("device")) != options.device.upper():
-                    raise Failed(f"it runs on the {found}")
+                if options.device == "gpu" and worker.ask("device") != "GPU":
+                    raise Failed("it does not run on the GPU")
     except Failed:
         worker.close()
         raise
