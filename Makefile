@@ -9,7 +9,7 @@ TENSORFLOW ?= tensorflow
 TORCH ?= torch==2.13.0
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help demo demo-none demo-detect test lint suite sanitize test-torch wheel clean
+.PHONY: help demo demo-none demo-detect test lint suite sanitize cuda test-gpu test-torch wheel clean
 .NOTPARALLEL: # one set-up at a time; what takes long brings its own parallelism
 .DEFAULT_GOAL := help
 
@@ -40,6 +40,22 @@ suite: $(VENV)/.test $(VENV)/.all-kernels
 
 sanitize: $(VENV)/.test ## The kernels' random cases under the address, undefined-behaviour and thread sanitizers
 	$(RUN) -m tests.ops.sanitize
+
+cuda: $(VENV)/.test ## Compile and link the CUDA kernels, where there is nvcc; needs no GPU
+	$(RUN) -m tests.ops.cuda_build build/cuda
+
+# Matrix products in TF32, which TensorFlow and cuDNN take for float32, are beyond the oracle's bounds.
+test-gpu: export NVIDIA_TF32_OVERRIDE := 0
+test-gpu: export TF_FORCE_GPU_ALLOW_GROWTH := true
+test-gpu: $(VENV)/.test ## The kernels on an NVIDIA GPU: the oracle's cases, training, and compute-sanitizer
+	$(RUN) -c 'import sys, tensorflow as tf; sys.exit(not tf.config.list_physical_devices("GPU") and "TensorFlow sees no GPU")'
+	$(RUN) -m keras_das build --framework tensorflow --cuda
+	$(RUN) -m pytest tests/gpu
+	TF_DETERMINISTIC_OPS=1 $(RUN) -m pytest tests/ops tests/layers # they compare bits
+	for tool in memcheck racecheck; do \
+		compute-sanitizer --tool $$tool --target-processes all --error-exitcode 9 \
+			$(RUN) -m tests.ops.random_cases eager --count 40 || exit 1; \
+	done
 
 test-torch: $(VENV)-torch/.test ## The op on Keras' torch backend, in an environment without TensorFlow
 	KERAS_BACKEND=torch $(VENV)-torch/bin/python -m pytest tests/ops/test_backends.py

@@ -3,11 +3,15 @@
     python benchmarks/bench_op.py                                   # everything: about an hour on two cores
     python benchmarks/bench_op.py --op depthwise --mode forward --shapes 8x56x56x51 --repetitions 5
     python benchmarks/bench_op.py --contenders native-eager,gather-taps-xla --output /tmp/op.json
+    python benchmarks/bench_op.py --device gpu                      # batches of 64, on the first NVIDIA GPU
 
 Contenders run in turn, each in a process of its own; a figure is the median of the repetitions. First each
 contender's results are compared with float64 NumPy loops on a small problem, and then, on each problem that
 is timed, with one another's. The peers' environments come from benchmarks/environments.sh; one that is
 missing is reported. `report.py` writes the tables into RESULTS.md.
+
+On a GPU, calls are put in its queue by batches, and a batch's time is shared among them. The floor is then
+that of the bytes moved, at the speed at which the GPU copies; memory is not measured.
 """
 
 import argparse
@@ -23,9 +27,9 @@ import numpy as np
 
 import machine
 import report
-from contenders import CONTENDERS
-from harness import GIVE_BACK, Failed, OtherLoad, Worker, comma_separated, interleave
-from problem import MODES, OPERATIONS, SHAPES, Problem
+from contenders import CONTENDERS, ON_GPU
+from harness import DEVICES, GIVE_BACK, Failed, OtherLoad, Worker, comma_separated, interleave
+from problem import GPU_SHAPES, MODES, OPERATIONS, SHAPES, Problem
 
 sys.path.append(str(pathlib.Path(__file__).parents[1]))
 from tests import oracle
@@ -39,11 +43,14 @@ def main():
     options = parse_arguments()
     document = {
         "benchmark": "op",
+        "device": options.device,
         "command": shlex.join(["python", "benchmarks/bench_op.py", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "threads": options.threads,
         "machine": machine.describe(),
-        "rates": machine.measure_rates(options.threads),
+        "rates": machine.measure_rates(options.threads)
+        if options.device == "cpu"
+        else "no TensorFlow on a GPU",
         "versions": {},
         "missing": {},
         "cells": [],
@@ -51,13 +58,16 @@ def main():
     }
     with tempfile.TemporaryDirectory() as folder:
         workers = start(options, document, folder)
+        if options.device == "gpu":
+            document["rates"] = measure_gpu(workers) or document["rates"]
         for operation in options.op:
             for mode in options.mode:
                 for shape in options.shapes:
                     document["cells"] += time_cell(workers, operation, mode, shape, options, folder)
     for worker in workers:
         worker.close()
-    document["rates"] = machine.better(document["rates"], machine.measure_rates(options.threads))
+    if options.device == "cpu":
+        document["rates"] = machine.better(document["rates"], machine.measure_rates(options.threads))
     document["memory"] = measure_memory(options)
     report.print_op(document)
     options.output.write_text(json.dumps(document, indent=1) + "\n")
@@ -69,20 +79,34 @@ def parse_arguments():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
-    default = [name for name in CONTENDERS if name != "reference-eager"]
     here = [name for name, contender in CONTENDERS.items() if not contender.environment]
     add = parser.add_argument
     add("--op", type=comma_separated(OPERATIONS), default=OPERATIONS, help=",".join(OPERATIONS))
     add("--mode", type=comma_separated(MODES), default=MODES, help=",".join(MODES))
-    add("--shapes", type=lambda text: text.split(","), default=SHAPES, help="of the inputs: NxHxWxC,...")
-    add("--contenders", type=comma_separated(CONTENDERS), default=default, help=",".join(CONTENDERS))
+    add("--device", choices=list(DEVICES), default="cpu")
+    add("--shapes", type=lambda text: text.split(","), help="of the inputs: NxHxWxC,...")
+    add("--contenders", type=comma_separated(CONTENDERS), help=",".join(CONTENDERS))
     memory_help = f"whose memory to measure: {','.join(here)}"
     add("--memory", type=comma_separated(here), default=["native-eager"], help=memory_help)
     add("--no-memory", dest="memory", action="store_const", const=[], help="measure no memory")
     add("--repetitions", type=int, default=15)
     add("--threads", type=int, default=len(os.sched_getaffinity(0)))
     add("--output", type=pathlib.Path, default=pathlib.Path(__file__).with_name("op.json"))
-    return parser.parse_args()
+    options = parser.parse_args()
+    gpu = options.device == "gpu"
+    options.shapes = options.shapes or (GPU_SHAPES if gpu else SHAPES)
+    default = ON_GPU if gpu else [name for name in CONTENDERS if name != "reference-eager"]
+    options.contenders = options.contenders or default
+    options.memory = [] if gpu else options.memory
+    return options
+
+
+def measure_gpu(workers) -> dict | None:
+    """What the GPU copies a second, by the first contender that runs on TensorFlow."""
+    for worker in workers:
+        if not CONTENDERS[worker.name].environment:
+            return {"copy_bytes_per_second": worker.ask("copy_rate")}
+    return None
 
 
 def start(options, document, folder) -> list[Worker]:
@@ -99,13 +123,16 @@ def start(options, document, folder) -> list[Worker]:
 
 
 def start_one(name, options, document, expected) -> Worker:
-    worker = Worker(name, "op_worker.py", options.threads, CONTENDERS[name].environment)
+    contender, settings = CONTENDERS[name], DEVICES[options.device]
+    worker = Worker(name, "op_worker.py", options.threads, contender.environment, settings)
     try:
-        document["versions"][name] = worker.ask("load", threads=options.threads)
+        document["versions"][name] = worker.ask("load", threads=options.threads, device=options.device)
         for operation in options.op:
             for mode in set(options.mode) & set(CONTENDERS[name].modes):
                 worker.ask("prepare", operation=operation, shape=SMALL, mode=mode)
                 check(worker, expected[operation][mode], SMALL_BOUND, "float64 loops")
+                if options.device == "gpu" and worker.ask("device") != "GPU":
+                    raise Failed("it does not run on the GPU")
     except Failed:
         worker.close()
         raise

@@ -24,6 +24,14 @@ import traceback
 
 HERE = pathlib.Path(__file__).parent
 ENVIRONMENTS = pathlib.Path(os.environ.get("KERAS_DAS_BENCHMARK_ENVS", HERE / ".envs"))
+# On a GPU: the first, unless the caller names others, and memory as it is needed, for all workers share it.
+DEVICES = {
+    "cpu": {"CUDA_VISIBLE_DEVICES": "-1"},
+    "gpu": {
+        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0"),
+        "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+    },
+}
 # So that memory is given back when it is freed; without, a peak shows only what was not kept from earlier.
 GIVE_BACK = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
@@ -55,7 +63,7 @@ class Worker:
             text=True,
             env={
                 **os.environ,
-                "CUDA_VISIBLE_DEVICES": "-1",
+                **DEVICES["cpu"],
                 "KERAS_BACKEND": "tensorflow",
                 "OMP_NUM_THREADS": str(threads),
                 "TF_CPP_MIN_LOG_LEVEL": "2",
@@ -140,8 +148,14 @@ def installed(distributions) -> dict[str, str]:
     return found
 
 
-def time_calls(run, seconds: float) -> list[float]:
-    """Milliseconds of single calls, for that long; if calls are shorter, the first does not count."""
+def time_calls(run, seconds: float, wait=None) -> list[float]:
+    """Milliseconds of single calls, for that long; if calls are shorter, the first does not count.
+
+    With `wait`, calls only put work on a GPU, and `wait` returns when it is done: as many as the time allows
+    go there in one batch, and share what it took. The first batch does not count.
+    """
+    if wait:
+        return _time_batches(run, seconds, wait)
     times = []
     elapsed = _time(run)
     if elapsed >= seconds:
@@ -149,6 +163,35 @@ def time_calls(run, seconds: float) -> list[float]:
     while sum(times) < seconds:
         times.append(_time(run))
     return [1e3 * t for t in times]
+
+
+def _time_batches(run, seconds: float, wait) -> list[float]:
+    batches, calls, times = 5, 1, []
+    while True:
+        took = _time_batch(run, calls, wait)
+        if took >= seconds / (2 * batches) or calls >= 1 << 16:
+            break
+        calls *= 2
+    for _ in range(batches):
+        times.append(1e3 * _time_batch(run, calls, wait) / calls)
+    return times
+
+
+def _time_batch(run, calls: int, wait) -> float:
+    wait()
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    wait()
+    return time.perf_counter() - start
+
+
+def wait_for_gpu():
+    """Returns when a GPU has done all that this process gave it."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].cuda.synchronize()
+    else:
+        sys.modules["tensorflow"].test.experimental.sync_devices()
 
 
 def _time(run) -> float:

@@ -15,6 +15,7 @@ def describe() -> dict:
     """Processor, cores that this process may use, memory, system."""
     named = _first_value("/proc/cpuinfo", "model name")
     return {
+        "gpu": _gpu(),
         "processor": named or platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
@@ -49,6 +50,16 @@ def better(rates: dict | str, other: dict | str) -> dict | str:
     if isinstance(other, str):
         return rates
     return {name: max(rate, other[name]) for name, rate in rates.items()}
+
+
+def _gpu() -> str:
+    """The first GPU's name and driver, or "" without one."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return ""
+    command = [program, "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.partition("\n")[0].strip() if done.returncode == 0 else ""
 
 
 def _first_value(path: str, key: str) -> str:

@@ -15,11 +15,16 @@ class ModelWorker:
         # "none", "native" or "reference"; "graph" or "xla".
         self.implementation, self.compiler = name.split("-")
 
-    def load(self, mode, batch, image_size):
+    def load(self, mode, batch, image_size, device="cpu", policy="float32"):
         """Builds the model and takes two steps; the versions of what it runs on."""
         import keras
         import keras_das
+        import tensorflow as tf
 
+        self.gpu = device == "gpu"
+        if self.gpu and not tf.config.list_physical_devices("GPU"):
+            raise RuntimeError("TensorFlow sees no GPU")
+        keras.config.set_dtype_policy(policy)
         keras.utils.set_random_seed(0)  # so that all have the same weights and data
         base = keras.applications.ResNet50(
             weights=None, input_shape=(image_size, image_size, 3), classifier_activation=None
@@ -36,6 +41,8 @@ class ModelWorker:
         generator = np.random.default_rng(0)
         images = generator.uniform(0, 255, (batch, image_size, image_size, 3)).astype(np.float32)
         labels = generator.integers(0, 1000, batch)
+        if self.gpu:  # where they are before a step, which then takes no time for the way there
+            images, labels = tf.constant(images), tf.constant(labels)
         if mode == "inference":
             self.run = lambda: model.predict_on_batch(images)
         else:
@@ -61,6 +68,12 @@ class ModelWorker:
 
     def memory(self):
         """The most memory that the process has while it takes a step, in bytes."""
+        if self.gpu:
+            import tensorflow as tf
+
+            tf.config.experimental.reset_memory_stats("GPU:0")
+            self.run()
+            return tf.config.experimental.get_memory_info("GPU:0")["peak"]
         _, peak = harness.memory_rise(self.run)
         return peak
 

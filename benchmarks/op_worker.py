@@ -17,9 +17,10 @@ class OpWorker:
     def __init__(self, contender):
         self.contender = contender
 
-    def load(self, threads):
+    def load(self, threads, device="cpu"):
         """Imports the contender; its versions."""
         self.threads = threads
+        self.wait = harness.wait_for_gpu if device == "gpu" else None
         self.module = importlib.import_module(f"contenders.{self.contender.module}")
         return harness.installed(self.module.VERSIONS)
 
@@ -40,7 +41,23 @@ class OpWorker:
             return largest_error(self.collect(self.run()), expected.values())
 
     def sample(self, seconds):
-        return harness.time_calls(self.run, seconds)
+        return harness.time_calls(self.run, seconds, self.wait)
+
+    def device(self):
+        """The kind of device that results lie on: "CPU" or "GPU"."""
+        result = self.run()[0]
+        if hasattr(result, "is_cuda"):  # torch's
+            return "GPU" if result.is_cuda else "CPU"
+        return "GPU" if "GPU" in getattr(result, "device", "") else "CPU"
+
+    def copy_rate(self):
+        """Bytes that TensorFlow's GPU reads and writes a second when it copies a tensor."""
+        import tensorflow as tf
+
+        tensor = tf.zeros((1 << 28,))
+        # Twice the tensor's size: it is read, and written.
+        milliseconds = harness.time_calls(lambda: tf.raw_ops.DeepCopy(x=tensor), 0.5, harness.wait_for_gpu)
+        return 2 * 4 * (1 << 28) / (1e-3 * min(milliseconds))
 
     def memory(self, operation, shape, mode):
         """Bytes needed at most during a run, beyond the problem's own tensors and the results.
@@ -64,5 +81,5 @@ class OpWorker:
 
 if __name__ == "__main__":
     worker = OpWorker(CONTENDERS[sys.argv[1]])
-    names = ("load", "prepare", "save", "error", "sample", "memory")
+    names = ("load", "prepare", "save", "error", "sample", "memory", "device", "copy_rate")
     harness.serve({name: getattr(worker, name) for name in names})

@@ -20,6 +20,8 @@ SHAPES = (
     "1x40x40x205",
     "1x20x20x410",
 )
+# The same for a training step of 64 images, on a GPU.
+GPU_SHAPES = ("64x56x56x51", "64x28x28x102", "64x14x14x205", "64x7x7x410")
 TAPS = 9
 
 

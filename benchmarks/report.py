@@ -86,7 +86,8 @@ def floor(problem: Problem, mode: str, rates) -> float | None:
         return None
     return 1e3 * max(
         problem.least_bytes(mode) / rates["copy_bytes_per_second"],
-        problem.multiply_adds(mode) / rates["multiply_adds_per_second"],
+        problem.multiply_adds(mode)
+        / rates.get("multiply_adds_per_second", float("inf")),  # not measured on GPUs
     )
 
 
@@ -112,10 +113,11 @@ def _setting(document) -> list[str]:
         for package, version in found.items():
             versions.setdefault(package, set()).add(version)
     listed = ", ".join(f"{package} {' and '.join(sorted(v))}" for package, v in sorted(versions.items()))
+    gpu = f"{about['gpu']}; " if document.get("device") == "gpu" else ""
     loads = [cell["other_load"] for cell in document["cells"]] or [0.0]
     lines = [
         f"{document['date']}, `{document['command']}`, {document['threads']} threads.",
-        f"{about['processor']}, {about['cores']} cores, {about['memory_gb']} GB, {about['system']}, "
+        f"{gpu}{about['processor']}, {about['cores']} cores, {about['memory_gb']} GB, {about['system']}, "
         f"Python {about['python']}; {listed}.",
         f"Other processes kept {statistics.median(loads):.2f} cores busy meanwhile "
         f"({max(loads):.2f} at most).",
@@ -127,6 +129,11 @@ def _rates(document) -> list[str]:
     rates = document["rates"]
     if isinstance(rates, str):
         return [f"The floor is not known: {rates}."]
+    if "multiply_adds_per_second" not in rates:
+        return [
+            f"The GPU copies {rates['copy_bytes_per_second'] / 1e9:.0f} GB/s, bytes read and written, as "
+            "measured here."
+        ]
     return [
         f"The machine copies {rates['copy_bytes_per_second'] / 1e9:.1f} GB/s and does "
         f"{rates['multiply_adds_per_second'] / 1e9:.1f} G float32 multiply-adds a second, as measured here."
@@ -178,7 +185,8 @@ def main():
     for path in paths:
         document = json.loads(path.read_text())
         lines = {"op": op_lines, "model": model_lines}[document["benchmark"]](document)
-        write(HERE / "RESULTS.md", document["benchmark"], lines)
+        gpu = "-gpu" if document.get("device") == "gpu" else ""
+        write(HERE / "RESULTS.md", document["benchmark"] + gpu, lines)
 
 
 if __name__ == "__main__":

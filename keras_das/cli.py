@@ -75,11 +75,13 @@ def _kernel_library() -> dict[str, str]:
         return {"library": f"none ({error})"}
     if reason:
         return {"library": f"none ({reason})", "key wanted": target.key, "cache folder": cache}
+    path = library.path(backend)
     return {
-        "library": str(library.path(backend)),
+        "library": str(path),
         "built for": f"{target}, {target.platform}",
-        "key": target.key,
+        "key": path.parent.name.rpartition("-")[2] if path else "",
         "instruction set": library.instruction_set(backend),
+        "CUDA kernels": library.cuda_architectures(backend) or 'none ("keras-das build --cuda" adds them)',
         "cache folder": cache,
     }
 
@@ -97,6 +99,8 @@ def build(
     force: bool = False,
     jobs: int | None = None,
     output: pathlib.Path | None = None,
+    cuda: bool = False,
+    arch: str | None = None,
 ) -> int:
     """Builds kernel libraries, and says on standard output what it does.
 
@@ -106,11 +110,13 @@ def build(
         force: Build even what is there.
         jobs: How many files are compiled at once; `None` takes the number of processors.
         output: The folder for libraries; `None` takes the user's cache folder.
+        cuda: Build kernels for NVIDIA GPUs as well.
+        arch: For which: "sm_80,sm_90". `None` takes those in this machine, or else the common ones.
 
     Returns:
         The exit status, as `keras-das build --help` has it.
     """
-    from keras_das.ops import builder
+    from keras_das.ops import builder, compilers
 
     framework = framework or keras.backend.backend()
     names = [framework]
@@ -120,8 +126,11 @@ def build(
         for name in names:
             if name not in library.FRAMEWORKS:
                 raise library.LibraryUnavailable(f"there are no kernels for Keras on {name}")
-            builder.build(library.target(name), output, force, jobs, _progress)
-    except (library.LibraryUnavailable, builder.NoCompiler) as error:
+            target = library.target(name)
+            if cuda:
+                target = target.for_gpus(compilers.architectures(compilers.find_nvcc(), arch))
+            builder.build(target, output, force, jobs, _progress)
+    except (library.LibraryUnavailable, compilers.NoCompiler) as error:
         return _complain(error, _CANNOT_BUILD)
     except builder.BuildError as error:
         return _complain(error, _BUILD_FAILED)
@@ -165,7 +174,8 @@ def _parser() -> argparse.ArgumentParser:
         "build",
         help="compile the fused kernels for the installed framework",
         description="Compiles the fused kernels into the user's cache folder, unless they are there already.",
-        epilog=f"Environment: CXX names the compiler; {library.CACHE_VARIABLE} names the cache folder. "
+        epilog="Environment: CXX names the compiler; CUDA_HOME the folder of CUDA, whose nvcc is else taken "
+        f"from the PATH or the package nvidia-cuda-nvcc; {library.CACHE_VARIABLE} names the cache folder. "
         f"Exit status: {_CANNOT_BUILD} if nothing can be built here (no compiler, no such framework), "
         f"{_BUILD_FAILED} if a build failed.",
     )
@@ -178,6 +188,12 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--clean", action="store_true", help="only remove all libraries from the folder")
     make.add_argument(
         "--jobs", type=_positive, metavar="N", help="files compiled at once (default: processors)"
+    )
+    make.add_argument("--cuda", action="store_true", help="kernels for NVIDIA GPUs too; needs CUDA's nvcc")
+    make.add_argument(
+        "--arch",
+        metavar="sm_XX,...",
+        help="GPU architectures to compile for (default: of the GPUs here, else the common ones)",
     )
     make.add_argument("--output", type=pathlib.Path, metavar="FOLDER", help="a folder other than the cache")
     return parser
@@ -198,11 +214,16 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     if options.command == "build":
         if options.clean:
             return clean(options.output)
-        return build(options.framework, options.force, options.jobs, options.output)
+        if options.arch and not options.cuda:
+            parser.error("--arch is of use with --cuda only")
+        return build(
+            options.framework, options.force, options.jobs, options.output, options.cuda, options.arch
+        )
     sections = collect()
     print(json.dumps(sections, indent=2) if options.json else _table(sections))
     return 0

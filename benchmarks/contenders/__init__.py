@@ -41,6 +41,16 @@ def _gather(how: str, taps_at_once: bool) -> Contender:
 
 
 FORWARD = ("forward",)
+# Those that run on a GPU. torchvision's environment then needs a build of torch for CUDA.
+ON_GPU = (
+    "native-eager",
+    "native-graph",
+    "native-xla",
+    "reference-graph",
+    "reference-xla",
+    "gather-taps-xla",
+    "torchvision",
+)
 
 CONTENDERS = {
     "native-eager": _ours("native", "eager"),

@@ -14,6 +14,7 @@ COMPILE = {
 
 def prepare(problem, mode, how, convolve):
     """`run` and `collect` for `convolve(inputs, kernel, offsets, mask)`."""
+    tf.config.experimental.enable_tensor_float_32_execution(False)  # on GPUs: float32 is what is compared
     tensors = {name: tf.constant(array) for name, array in problem.arrays.items()}
     upstream = tensors["grad_output"]
     arguments = [tensors[name] for name in ARGUMENTS]

@@ -11,11 +11,12 @@ VERSIONS = ("torchvision", "torch")
 def prepare(problem, mode, threads):
     torch.set_num_threads(threads)
     arrays = problem.arrays
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     inputs, offsets, mask, upstream = (
-        torch.from_numpy(channels_first(arrays[name]))
+        torch.from_numpy(channels_first(arrays[name])).to(device)
         for name in ("inputs", "offsets", "mask", "grad_output")
     )
-    kernel = torch.from_numpy(arrays["kernel"].transpose(3, 2, 0, 1).copy())
+    kernel = torch.from_numpy(arrays["kernel"].transpose(3, 2, 0, 1).copy()).to(device)
 
     def forward():
         with torch.inference_mode():
@@ -32,7 +33,7 @@ def prepare(problem, mode, threads):
 
 
 def _collect(results):
-    arrays = [result.detach().numpy() for result in results]
+    arrays = [result.detach().cpu().numpy() for result in results]
     is_kernel = [place == 2 for place in range(len(arrays))]
     return [
         array.transpose(2, 3, 1, 0) if kernel else channels_last(array)

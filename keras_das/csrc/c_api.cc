@@ -8,6 +8,10 @@
 #include <vector>
 
 #include "deformable_conv2d.h"
+#if defined(KERAS_DAS_CUDA)
+#include "cuda_on_host.h"
+#include "deformable_conv2d_cuda.h"
+#endif
 
 namespace {
 
@@ -59,6 +63,48 @@ int report(const std::string& problem, char* message, int64_t size) {
   return problem.empty() ? 0 : 1;
 }
 
+#if defined(KERAS_DAS_CUDA)
+// A call of the CUDA kernels on the host. Working memory begins as NaN and ends where what is written beyond it shows.
+class HostCall {
+ public:
+  explicit HostCall(const int64_t* options) {
+    call.deterministic = options[0];
+    call.workspace_bytes = options[1];
+    call.most_blocks = options[2];
+    cuda_on_host::backwards = options[3];
+    call.allocate = [this, most = options[4]](int64_t bytes) -> void* {
+      if (bytes > most) return nullptr;
+      memory_.emplace_back((bytes + kGuard) / 16 + 1, Line{{kFill, kFill}});
+      sizes_.push_back(bytes);
+      return memory_.back().data();
+    };
+  }
+
+  // Adds up the working memory that was asked for, or gives -1 if something was written beyond it.
+  int64_t finish() const {
+    int64_t total = 0;
+    for (size_t i = 0; i < memory_.size(); ++i) {
+      const auto* bytes = reinterpret_cast<const unsigned char*>(memory_[i].data());
+      for (int64_t at = sizes_[i]; at < sizes_[i] + kGuard; ++at) {
+        if (bytes[at] != 0xff) return -1;
+      }
+      total += sizes_[i];
+    }
+    return total;
+  }
+
+  keras_das::CudaCall call;
+
+ private:
+  struct alignas(16) Line {
+    int64_t words[2];
+  };
+  static constexpr int64_t kGuard = 256, kFill = -1;
+  std::deque<std::vector<Line>> memory_;
+  std::vector<int64_t> sizes_;
+};
+#endif
+
 }  // namespace
 
 extern "C" {
@@ -95,5 +141,29 @@ int keras_das_backward(int dtype, const keras_das::Geometry* geometry, void* con
                                      buffers[5], buffers[6], buffers[7], buffers[8], buffers[9]};
   return !keras_das::backward(static_cast<keras_das::DType>(dtype), *geometry, b, workers).empty();
 }
+
+#if defined(KERAS_DAS_CUDA)
+// As above, by the CUDA kernels. `options`: deterministic (0 or 1), bytes of working memory, most blocks, backwards
+// (0 or 1), and the most bytes that can be had at once. Return the bytes of working memory that were taken, or -1 with
+// what is wrong in `message`.
+int64_t keras_das_cuda_forward(int dtype, const keras_das::Geometry* geometry, void* const* buffers,
+                               const int64_t* options, char* message, int64_t message_size) {
+  HostCall host(options);
+  const keras_das::ForwardBuffers b{buffers[0], buffers[1], buffers[2], buffers[3], buffers[4], buffers[5]};
+  const std::string problem = keras_das::cuda_forward(static_cast<keras_das::DType>(dtype), *geometry, b, host.call);
+  if (report(problem, message, message_size)) return -1;
+  return host.finish();
+}
+
+int64_t keras_das_cuda_backward(int dtype, const keras_das::Geometry* geometry, void* const* buffers,
+                                const int64_t* options, char* message, int64_t message_size) {
+  HostCall host(options);
+  const keras_das::BackwardBuffers b{buffers[0], buffers[1], buffers[2], buffers[3], buffers[4],
+                                     buffers[5], buffers[6], buffers[7], buffers[8], buffers[9]};
+  const std::string problem = keras_das::cuda_backward(static_cast<keras_das::DType>(dtype), *geometry, b, host.call);
+  if (report(problem, message, message_size)) return -1;
+  return host.finish();
+}
+#endif
 
 }  // extern "C"

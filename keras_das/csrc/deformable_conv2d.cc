@@ -196,3 +196,12 @@ std::string backward(DType dtype, const Geometry& geometry, const BackwardBuffer
 }  // namespace keras_das
 
 extern "C" const char* keras_das_instruction_set() { return keras_das::instruction_set(); }
+
+// The GPU architectures that the library has kernels for, or "": it runs on the CPU only.
+extern "C" const char* keras_das_cuda_architectures() {
+#if defined(KERAS_DAS_CUDA)
+  return KERAS_DAS_CUDA;
+#else
+  return "";
+#endif
+}

@@ -2,6 +2,7 @@
 // Compiles against either's headers.
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -9,6 +10,9 @@
 #include "arguments.h"
 #include "deformable_conv2d.h"
 #include "xla/ffi/api/ffi.h"
+#if defined(KERAS_DAS_CUDA)
+#include "deformable_conv2d_cuda.h"
+#endif
 
 namespace keras_das {
 namespace {
@@ -76,26 +80,35 @@ class Checker {
   std::string wrong_;
 };
 
-// Valid while `pool` is.
-Workers make_workers(ffi::ThreadPool& pool) {
-  Workers workers;
-  workers.threads = std::max<int64_t>(pool.num_threads(), 1);  // 0: the program runs without a pool
-  workers.schedule = [&pool](std::function<void()> work) { pool.Schedule(std::move(work)); };
-  return workers;
-}
+// Runs the kernels on XLA's threads. Valid while the pool is.
+class OnHost {
+ public:
+  explicit OnHost(ffi::ThreadPool& pool) {
+    workers_.threads = std::max<int64_t>(pool.num_threads(), 1);  // 0: the program runs without a pool
+    workers_.schedule = [&pool](std::function<void()> work) { pool.Schedule(std::move(work)); };
+  }
+  ffi::Error run(DType dtype, const Geometry& geometry, const ForwardBuffers& buffers) const {
+    return to_error(forward(dtype, geometry, buffers, workers_));
+  }
+  ffi::Error run(DType dtype, const Geometry& geometry, const BackwardBuffers& buffers) const {
+    return to_error(backward(dtype, geometry, buffers, workers_));
+  }
 
-ffi::Error to_error(const std::string& problem) {
-  if (problem.empty()) return ffi::Error::Success();
-  return ffi::Error(ffi::ErrorCode::kResourceExhausted, problem);
-}
+ private:
+  static ffi::Error to_error(const std::string& problem) {
+    if (problem.empty()) return ffi::Error::Success();
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, problem);
+  }
 
-ffi::Error forward_handler(ffi::ThreadPool pool, ffi::AnyBuffer inputs, ffi::AnyBuffer kernel,
-                           ffi::AnyBuffer offsets, ffi::AnyBuffer mask, ffi::AnyBuffer bias, Result output,
-                           Integers strides, Integers dilations, std::string_view padding,
-                           Integers explicit_paddings, int64_t offset_groups, bool has_mask, bool has_bias) {
-  Checker checker(
-      make_attributes(strides, dilations, padding, explicit_paddings, offset_groups, has_mask, has_bias), inputs,
-      kernel);
+  Workers workers_;
+};
+
+// Plans and checks a call, and has `device` run it.
+template <class Device>
+ffi::Error run_forward(const Device& device, const Attributes& attributes, ffi::AnyBuffer inputs,
+                       ffi::AnyBuffer kernel, ffi::AnyBuffer offsets, ffi::AnyBuffer mask, ffi::AnyBuffer bias,
+                       Result output) {
+  Checker checker(attributes, inputs, kernel);
   const Plan& plan = checker.plan();
   checker.check("offsets", offsets, plan.offsets);
   checker.check("mask", mask, plan.mask);
@@ -106,20 +119,18 @@ ffi::Error forward_handler(ffi::ThreadPool pool, ffi::AnyBuffer inputs, ffi::Any
   buffers.inputs = inputs.untyped_data();
   buffers.kernel = kernel.untyped_data();
   buffers.offsets = offsets.untyped_data();
-  buffers.mask = has_mask ? mask.untyped_data() : nullptr;
-  buffers.bias = has_bias ? bias.untyped_data() : nullptr;
+  buffers.mask = attributes.has_mask ? mask.untyped_data() : nullptr;
+  buffers.bias = attributes.has_bias ? bias.untyped_data() : nullptr;
   buffers.output = output->untyped_data();
-  return to_error(forward(checker.dtype(), plan.geometry, buffers, make_workers(pool)));
+  return device.run(checker.dtype(), plan.geometry, buffers);
 }
 
-ffi::Error backward_handler(ffi::ThreadPool pool, ffi::AnyBuffer inputs, ffi::AnyBuffer kernel,
-                            ffi::AnyBuffer offsets, ffi::AnyBuffer mask, ffi::AnyBuffer grad_output,
-                            Result grad_inputs, Result grad_kernel, Result grad_offsets, Result grad_mask,
-                            Result grad_bias, Integers strides, Integers dilations, std::string_view padding,
-                            Integers explicit_paddings, int64_t offset_groups, bool has_mask, bool has_bias) {
-  Checker checker(
-      make_attributes(strides, dilations, padding, explicit_paddings, offset_groups, has_mask, has_bias), inputs,
-      kernel);
+template <class Device>
+ffi::Error run_backward(const Device& device, const Attributes& attributes, ffi::AnyBuffer inputs,
+                        ffi::AnyBuffer kernel, ffi::AnyBuffer offsets, ffi::AnyBuffer mask,
+                        ffi::AnyBuffer grad_output, Result grad_inputs, Result grad_kernel, Result grad_offsets,
+                        Result grad_mask, Result grad_bias) {
+  Checker checker(attributes, inputs, kernel);
   const Plan& plan = checker.plan();
   checker.check("offsets", offsets, plan.offsets);
   checker.check("mask", mask, plan.mask);
@@ -134,29 +145,93 @@ ffi::Error backward_handler(ffi::ThreadPool pool, ffi::AnyBuffer inputs, ffi::An
   buffers.inputs = inputs.untyped_data();
   buffers.kernel = kernel.untyped_data();
   buffers.offsets = offsets.untyped_data();
-  buffers.mask = has_mask ? mask.untyped_data() : nullptr;
+  buffers.mask = attributes.has_mask ? mask.untyped_data() : nullptr;
   buffers.grad_output = grad_output.untyped_data();
   buffers.grad_inputs = grad_inputs->untyped_data();
   buffers.grad_kernel = grad_kernel->untyped_data();
   buffers.grad_offsets = grad_offsets->untyped_data();
-  buffers.grad_mask = has_mask ? grad_mask->untyped_data() : nullptr;
-  buffers.grad_bias = has_bias ? grad_bias->untyped_data() : nullptr;
-  return to_error(backward(checker.dtype(), plan.geometry, buffers, make_workers(pool)));
+  buffers.grad_mask = attributes.has_mask ? grad_mask->untyped_data() : nullptr;
+  buffers.grad_bias = attributes.has_bias ? grad_bias->untyped_data() : nullptr;
+  return device.run(checker.dtype(), plan.geometry, buffers);
 }
 
-// Both handlers take five tensors and the same attributes.
-auto bind_arguments() {
-  return ffi::Ffi::Bind()
-      .Ctx<ffi::ThreadPool>()
-      .Arg<ffi::AnyBuffer>()
-      .Arg<ffi::AnyBuffer>()
-      .Arg<ffi::AnyBuffer>()
-      .Arg<ffi::AnyBuffer>()
-      .Arg<ffi::AnyBuffer>();
+// A handler's signature is what it binds, so each platform has its own two. All end in the same attributes, of which
+// the CPU's kernels, the same at every run, have no use for the last.
+#define KERAS_DAS_ATTRIBUTES                                                                                      \
+  Integers strides, Integers dilations, std::string_view padding, Integers explicit_paddings,                     \
+      int64_t offset_groups, bool has_mask, bool has_bias, bool deterministic
+#define KERAS_DAS_MAKE_ATTRIBUTES \
+  make_attributes(strides, dilations, padding, explicit_paddings, offset_groups, has_mask, has_bias)
+
+ffi::Error forward_handler(ffi::ThreadPool pool, ffi::AnyBuffer inputs, ffi::AnyBuffer kernel,
+                           ffi::AnyBuffer offsets, ffi::AnyBuffer mask, ffi::AnyBuffer bias, Result output,
+                           KERAS_DAS_ATTRIBUTES) {
+  return run_forward(OnHost(pool), KERAS_DAS_MAKE_ATTRIBUTES, inputs, kernel, offsets, mask, bias,
+                     output);
+}
+
+ffi::Error backward_handler(ffi::ThreadPool pool, ffi::AnyBuffer inputs, ffi::AnyBuffer kernel,
+                            ffi::AnyBuffer offsets, ffi::AnyBuffer mask, ffi::AnyBuffer grad_output,
+                            Result grad_inputs, Result grad_kernel, Result grad_offsets, Result grad_mask,
+                            Result grad_bias, KERAS_DAS_ATTRIBUTES) {
+  return run_backward(OnHost(pool), KERAS_DAS_MAKE_ATTRIBUTES, inputs, kernel, offsets, mask,
+                      grad_output, grad_inputs, grad_kernel, grad_offsets, grad_mask, grad_bias);
+}
+
+#if defined(KERAS_DAS_CUDA)
+// Puts the kernels on XLA's stream, with working memory of XLA's. Valid while the allocator is.
+class OnCuda {
+ public:
+  OnCuda(void* stream, ffi::ScratchAllocator& memory, bool deterministic) {
+    call_.stream = stream;
+    call_.deterministic = deterministic;
+    call_.allocate = [&memory](int64_t bytes) { return memory.Allocate(bytes, 256).value_or(nullptr); };
+  }
+  ffi::Error run(DType dtype, const Geometry& geometry, const ForwardBuffers& buffers) const {
+    return to_error(cuda_forward(dtype, geometry, buffers, call_));
+  }
+  ffi::Error run(DType dtype, const Geometry& geometry, const BackwardBuffers& buffers) const {
+    return to_error(cuda_backward(dtype, geometry, buffers, call_));
+  }
+
+ private:
+  static ffi::Error to_error(const std::string& problem) {
+    if (problem.empty()) return ffi::Error::Success();
+    return ffi::Error(ffi::ErrorCode::kInternal, "The fused deformable convolution: " + problem);
+  }
+
+  CudaCall call_;
+};
+
+ffi::Error cuda_forward_handler(void* stream, ffi::ScratchAllocator memory, ffi::AnyBuffer inputs,
+                                ffi::AnyBuffer kernel, ffi::AnyBuffer offsets, ffi::AnyBuffer mask,
+                                ffi::AnyBuffer bias, Result output, KERAS_DAS_ATTRIBUTES) {
+  return run_forward(OnCuda(stream, memory, deterministic), KERAS_DAS_MAKE_ATTRIBUTES, inputs, kernel, offsets, mask,
+                     bias, output);
+}
+
+ffi::Error cuda_backward_handler(void* stream, ffi::ScratchAllocator memory, ffi::AnyBuffer inputs,
+                                 ffi::AnyBuffer kernel, ffi::AnyBuffer offsets, ffi::AnyBuffer mask,
+                                 ffi::AnyBuffer grad_output, Result grad_inputs, Result grad_kernel,
+                                 Result grad_offsets, Result grad_mask, Result grad_bias, KERAS_DAS_ATTRIBUTES) {
+  return run_backward(OnCuda(stream, memory, deterministic), KERAS_DAS_MAKE_ATTRIBUTES, inputs, kernel, offsets, mask,
+                      grad_output, grad_inputs, grad_kernel, grad_offsets, grad_mask, grad_bias);
+}
+#endif
+
+// All handlers take five tensors and the same attributes.
+template <typename Binding>
+auto bind_arguments(Binding&& binding) {
+  return std::move(binding)
+      .template Arg<ffi::AnyBuffer>()
+      .template Arg<ffi::AnyBuffer>()
+      .template Arg<ffi::AnyBuffer>()
+      .template Arg<ffi::AnyBuffer>()
+      .template Arg<ffi::AnyBuffer>();
 }
 
 template <typename Binding>
-auto bind_attributes(Binding binding) {
+auto bind_attributes(Binding&& binding) {
   return std::move(binding)
       .template Attr<Integers>("strides")
       .template Attr<Integers>("dilations")
@@ -164,25 +239,44 @@ auto bind_attributes(Binding binding) {
       .template Attr<Integers>("explicit_paddings")
       .template Attr<int64_t>("offset_groups")
       .template Attr<bool>("has_mask")
-      .template Attr<bool>("has_bias");
+      .template Attr<bool>("has_bias")
+      .template Attr<bool>("deterministic");
 }
 
-auto bind_forward() { return bind_attributes(bind_arguments().Ret<ffi::AnyBuffer>()); }
-
-auto bind_backward() {
-  return bind_attributes(bind_arguments()
-                             .Ret<ffi::AnyBuffer>()
-                             .Ret<ffi::AnyBuffer>()
-                             .Ret<ffi::AnyBuffer>()
-                             .Ret<ffi::AnyBuffer>()
-                             .Ret<ffi::AnyBuffer>());
+template <typename Binding>
+auto bind_forward(Binding&& binding) {
+  return bind_attributes(bind_arguments(std::move(binding)).template Ret<ffi::AnyBuffer>());
 }
+
+template <typename Binding>
+auto bind_backward(Binding&& binding) {
+  return bind_attributes(bind_arguments(std::move(binding))
+                             .template Ret<ffi::AnyBuffer>()
+                             .template Ret<ffi::AnyBuffer>()
+                             .template Ret<ffi::AnyBuffer>()
+                             .template Ret<ffi::AnyBuffer>()
+                             .template Ret<ffi::AnyBuffer>());
+}
+
+auto bind_host() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }
+
+#if defined(KERAS_DAS_CUDA)
+auto bind_cuda() { return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<void*>>().Ctx<ffi::ScratchAllocator>(); }
+#endif
 
 }  // namespace
 }  // namespace keras_das
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(KerasDasDeformableConv2D, keras_das::forward_handler, keras_das::bind_forward());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(KerasDasDeformableConv2DGrad, keras_das::backward_handler, keras_das::bind_backward());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(KerasDasDeformableConv2D, keras_das::forward_handler,
+                              keras_das::bind_forward(keras_das::bind_host()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(KerasDasDeformableConv2DGrad, keras_das::backward_handler,
+                              keras_das::bind_backward(keras_das::bind_host()));
+#if defined(KERAS_DAS_CUDA)
+XLA_FFI_DEFINE_HANDLER_SYMBOL(KerasDasDeformableConv2DCuda, keras_das::cuda_forward_handler,
+                              keras_das::bind_forward(keras_das::bind_cuda()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(KerasDasDeformableConv2DGradCuda, keras_das::cuda_backward_handler,
+                              keras_das::bind_backward(keras_das::bind_cuda()));
+#endif
 
 #ifdef KERAS_DAS_TENSORFLOW
 // TensorFlow exports this function, but not the header's `XLA_FFI_GetApi`.
@@ -190,7 +284,12 @@ namespace xla::ffi {
 const XLA_FFI_Api* GetXlaFfiApi();
 }
 
-XLA_FFI_REGISTER_HANDLER(xla::ffi::GetXlaFfiApi(), "keras_das_deformable_conv2d", "Host", KerasDasDeformableConv2D);
-XLA_FFI_REGISTER_HANDLER(xla::ffi::GetXlaFfiApi(), "keras_das_deformable_conv2d_grad", "Host",
-                         KerasDasDeformableConv2DGrad);
+#define KERAS_DAS_REGISTER(platform, forward, backward)                                                      \
+  XLA_FFI_REGISTER_HANDLER(xla::ffi::GetXlaFfiApi(), "keras_das_deformable_conv2d", platform, forward); \
+  XLA_FFI_REGISTER_HANDLER(xla::ffi::GetXlaFfiApi(), "keras_das_deformable_conv2d_grad", platform, backward)
+
+KERAS_DAS_REGISTER("Host", KerasDasDeformableConv2D, KerasDasDeformableConv2DGrad);
+#if defined(KERAS_DAS_CUDA)
+KERAS_DAS_REGISTER("CUDA", KerasDasDeformableConv2DCuda, KerasDasDeformableConv2DGradCuda);
+#endif
 #endif

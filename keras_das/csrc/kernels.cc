@@ -233,40 +233,30 @@ class Locator {
     const V whole_y = y + load_first(rest_y() + tap, n) + floor_y;
     const V whole_x = x + load_first(rest_x() + tap, n) + floor_x;
     V fraction_y = offset_y - floor_y, fraction_x = offset_x - floor_x;
-    const I inside = on_image(whole_y, fraction_y, geometry_.height) & on_image(whole_x, fraction_x, geometry_.width);
+    const I inside = on_image<A>(whole_y, fraction_y, geometry_.height) & on_image<A>(whole_x, fraction_x, geometry_.width);
     // Off the image all corners are zeros, and the fraction is 0, or NaN where the offset was.
     const V elsewhere = select<A>((offset_y != offset_y) | (offset_x != offset_x), splat<A>(NAN), V{});
     fraction_y = select<A>(inside, fraction_y, elsewhere);
     fraction_x = select<A>(inside, fraction_x, elsewhere);
-    const V below = fraction_y * modulation, above = (1 - fraction_y) * modulation;
-    store(taps_.weight(0) + at, above * (1 - fraction_x));
-    store(taps_.weight(1) + at, above * fraction_x);
-    store(taps_.weight(2) + at, below * (1 - fraction_x));
-    store(taps_.weight(3) + at, below * fraction_x);
+    V weights[4];
+    corner_weights(fraction_y, fraction_x, modulation, weights);
+    for (int corner = 0; corner < 4; ++corner) store(taps_.weight(corner) + at, weights[corner]);
     store(taps_.fraction_y() + at, fraction_y);
     store(taps_.fraction_x() + at, fraction_x);
     store(taps_.modulation() + at, modulation);
     // Outside, a cell all of whose corners are off the image.
-    store_cells(__builtin_convertvector(select<A>(inside, whole_y, splat<A>(-2)), I),
-                __builtin_convertvector(select<A>(inside, whole_x, splat<A>(-2)), I), at);
+    store_cells(__builtin_convertvector(select<A>(inside, whole_y, splat<A>(kNowhere)), I),
+                __builtin_convertvector(select<A>(inside, whole_x, splat<A>(kNowhere)), I), at);
   }
 
   void store_cells(I row, I column, int64_t at) {
     using Int = typename Simd<A>::Int;
     using Wide = typename Simd<A>::Wide;
-    const Int height = static_cast<Int>(geometry_.height), width = static_cast<Int>(geometry_.width);
-    const I top = row >= 0, bottom = (row >= -1) & (row < height - 1);
-    const I left = column >= 0, right = (column >= -1) & (column < width - 1);
-    const I flags = (top & left & 1) | (top & right & 2) | (bottom & left & 4) | (bottom & right & 8);
+    const I flags = corners_on_image(row, column, static_cast<Int>(geometry_.height), static_cast<Int>(geometry_.width));
     std::memcpy(taps_.on_image() + at, &flags, sizeof flags);
     const Wide pixel = __builtin_convertvector(row, Wide) * geometry_.width + __builtin_convertvector(column, Wide);
     const Wide offset = pixel * source_.pixel_stride;
     std::memcpy(taps_.offset() + at, &offset, sizeof offset);
-  }
-
-  // Whether -1 < whole + fraction < size; false for a NaN.
-  static I on_image(V whole, V fraction, int64_t size) {
-    return (whole >= 0 || (whole == -1 && fraction > 0)) & (whole < static_cast<A>(size));
   }
 
   static void load_pairs(const A* from, int n, V* first, V* second) {
@@ -721,13 +711,8 @@ template <class T, class A>
 KERAS_DAS_INLINE void position_gradients(Taps<T, A>* taps, int64_t count, const A* products, A* grad_offsets, A* grad_mask) {
   for (int64_t t = 0; t < count; ++t, products += 4) {
     const A y = taps->fraction_y()[t], x = taps->fraction_x()[t], modulation = taps->modulation()[t];
-    const A left = products[2] - products[0], right = products[3] - products[1];
-    const A upper = products[1] - products[0], lower = products[3] - products[2];
-    grad_offsets[2 * t] = modulation * ((1 - x) * left + x * right);
-    grad_offsets[2 * t + 1] = modulation * ((1 - y) * upper + y * lower);
-    if (grad_mask) {
-      grad_mask[t] = (1 - y) * ((1 - x) * products[0] + x * products[1]) + y * ((1 - x) * products[2] + x * products[3]);
-    }
+    offset_gradients(y, x, modulation, products, grad_offsets + 2 * t, grad_offsets + 2 * t + 1);
+    if (grad_mask) grad_mask[t] = mask_gradient(y, x, products);
   }
 }
 

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "sampling.h"
+
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -23,27 +25,6 @@ constexpr int kRows = 6;
 constexpr int kVectorBytes = 16;
 constexpr int kRows = 6;
 #endif
-
-// Compilers judge by size, and would call functions of a few instructions.
-#define KERAS_DAS_INLINE inline __attribute__((always_inline))
-
-// Bits of a 16-bit float. `Half` is IEEE binary16, `BFloat16` the upper half of a float.
-struct Half {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
-
-// The type that sums over `T` are taken in.
-template <class T>
-struct SumType {
-  using type = float;
-};
-template <>
-struct SumType<double> {
-  using type = double;
-};
 
 template <class A>
 struct Simd;
@@ -69,54 +50,6 @@ template <class A>
 using Ints = typename Simd<A>::I;
 using VF = Vec<float>;
 using VD = Vec<double>;
-
-KERAS_DAS_INLINE float bits_to_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-KERAS_DAS_INLINE uint32_t float_to_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return bits;
-}
-
-KERAS_DAS_INLINE float to_float(BFloat16 x) { return bits_to_float(uint32_t{x.bits} << 16); }
-
-KERAS_DAS_INLINE float to_float(Half x) {
-  const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16, magnitude = x.bits & 0x7fffu;
-  if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);  // infinity, NaN
-  // Subnormals without subnormal arithmetic, which frameworks switch off: multiples of 2^-24. Else exponents differ
-  // by 112.
-  const uint32_t bits =
-      magnitude < 0x400u ? float_to_bits(static_cast<float>(magnitude) * 0x1p-24f) : (magnitude << 13) + 0x38000000u;
-  return bits_to_float(sign | bits);
-}
-
-KERAS_DAS_INLINE BFloat16 to_bfloat16(float value) {
-  const uint32_t bits = float_to_bits(value);
-  if (value != value) return {static_cast<uint16_t>(bits >> 16 | 0x40u)};  // a NaN must not round to infinity
-  return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
-}
-
-KERAS_DAS_INLINE Half to_half(float value) {
-  const uint32_t bits = float_to_bits(value), magnitude = bits & 0x7fffffffu;
-  const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000u);
-  if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
-  if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // 65520 and more round to infinity
-  if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 leaves multiples of 2^-24, rounded to even
-    const uint32_t rounded = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
-    return {static_cast<uint16_t>(sign | rounded)};
-  }
-  const uint32_t rounded = magnitude + 0xfffu + (magnitude >> 13 & 1u) - 0x38000000u;
-  return {static_cast<uint16_t>(sign | rounded >> 13)};
-}
-
-KERAS_DAS_INLINE float convert_to(float x, const float*) { return x; }
-KERAS_DAS_INLINE double convert_to(double x, const double*) { return x; }
-KERAS_DAS_INLINE Half convert_to(float x, const Half*) { return to_half(x); }
-KERAS_DAS_INLINE BFloat16 convert_to(float x, const BFloat16*) { return to_bfloat16(x); }
 
 template <class A>
 KERAS_DAS_INLINE Vec<A> splat(A value) {

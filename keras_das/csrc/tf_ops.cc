@@ -1,6 +1,8 @@
-// The kernels as TensorFlow ops: their declarations, shape functions and CPU kernels.
+// The kernels as TensorFlow ops: their declarations, shape functions, and kernels for the CPU and, in a library with
+// those, for NVIDIA GPUs.
 #include <algorithm>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <string>
 #include <utility>
@@ -14,6 +16,11 @@
 #include "tensorflow/core/framework/shape_inference.h"
 #include "tensorflow/core/lib/core/threadpool.h"
 #include "tf_arguments.h"
+#if defined(KERAS_DAS_CUDA)
+#include "deformable_conv2d_cuda.h"
+#include "tensorflow/core/util/determinism.h"
+#include "xla/stream_executor/stream.h"
+#endif
 
 namespace keras_das {
 namespace {
@@ -135,6 +142,55 @@ Workers make_workers(OpKernelContext* context) {
   return workers;
 }
 
+// Runs the kernels on TensorFlow's threads.
+struct OnCpu {
+  static absl::Status run(OpKernelContext* context, DType dtype, const Geometry& geometry, const ForwardBuffers& b) {
+    return to_status(forward(dtype, geometry, b, make_workers(context)));
+  }
+  static absl::Status run(OpKernelContext* context, DType dtype, const Geometry& geometry, const BackwardBuffers& b) {
+    return to_status(backward(dtype, geometry, b, make_workers(context)));
+  }
+  static absl::Status to_status(const std::string& problem) {
+    return problem.empty() ? absl::OkStatus() : absl::ResourceExhaustedError(problem);
+  }
+};
+
+#if defined(KERAS_DAS_CUDA)
+// Puts the kernels on TensorFlow's stream. Their working memory is TensorFlow's, which hands it out again only to what
+// comes later on that stream.
+class OnGpu {
+ public:
+  static absl::Status run(OpKernelContext* context, DType dtype, const Geometry& geometry, const ForwardBuffers& b) {
+    OnGpu gpu(context);
+    return gpu.to_status(cuda_forward(dtype, geometry, b, gpu.call_));
+  }
+  static absl::Status run(OpKernelContext* context, DType dtype, const Geometry& geometry, const BackwardBuffers& b) {
+    OnGpu gpu(context);
+    return gpu.to_status(cuda_backward(dtype, geometry, b, gpu.call_));
+  }
+
+ private:
+  explicit OnGpu(OpKernelContext* context) {
+    call_.stream = context->op_device_context()->stream()->platform_specific_handle().stream;
+    call_.deterministic = tensorflow::OpDeterminismRequired();
+    call_.allocate = [this, context](int64_t bytes) -> void* {
+      memory_.emplace_back();
+      allocated_ = context->allocate_temp(tensorflow::DT_INT8, TensorShape({bytes}), &memory_.back());
+      return allocated_.ok() ? memory_.back().data() : nullptr;
+    };
+  }
+
+  absl::Status to_status(const std::string& problem) const {
+    if (!allocated_.ok()) return allocated_;
+    return problem.empty() ? absl::OkStatus() : absl::InternalError("The fused deformable convolution: " + problem);
+  }
+
+  CudaCall call_;
+  std::deque<Tensor> memory_;
+  absl::Status allocated_;
+};
+#endif
+
 // What both ops share: the attributes, and the checks ahead of a kernel.
 class DeformableConv2DOpBase : public OpKernel {
  public:
@@ -159,6 +215,7 @@ class DeformableConv2DOpBase : public OpKernel {
   DType dtype_;
 };
 
+template <class Device>
 class DeformableConv2DOp : public DeformableConv2DOpBase {
  public:
   using DeformableConv2DOpBase::DeformableConv2DOpBase;
@@ -175,11 +232,11 @@ class DeformableConv2DOp : public DeformableConv2DOpBase {
     buffers.mask = attributes_.has_mask ? context->input(3).data() : nullptr;
     buffers.bias = attributes_.has_bias ? context->input(4).data() : nullptr;
     buffers.output = output->data();
-    const std::string problem = forward(dtype_, plan.geometry, buffers, make_workers(context));
-    OP_REQUIRES(context, problem.empty(), absl::ResourceExhaustedError(problem));
+    OP_REQUIRES_OK(context, Device::run(context, dtype_, plan.geometry, buffers));
   }
 };
 
+template <class Device>
 class DeformableConv2DGradOp : public DeformableConv2DOpBase {
  public:
   using DeformableConv2DOpBase::DeformableConv2DOpBase;
@@ -203,8 +260,7 @@ class DeformableConv2DGradOp : public DeformableConv2DOpBase {
     buffers.grad_offsets = gradients[2]->data();
     buffers.grad_mask = attributes_.has_mask ? gradients[3]->data() : nullptr;
     buffers.grad_bias = attributes_.has_bias ? gradients[4]->data() : nullptr;
-    const std::string problem = backward(dtype_, plan.geometry, buffers, make_workers(context));
-    OP_REQUIRES(context, problem.empty(), absl::ResourceExhaustedError(problem));
+    OP_REQUIRES_OK(context, Device::run(context, dtype_, plan.geometry, buffers));
   }
 };
 
@@ -252,7 +308,12 @@ REGISTER_OP("KerasDas>DeformableConv2DGrad")
     .Attr("has_bias: bool")
     .SetShapeFn(infer_backward);
 
-REGISTER_KERNEL_BUILDER(Name("KerasDas>DeformableConv2D").Device(DEVICE_CPU), DeformableConv2DOp);
-REGISTER_KERNEL_BUILDER(Name("KerasDas>DeformableConv2DGrad").Device(DEVICE_CPU), DeformableConv2DGradOp);
+REGISTER_KERNEL_BUILDER(Name("KerasDas>DeformableConv2D").Device(DEVICE_CPU), DeformableConv2DOp<OnCpu>);
+REGISTER_KERNEL_BUILDER(Name("KerasDas>DeformableConv2DGrad").Device(DEVICE_CPU), DeformableConv2DGradOp<OnCpu>);
+#if defined(KERAS_DAS_CUDA)
+REGISTER_KERNEL_BUILDER(Name("KerasDas>DeformableConv2D").Device(tensorflow::DEVICE_GPU), DeformableConv2DOp<OnGpu>);
+REGISTER_KERNEL_BUILDER(Name("KerasDas>DeformableConv2DGrad").Device(tensorflow::DEVICE_GPU),
+                        DeformableConv2DGradOp<OnGpu>);
+#endif
 
 }  // namespace keras_das

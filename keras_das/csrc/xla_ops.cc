@@ -7,6 +7,7 @@
 #include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
 #include "tensorflow/compiler/tf2xla/xla_op_registry.h"
 #include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/util/determinism.h"
 #include "tf_arguments.h"
 #include "xla/hlo/builder/xla_builder.h"
 #include "xla/shape_util.h"
@@ -31,7 +32,8 @@ std::string to_mlir(const Attributes& attributes) {
          ", padding = \"" + attributes.padding + "\"" +
          ", explicit_paddings = " + to_mlir(attributes.explicit_paddings) +
          ", offset_groups = " + std::to_string(attributes.offset_groups) + " : i64" +
-         ", has_mask = " + flag(attributes.has_mask) + ", has_bias = " + flag(attributes.has_bias) + "}";
+         ", has_mask = " + flag(attributes.has_mask) + ", has_bias = " + flag(attributes.has_bias) +
+         ", deterministic = " + flag(tensorflow::OpDeterminismRequired()) + "}";
 }
 
 // Row-major, as the kernels read and write.
@@ -120,11 +122,15 @@ class DeformableConv2DGradXlaOp : public DeformableConv2DXlaOpBase {
 };
 
 // Not by REGISTER_XLA_OP: TensorFlow turns what that collects into kernels once, when its runtime starts, and this
-// library may be loaded later. The handlers are registered for "Host", so there is no other device.
-REGISTER_KERNEL_BUILDER(Name("KerasDas>DeformableConv2D").Device(tensorflow::DEVICE_CPU_XLA_JIT),
-                        DeformableConv2DXlaOp);
-REGISTER_KERNEL_BUILDER(Name("KerasDas>DeformableConv2DGrad").Device(tensorflow::DEVICE_CPU_XLA_JIT),
-                        DeformableConv2DGradXlaOp);
+// library may be loaded later. On these devices only, for which ffi.cc registers handlers.
+#define KERAS_DAS_REGISTER(device)                                                                      \
+  REGISTER_KERNEL_BUILDER(Name("KerasDas>DeformableConv2D").Device(device), DeformableConv2DXlaOp); \
+  REGISTER_KERNEL_BUILDER(Name("KerasDas>DeformableConv2DGrad").Device(device), DeformableConv2DGradXlaOp)
+
+KERAS_DAS_REGISTER(tensorflow::DEVICE_CPU_XLA_JIT);
+#if defined(KERAS_DAS_CUDA)
+KERAS_DAS_REGISTER(tensorflow::DEVICE_GPU_XLA_JIT);
+#endif
 
 }  // namespace
 }  // namespace keras_das

@@ -19,9 +19,9 @@ import time
 from collections.abc import Callable, Iterator
 
 from keras_das.ops import library
+from keras_das.ops.compilers import Nvcc, architecture_flags, find_compiler, find_nvcc
 from keras_das.ops.library import Target, Unit
 
-_COMPILERS = ("g++", "c++", "clang++")
 _LOCK = "lock"
 _UNFINISHED = ".unfinished-"
 _LIBRARY_FOLDER = re.compile(rf"({'|'.join(library.FRAMEWORKS)})-.+-[0-9a-f]{{16}}")
@@ -32,37 +32,13 @@ _TRIALS = {
     "jax": "import ctypes, sys; ctypes.CDLL(sys.argv[1])",
 }
 
+_CUDA_SUFFIX = ".cu.cc"
+
 Report = Callable[[str], None]
-
-
-class NoCompiler(RuntimeError):
-    """There is nothing to compile with."""
 
 
 class BuildError(RuntimeError):
     """A build did not end in a library; the message says why."""
-
-
-def find_compiler() -> list[str]:
-    """Finds the C++ compiler: $CXX, else the first of g++, c++ and clang++ that there is.
-
-    Returns:
-        The words that a command for it begins with.
-
-    Raises:
-        NoCompiler: If there is none.
-    """
-    if named := shlex.split(os.environ.get("CXX", "")):
-        if shutil.which(named[0]) is None:
-            raise NoCompiler(f"no C++ compiler: the variable CXX names {named[0]}, which is not found")
-        return named
-    for name in _COMPILERS:
-        if found := shutil.which(name):
-            return [found]
-    raise NoCompiler(
-        f"no C++ compiler: none of {', '.join(_COMPILERS)} is found (Debian, Ubuntu: apt install g++), "
-        "and the variable CXX names no other"
-    )
 
 
 def build(
@@ -76,6 +52,7 @@ def build(
 
     Everything happens in a folder aside, which is renamed when the library is complete and loads, so that no
     other process ever sees half of one. Of two processes that build at once the second waits for the first.
+    A library with CUDA kernels takes the place of the one without, and the other way round.
 
     Args:
         target: What to build.
@@ -97,13 +74,19 @@ def build(
         return file
     root = library.cache_folder() if root is None else root.absolute()
     compiler = find_compiler()
+    nvcc = find_nvcc() if target.cuda else None
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _locked(root, report) as waited:
             if (waited or not force) and (file := _present(target, root)):
                 report(f"Another process has built the kernel library for {target}: {file}")
                 return file
-            return _build(target, root / target.folder_name, compiler, jobs or _processors(), report)
+            file = _build(target, root / target.folder_name, compiler, nvcc, jobs or _processors(), report)
+            for other in library.variants(root, target):
+                if other != file.parent:
+                    shutil.rmtree(other)
+                    report(f"Removed {other}, whose place it takes")
+            return file
     except OSError as error:
         raise BuildError(
             f"{error.filename or root} cannot be written ({error.strerror}); "
@@ -144,7 +127,7 @@ def clean(root: pathlib.Path | None = None, report: Report = print) -> None:
 def _present(target: Target, root: pathlib.Path | None) -> pathlib.Path | None:
     """The library's file if it is there and whole."""
     try:
-        return library.find(target) if root is None else library.check(root / target.folder_name, target)
+        return library.find(target) if root is None else library.find_in(root, target)
     except library.LibraryUnavailable:
         return None
 
@@ -191,6 +174,7 @@ def _build(
     target: Target,
     folder: pathlib.Path,
     compiler: list[str],
+    nvcc: Nvcc | None,
     jobs: int,
     report: Report,
 ) -> pathlib.Path:
@@ -202,11 +186,16 @@ def _build(
         objects.mkdir()
         made.mkdir()
         report(f"Building the kernel library for {target} with {shlex.join(compiler)}, {jobs} units at once")
-        compiled = _compile_all(target, compiler, objects, jobs, report)
+        if nvcc:
+            report(f"CUDA kernels for {', '.join(target.cuda)} with {nvcc.command}")
+        compiled = _compile_all(target, compiler, nvcc, objects, jobs, report)
         if dataclasses.replace(target).key != target.key:
             raise BuildError(f"the sources in {target.sources} changed while they were compiled: build again")
         file = made / library.FILE
-        _run([*compiler, *map(str, compiled), "-o", str(file), *target.link_flags], "linking")
+        search = [f"-L{nvcc.libraries}"] if nvcc else []
+        _run([*compiler, *map(str, compiled), "-o", str(file), *search, *target.link_flags], "linking")
+        if nvcc:
+            _check_runtime(file)
         _write_record(target, compiler, file)
         _run([sys.executable, "-c", _TRIALS[target.framework], str(file)], "loading the library")
         if folder.exists():
@@ -217,8 +206,38 @@ def _build(
     return folder / library.FILE
 
 
+def _check_runtime(file: pathlib.Path) -> None:
+    """Makes sure that the library has its CUDA runtime in it.
+
+    TensorFlow exports another, which kernels would be registered with, and then never be found.
+    """
+    listed = subprocess.run(
+        ["nm", "-D", "--undefined-only", str(file)], capture_output=True, text=True, check=True
+    )
+    if missing := re.findall(r" U ((?:__)?cuda\w+)", listed.stdout):
+        raise BuildError(
+            f"linking failed: the library lacks a CUDA runtime of its own ({', '.join(missing)})"
+        )
+
+
+def _nvcc_command(target: Target, compiler: list[str], nvcc: Nvcc) -> list[str]:
+    """Of a unit of CUDA. It sees no framework's headers, which hold those of another CUDA version."""
+    definitions = [flag for flag in target.flags if flag.startswith("-D")]
+    host = [f"-ccbin={compiler[0]}", "-Xcompiler=-fPIC"]
+    return [
+        nvcc.command,
+        "-x",
+        "cu",
+        "-std=c++17",
+        "-O3",
+        *host,
+        *definitions,
+        *architecture_flags(target.cuda),
+    ]
+
+
 def _compile_all(
-    target: Target, compiler: list[str], objects: pathlib.Path, jobs: int, report: Report
+    target: Target, compiler: list[str], nvcc: Nvcc | None, objects: pathlib.Path, jobs: int, report: Report
 ) -> list[pathlib.Path]:
     """Compiles the units and one with the key; the first to fail stops the others."""
     key_unit = objects / "key.cc"
@@ -229,7 +248,10 @@ def _compile_all(
 
     def compile_one(number: int) -> tuple[int, float]:
         unit, start = units[number], time.monotonic()
-        command = [*compiler, *target.flags, *unit.flags, "-c", str(target.sources / unit.source)]
+        command = [*compiler, *target.flags]
+        if nvcc and unit.source.endswith(_CUDA_SUFFIX):
+            command = _nvcc_command(target, compiler, nvcc)
+        command += [*unit.flags, "-c", str(target.sources / unit.source)]
         _run([*command, "-o", str(objects / f"{number}.o")], f"compiling {unit}", stop)
         return number, time.monotonic() - start
 

@@ -30,6 +30,8 @@ _PREBUILT = _PACKAGE / "_lib"  # only in platform wheels
 
 _FLAGS = ("-std=c++17", "-O3", "-fPIC")
 _LINK_FLAGS = ("-shared", "-pthread")
+# Ahead of TensorFlow's libraries, which export a CUDA runtime too, and not to be seen by others.
+_CUDA_LINK_FLAGS = ("-lcudart_static", "-ldl", "-lrt", "-Wl,--exclude-libs,ALL")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *_AVX2)
 _FFI_HEADER = "xla/ffi/api/ffi.h"
@@ -104,8 +106,48 @@ def instruction_set(framework: str) -> str:
     Raises:
         LibraryUnavailable: If there is no library.
     """
+    return _say(framework, "keras_das_instruction_set")
+
+
+def cuda_architectures(framework: str) -> str:
+    """What a framework's loaded library has CUDA kernels for.
+
+    Args:
+        framework: "tensorflow" or "jax".
+
+    Returns:
+        The architectures' names, "sm_90,compute_90", or "" if it has kernels for the CPU only.
+
+    Raises:
+        LibraryUnavailable: If there is no library.
+    """
+    return _say(framework, "keras_das_cuda_architectures")
+
+
+def cuda_problem(framework: str) -> str:
+    """Why the CUDA kernels of a framework's loaded library cannot run on this machine's GPU.
+
+    Args:
+        framework: "tensorflow" or "jax".
+
+    Returns:
+        What CUDA says, or "" if they can. The first answer is kept.
+
+    Raises:
+        LibraryUnavailable: If there is no library.
+    """
+    return _say(framework, "keras_das_cuda_problem")
+
+
+def _say(framework: str, name: str) -> str:
+    """What a function of the library without arguments says."""
     _SLOTS[framework].get()
-    function = ctypes.CDLL(str(path(framework))).keras_das_instruction_set
+    return _say_once(str(path(framework)), name)
+
+
+@functools.cache
+def _say_once(file: str, name: str) -> str:
+    function = getattr(ctypes.CDLL(file), name)
     function.restype = ctypes.c_char_p
     return function().decode()
 
@@ -136,6 +178,8 @@ class Target:
         link_flags: Of the library; one that names a folder begins with -L.
         platform: Operating system and architecture.
         sources: The folder of the units.
+        cuda: The architectures of its CUDA kernels; `for_gpus` sets it. Empty: none.
+        without_cuda: The same library without those.
     """
 
     framework: str
@@ -146,10 +190,23 @@ class Target:
     link_flags: tuple[str, ...] = _LINK_FLAGS
     platform: str = f"{platform.system()} {platform.machine()}"
     sources: pathlib.Path = _SOURCES
+    cuda: tuple[str, ...] = ()
+    without_cuda: "Target | None" = None
 
     def __str__(self) -> str:
         """For messages: "TensorFlow 2.21.0"."""
         return f"{_TITLES.get(self.framework, self.framework)} {self.version}"
+
+    def for_gpus(self, architectures: tuple[str, ...]) -> "Target":
+        """The same library with CUDA kernels for some architectures besides those for the CPU."""
+        return dataclasses.replace(
+            self,
+            units=(Unit("deformable_conv2d.cu.cc"), *self.units),
+            flags=(*self.flags, f'-DKERAS_DAS_CUDA="{",".join(architectures)}"'),
+            link_flags=(*_CUDA_LINK_FLAGS, *self.link_flags),
+            cuda=architectures,
+            without_cuda=self,
+        )
 
     @functools.cached_property
     def ingredients(self) -> dict[str, Any]:
@@ -163,6 +220,7 @@ class Target:
             "link_flags": _without_folders(self.link_flags),
             "units": [[unit.source, *unit.flags] for unit in self.units],
             "sources": self._hash_sources(),
+            "cuda": list(self.cuda),
         }
 
     @functools.cached_property
@@ -173,7 +231,8 @@ class Target:
     @property
     def folder_name(self) -> str:
         """The name of this library's folder, below whatever folder holds libraries."""
-        return f"{self.framework}-{self.version}-{self.key}"
+        kind = "cuda-" if self.cuda else ""
+        return f"{self.framework}-{self.version}-{kind}{self.key}"
 
     def _hash_sources(self) -> str:
         names = {unit.source for unit in self.units} | {header.name for header in self.sources.glob("*.h")}
@@ -292,7 +351,7 @@ def find(wanted: Target) -> pathlib.Path:
     """Finds a library that fits and is whole: in the package itself, else in the cache folder.
 
     Args:
-        wanted: Which one.
+        wanted: Which one. One with CUDA kernels besides is taken for it first.
 
     Returns:
         The library's file.
@@ -300,21 +359,77 @@ def find(wanted: Target) -> pathlib.Path:
     Raises:
         LibraryUnavailable: If there is none, or none that is whole.
     """
-    name = wanted.folder_name
     faults = []
     for root in (_PREBUILT, cache_folder()):
         try:
-            (root / name).stat()
-            return check(root / name, wanted)
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            faults.append(f"{root} cannot be read ({error.strerror}); {CACHE_VARIABLE} names another folder")
+            if file := find_in(root, wanted):
+                return file
         except _Broken as error:
             faults.append(str(error))
     if faults:
         raise _Broken("; ".join(faults))
     raise LibraryUnavailable(f'the kernel library for {wanted} is not built: run "keras-das build"')
+
+
+def find_in(root: pathlib.Path, wanted: Target) -> pathlib.Path | None:
+    """Finds a library in one folder.
+
+    Args:
+        root: The folder that holds libraries.
+        wanted: As for `find`.
+
+    Returns:
+        The library's file, or `None` if there is none.
+
+    Raises:
+        LibraryUnavailable: If there is none that is whole.
+    """
+    faults = []
+    candidates = [wanted] if wanted.cuda else [*_with_cuda(root, wanted), wanted]
+    for candidate in candidates:
+        folder = root / candidate.folder_name
+        try:
+            folder.stat()
+            return check(folder, candidate)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise _Broken(
+                f"{root} cannot be read ({error.strerror}); {CACHE_VARIABLE} names another folder"
+            ) from None
+        except _Broken as error:
+            faults.append(str(error))
+    if faults:
+        raise _Broken("; ".join(faults))
+    return None
+
+
+def variants(root: pathlib.Path, target: Target) -> list[pathlib.Path]:
+    """The folders in `root` that hold a target's library: without CUDA kernels, or with some.
+
+    Args:
+        root: The folder that holds libraries.
+        target: Any of those.
+
+    Returns:
+        The folders that there are.
+    """
+    plain = target.without_cuda or target
+    folders = [root / variant.folder_name for variant in (plain, *_with_cuda(root, plain))]
+    return [folder for folder in folders if folder.exists()]
+
+
+def _with_cuda(root: pathlib.Path, plain: Target) -> list[Target]:
+    """The variants with CUDA kernels that a folder holds, which tell themselves for which architectures."""
+    found = []
+    for record in sorted(root.glob(f"{plain.framework}-{plain.version}-cuda-*/{RECORD}")):
+        try:
+            variant = plain.for_gpus(tuple(json.loads(record.read_text())["ingredients"]["cuda"]))
+        except (OSError, ValueError, TypeError, KeyError):
+            continue  # what it was cannot be known
+        if variant.folder_name == record.parent.name:
+            found.append(variant)
+    return found
 
 
 def check(folder: pathlib.Path, wanted: Target) -> pathlib.Path:

@@ -22,6 +22,7 @@ Tensor = Any
 CONTEXTS = ("eager", "graph", "XLA")
 _KERAS_EXPORTS = "keras.src.export."  # the modules that trace a model for `model.export`
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
+_UNDECIDED = "CPU or GPU"  # the kind of device where a graph leaves it open
 _reference_only = contextvars.ContextVar("keras_das_reference_only", default=False)
 
 
@@ -73,12 +74,13 @@ def why_not(context: str | None = None, tensors: Sequence[Tensor | None] = (), d
     if context is not None and context not in CONTEXTS:
         raise ValueError(f"`context` must be one of {CONTEXTS} or None. Received: context={context!r}")
     backend = keras.backend.backend()
-    if backend not in _DEVICE_CHECKS:
+    if backend not in _PLACES:
         return f"there are no kernels for Keras' {backend} backend"
     if dtype not in _DTYPES:
         return f"there is no kernel for {dtype}"
     present = [tensor for tensor in tensors if tensor is not None]
-    return _DEVICE_CHECKS[backend](context, present) or library.why_not(backend)
+    places = _PLACES[backend](context, present)
+    return _why_not_there(backend, places) or library.why_not(backend)
 
 
 def deformable_conv2d(
@@ -148,9 +150,10 @@ def must_be_portable(tensors: Sequence[Tensor | None]) -> bool:
 
 def xla_compiles_for_cpu() -> bool:
     """Whether what is called here becomes part of a program that XLA compiles for a CPU."""
-    if keras.backend.backend() == "tensorflow":
-        return _tensorflow_in_xla() and not _tensorflow_device("XLA", ())
-    return keras.backend.backend() == "jax" and not _jax_device("XLA", ())
+    if keras.backend.backend() == "tensorflow" and not _tensorflow_in_xla():
+        return False
+    places = _PLACES.get(keras.backend.backend())
+    return places is not None and set(places("XLA", ())) <= {"CPU"}
 
 
 def _tensorflow_in_xla() -> bool:
@@ -177,41 +180,56 @@ def _is_tracing(tensors: Sequence[Tensor | None]) -> bool:
     return False
 
 
-def _tensorflow_device(context: str | None, tensors: Sequence[Tensor]) -> str:
+def _why_not_there(framework: str, places: dict[str, str]) -> str:
+    """Why the kernels cannot run on some kinds of devices, or "". Given what to say of each kind."""
+    others = {kind: where for kind, where in places.items() if kind != "CPU"}
+    for kind, where in others.items():
+        if kind not in ("GPU", _UNDECIDED):
+            return f"the kernels run on CPUs and NVIDIA GPUs only, and {where}"
+    if not others:
+        return ""
+    if reason := library.why_not(framework):
+        return reason
+    if not library.cuda_architectures(framework):
+        return (
+            f"the kernels run on the CPU only, and {next(iter(others.values()))}; "
+            '"keras-das build --cuda" adds kernels for NVIDIA GPUs'
+        )
+    if problem := library.cuda_problem(framework):
+        built = library.cuda_architectures(framework)
+        return f"the CUDA kernels, built for {built}, cannot run on this GPU ({problem})"
+    return ""
+
+
+def _tensorflow_places(context: str | None, tensors: Sequence[Tensor]) -> dict[str, str]:
+    """The kinds of devices that a call runs on, and what to say of each."""
     import tensorflow as tf
 
     if all(device.device_type == "CPU" for device in tf.config.list_logical_devices()):
-        return ""
+        return {"CPU": ""}
     if tensors and context in (None, "eager") and tf.executing_eagerly():
         devices = [tensor.device for tensor in tensors]
     else:
         devices = [tf.constant(0.0).device]  # where this place in the program puts things
+    places = {}
     for device in devices:
-        kind = tf.DeviceSpec.from_string(device).device_type
-        if kind != "CPU":
-            where = (
-                f"this would run on {device}"
-                if kind
-                else "there is a GPU, and no device scope asks for the CPU"
-            )
-            return f"the kernels run on the CPU only, and {where}"
-    return ""
+        kind = tf.DeviceSpec.from_string(device).device_type or _UNDECIDED
+        undecided = "there is a GPU, and no device scope asks for the CPU"
+        places[kind] = undecided if kind == _UNDECIDED else f"this would run on {device}"
+    return places
 
 
-def _jax_device(context: str | None, tensors: Sequence[Tensor]) -> str:
+def _jax_places(context: str | None, tensors: Sequence[Tensor]) -> dict[str, str]:
     import jax
 
     platforms = {jax.default_backend()}
     for tensor in tensors:
         if isinstance(tensor, jax.Array) and not isinstance(tensor, jax.core.Tracer):
             platforms |= {device.platform for device in tensor.devices()}
-    others = platforms - {"cpu"}
-    if others:
-        return f"the kernels run on the CPU only, and this would run on {', '.join(sorted(others))}"
-    return ""
+    return {platform.upper(): f"this would run on {platform}" for platform in sorted(platforms)}
 
 
-_DEVICE_CHECKS: dict[str, Callable[[str | None, Sequence[Tensor]], str]] = {
-    "tensorflow": _tensorflow_device,
-    "jax": _jax_device,
+_PLACES: dict[str, Callable[[str | None, Sequence[Tensor]], dict[str, str]]] = {
+    "tensorflow": _tensorflow_places,
+    "jax": _jax_places,
 }

@@ -1,6 +1,7 @@
 """The kernels as XLA FFI calls of JAX, and their gradients. Imported by the first call that they serve."""
 
 import functools
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,16 +15,20 @@ from keras_das.ops.kernel_attributes import Attributes, make_geometry
 Tensor = Any
 
 _FORWARD, _BACKWARD = "keras_das_deformable_conv2d", "keras_das_deformable_conv2d_grad"
+_DETERMINISTIC = {"--xla_gpu_deterministic_ops", "--xla_gpu_deterministic_ops=true"}  # in XLA_FLAGS
 
 
 def _register() -> None:
     handlers = library.jax_library()
-    jax.ffi.register_ffi_target(
-        _FORWARD, jax.ffi.pycapsule(handlers.KerasDasDeformableConv2D), platform="cpu"
-    )
-    jax.ffi.register_ffi_target(
-        _BACKWARD, jax.ffi.pycapsule(handlers.KerasDasDeformableConv2DGrad), platform="cpu"
-    )
+    platforms = {"cpu": (handlers.KerasDasDeformableConv2D, handlers.KerasDasDeformableConv2DGrad)}
+    if library.cuda_architectures("jax"):
+        platforms["CUDA"] = (
+            handlers.KerasDasDeformableConv2DCuda,
+            handlers.KerasDasDeformableConv2DGradCuda,
+        )
+    for platform, (forward, backward) in platforms.items():
+        jax.ffi.register_ffi_target(_FORWARD, jax.ffi.pycapsule(forward), platform=platform)
+        jax.ffi.register_ffi_target(_BACKWARD, jax.ffi.pycapsule(backward), platform=platform)
 
 
 _register()  # once: while a module is imported, no other thread imports it
@@ -112,4 +117,5 @@ def _call(target: str, results: Any, attributes: Attributes, tensors: Sequence[T
         for name, value in attributes._asdict().items()
     }
     arrays["offset_groups"] = np.int64(attributes.offset_groups)
+    arrays["deterministic"] = not _DETERMINISTIC.isdisjoint(os.environ.get("XLA_FLAGS", "").split())
     return call(*tensors, **arrays)

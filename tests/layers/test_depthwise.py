@@ -46,7 +46,7 @@ def test_elsewhere_it_is_keras_own(monkeypatch):
     assert not native.xla_compiles_for_cpu()
     assert not tf.function(native.xla_compiles_for_cpu)().numpy()
     assert tf.function(native.xla_compiles_for_cpu, jit_compile=True)().numpy()
-    monkeypatch.setattr(native, "_tensorflow_device", lambda context, tensors: "there is a GPU")
+    monkeypatch.setitem(native._PLACES, "tensorflow", lambda context, tensors: {"GPU": "there is a GPU"})
     layer, images = DepthwiseConv2D(3, padding="same", use_bias=False), tf.ones((1, 4, 4, 2))
     layer(images)
     assert _is_lowered_to_convolution(layer, images)

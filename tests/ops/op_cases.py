@@ -172,9 +172,9 @@ def relative_error(actual, wanted):
     return error / (np.abs(wanted).max() or 1.0)
 
 
-def assert_as_expected(case, tensors, dtype, outputs, gradients):
-    """Hold outputs and gradients, channels last and by name, against the oracle's."""
-    wanted, wanted_gradients = expected(case, tensors)
+def assert_as_expected(case, tensors, dtype, outputs, gradients, oracles=None):
+    """Hold outputs and gradients, channels last and by name, against the oracle's, which takes its time."""
+    wanted, wanted_gradients = oracles or expected(case, tensors)
     errors = {"outputs": relative_error(outputs, wanted) / VALUE_BOUND[dtype]}
     assert gradients.keys() == wanted_gradients.keys()
     for name, gradient in gradients.items():

@@ -46,22 +46,74 @@ class PlainKernels:
         """Outputs, and gradients of sum(upstream * outputs) by argument, each in its argument's dtype."""
         dtype = str(arguments["inputs"].dtype)
         sums = np.float64 if dtype == "float64" else np.float32
-        wide = {name: np.ascontiguousarray(a.astype(sums)) for name, a in arguments.items()}
-        wide["inputs"] = np.ascontiguousarray(arguments["inputs"])
+        wide = {name: self.place(a.astype(sums)) for name, a in arguments.items()}
+        wide["inputs"] = self.place(arguments["inputs"])
         kernel_shape = arguments["kernel"].shape
         geometry, height, width = self.geometry(wide["inputs"].shape, kernel_shape, **options)
-        output = np.full(
-            (wide["inputs"].shape[0], height, width, kernel_shape[3]), np.nan, numpy_dtype(dtype)
-        )
+        output_shape = (wide["inputs"].shape[0], height, width, kernel_shape[3])
+        output = self.place(np.full(output_shape, np.nan, numpy_dtype(dtype)))
         names = ("inputs", "kernel", "offsets", "mask", "bias")
-        number, threads = DTYPES.index(dtype), ctypes.c_int64(threads)
         buffers = [wide.get(name) for name in names] + [output]
-        assert not self.library.keras_das_forward(number, geometry, _pointers(buffers), threads)
-        gradients = {name: np.full(wide[name].shape, np.nan, sums) for name in arguments}
-        buffers = [wide.get(name) for name in names[:4]] + [np.ascontiguousarray(upstream.astype(sums))]
+        self.run("forward", DTYPES.index(dtype), geometry, _pointers(buffers), threads)
+        gradients = {name: self.place(np.full(wide[name].shape, np.nan, sums)) for name in arguments}
+        buffers = [wide.get(name) for name in names[:4]] + [self.place(upstream.astype(sums))]
         buffers += [gradients.get(name) for name in names]
-        assert not self.library.keras_das_backward(number, geometry, _pointers(buffers), threads)
+        self.run("backward", DTYPES.index(dtype), geometry, _pointers(buffers), threads)
         return output, {name: g.astype(arguments[name].dtype) for name, g in gradients.items()}
+
+    def place(self, array):
+        """The array as the kernels get it."""
+        return np.ascontiguousarray(array)
+
+    def run(self, direction, dtype, geometry, buffers, threads):
+        function = getattr(self.library, f"keras_das_{direction}")
+        assert not function(dtype, geometry, buffers, ctypes.c_int64(threads))
+
+
+class CudaKernelsOnHost(PlainKernels):
+    """The CUDA kernels of a library that a C++ compiler has made of them, with csrc/c_api.cc.
+
+    Every tensor lies between NaN, which what is read beyond it brings in and what is written beyond it ends.
+    """
+
+    GUARD = 64  # elements
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.deterministic = self.backwards = False
+        self.workspace_bytes, self.most_blocks, self.memory = 1 << 20, 1 << 20, 1 << 40
+        self.shift = 0  # elements by which tensors miss an address that is a multiple of 64
+        self.taken = {}  # bytes of working memory in the last call of each function
+        self._placed = []
+
+    def value_and_gradients(self, *arguments, **options):
+        self._placed = []
+        results = super().value_and_gradients(*arguments, **options)
+        for whole, start, size in self._placed:
+            around = np.concatenate([whole[:start], whole[start + size :]])
+            assert np.isnan(around.astype(np.float32)).all(), "something was written beside a tensor"
+        return results
+
+    def place(self, array):
+        size = array.itemsize
+        whole = np.full(array.size + 2 * self.GUARD + 64 // size, np.nan, array.dtype)
+        start = self.GUARD + (-whole[self.GUARD :].ctypes.data % 64) // size + self.shift
+        self._placed.append((whole, start, array.size))
+        placed = whole[start : start + array.size].reshape(array.shape)
+        placed[...] = array
+        return placed
+
+    def run(self, direction, dtype, geometry, buffers, threads):
+        function = getattr(self.library, f"keras_das_cuda_{direction}")
+        function.restype = ctypes.c_int64
+        message = ctypes.create_string_buffer(1000)
+        settings = (self.deterministic, self.workspace_bytes, self.most_blocks, self.backwards, self.memory)
+        self.taken[direction] = function(
+            dtype, geometry, buffers, (ctypes.c_int64 * 5)(*map(int, settings)), message, ctypes.c_int64(1000)
+        )
+        if message.value:
+            raise KernelError(message.value.decode())
+        assert self.taken[direction] >= 0, "something was written beyond working memory"
 
 
 def _pointers(arrays):

@@ -4,11 +4,14 @@ What is built here is a stand-in of two small units; `stand_in.py` has it.
 """
 
 import ctypes
+import dataclasses
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import pathlib
+import re
 import stat
 import subprocess
 import sys
@@ -19,7 +22,7 @@ import pytest
 import tensorflow as tf
 
 from keras_das import cli
-from keras_das.ops import builder, library
+from keras_das.ops import builder, compilers, library
 from tests.ops.stand_in import forge, make_target, target_of
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
@@ -306,6 +309,187 @@ def test_two_processes_at_once_build_once(target, root, tmp_path, monkeypatch):
     assert "Built in" in built
     assert found.startswith("Another process has built")
     assert sum(" -c " in line for line in log.read_text().splitlines()) == 3
+
+
+# CUDA: a stand-in for nvcc, too
+
+CUDA_UNIT = "deformable_conv2d.cu.cc"
+
+
+def make_nvcc(folder):
+    """A program that answers as nvcc does and has the C++ compiler do the work."""
+    compiler = builder.find_compiler()[0] if has_compiler() else "none"
+    (folder / "bin").mkdir(parents=True)
+    (folder / "lib").mkdir()
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.write_text(
+        textwrap.dedent(
+            f"""\
+            #!/bin/sh
+            case "$1" in
+              --dryrun) echo "#$ TOP={folder}/bin/.."; exit;;
+              --list-gpu-code) echo sm_75; echo sm_80; echo sm_90; exit;;
+              --list-gpu-arch) echo compute_75; echo compute_80; echo compute_90; exit;;
+            esac
+            echo "$@" >> {folder}/calls
+            while [ "$1" != -c ]; do shift; done
+            exec {compiler} -fPIC -x c++ "$@"
+            """
+        )
+    )
+    nvcc.chmod(0o755)
+    (folder / "lib" / "libcudart_static.a").write_text("!<arch>\n")
+    return nvcc
+
+
+@pytest.fixture
+def nvcc(tmp_path, monkeypatch):
+    """The stand-in, as the variable CUDA_HOME names it."""
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    return make_nvcc(tmp_path / "cuda")
+
+
+def cuda_target(target, *architectures):
+    (target.sources / CUDA_UNIT).write_text('extern "C" int on_gpu() { return 7; }\n')
+    return target_of(target.sources).for_gpus(architectures or ("sm_90",))
+
+
+def test_key_changes_with_the_architectures(target):
+    keys = {target.key, cuda_target(target).key, cuda_target(target, "sm_80", "sm_90").key}
+    assert len(keys) == 3
+
+
+@needs_compiler
+def test_cuda_units_go_to_nvcc(target, root, nvcc):
+    file, lines = build(cuda_target(target, "sm_80", "compute_90"), root)
+    assert ctypes.CDLL(str(file)).on_gpu() == 7
+    assert ctypes.CDLL(str(file)).answer() == 42
+    assert f"CUDA kernels for sm_80, compute_90 with {nvcc}" in lines
+    (call,) = (nvcc.parents[1] / "calls").read_text().splitlines()
+    assert CUDA_UNIT in call
+    assert "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=compute_90" in call
+    assert "-I" not in call.split(" -c ")[0]
+
+
+@needs_compiler
+def test_cuda_library_takes_the_place_of_the_other_and_back(target, root, nvcc):
+    plain, _ = build(target, root)
+    cuda, lines = build(cuda_target(target), root)
+    assert f"Removed {plain.parent}, whose place it takes" in lines
+    assert [path.name for path in root.iterdir()] == [cuda.parent.name]
+    plain = target_of(target.sources)
+    assert library.find_in(root, plain) == cuda
+    again, lines = build(plain, root)
+    assert again == cuda
+    assert len(lines) == 1
+    other, _ = build(cuda_target(target, "sm_80"), root)
+    assert [path.name for path in root.iterdir()] == [other.parent.name]
+    plain, _ = build(plain, root, force=True)
+    assert [path.name for path in root.iterdir()] == [plain.parent.name]
+
+
+@needs_compiler
+def test_library_that_lacks_a_cuda_runtime_is_not_left_behind(target, root, nvcc):
+    changed = cuda_target(target)
+    (target.sources / CUDA_UNIT).write_text(
+        'extern "C" int cudaLaunchKernel(); extern "C" int on_gpu() { return cudaLaunchKernel(); }\n'
+    )
+    with pytest.raises(builder.BuildError, match=r"lacks a CUDA runtime of its own \(cudaLaunchKernel\)"):
+        build(dataclasses.replace(changed), root)
+    assert list(root.iterdir()) == []
+
+
+def test_cuda_library_comes_first_and_serves_what_asks_for_none(cache, target):
+    plain = forge(target, cache)
+    cuda = forge(cuda_target(target), cache)
+    assert library.find(target) == cuda
+    os.truncate(cuda, 10)
+    assert library.find(target) == plain
+    with pytest.raises(library.LibraryUnavailable, match="has 10 bytes"):
+        library.find(cuda_target(target))
+
+
+def test_cuda_library_of_other_sources_is_not_taken(cache, target):
+    forge(cuda_target(target), cache)
+    (target.sources / "half.cc").write_text("\n")
+    with pytest.raises(library.LibraryUnavailable, match="is not built"):
+        library.find(target_of(target.sources))
+
+
+@pytest.mark.parametrize(
+    ("asked", "here", "chosen"),
+    [
+        (None, (), ("sm_75", "sm_80", "sm_90", "compute_90")),  # of the common ones those that it knows
+        (None, ("sm_80",), ("sm_80",)),
+        ("sm_75,compute_80", ("sm_90",), ("sm_75", "compute_80")),
+    ],
+)
+def test_architectures(nvcc, monkeypatch, asked, here, chosen):
+    monkeypatch.setattr(compilers, "_of_this_machine", lambda: here)
+    assert compilers.architectures(compilers.find_nvcc(), asked) == chosen
+
+
+def test_architectures_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert compilers._of_this_machine() == ()
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 9.0\necho 12.0\necho 9.0\n")
+    program.chmod(0o755)
+    assert compilers._of_this_machine() == ("sm_90", "sm_120")
+    program.write_text("#!/bin/sh\necho no driver\nexit 9\n")
+    assert compilers._of_this_machine() == ()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--cuda", "--arch", "sm_70"],
+            "`--arch` must name architectures.*sm_75, sm_80, sm_90. Received: sm_70",
+        ),
+        (["--cuda", "--arch", "fast"], "Received: fast"),
+    ],
+)
+def test_unknown_architecture(nvcc, cache, capsys, arguments, message):
+    assert cli.main(["build", *arguments]) == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert not cache.exists()
+
+
+def test_arch_without_cuda(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["build", "--arch", "sm_90"])
+    assert "--arch is of use with --cuda only" in capsys.readouterr().err
+
+
+def test_without_nvcc_one_line_and_status_1(monkeypatch, cache, capfd):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["build", "--framework", "jax", "--cuda"]) == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("keras-das: no CUDA compiler: nvcc is not on the PATH")
+
+
+def test_nvcc_of_the_package_index(monkeypatch, tmp_path):
+    program = make_nvcc(tmp_path / "nvidia" / "cu13")
+    packages = type("Spec", (), {"submodule_search_locations": [str(tmp_path / "nvidia")]})
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(compilers.shutil, "which", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: packages)
+    assert compilers.find_nvcc().command == str(program)
+    (tmp_path / "nvidia" / "cu13" / "lib" / "libcudart_static.a").unlink()
+    with pytest.raises(compilers.NoCompiler, match=r"no CUDA runtime: libcudart_static\.a is in none of"):
+        compilers.find_nvcc()
+    program.unlink()
+    with pytest.raises(compilers.NoCompiler, match="nvidia-cuda-nvcc"):
+        compilers.find_nvcc()
+
+
+def test_cuda_home_without_nvcc(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(compilers.NoCompiler, match=f"CUDA_HOME names {tmp_path}, which has no bin/nvcc"):
+        compilers.find_nvcc()
 
 
 # Finding

@@ -196,8 +196,16 @@ class Device:
 
 @pytest.fixture
 def with_gpu(monkeypatch):
-    """As if a GPU were there."""
+    """As if a GPU were there, and no CUDA kernels."""
     monkeypatch.setattr(tf.config, "list_logical_devices", lambda: [Device("CPU"), Device("GPU")])
+    monkeypatch.setattr(library, "cuda_architectures", lambda framework: "")
+
+
+@pytest.fixture
+def with_cuda(monkeypatch, with_gpu):
+    """As if both were there."""
+    monkeypatch.setattr(library, "cuda_architectures", lambda framework: "sm_90")
+    monkeypatch.setattr(library, "cuda_problem", lambda framework: "")
 
 
 @pytest.mark.parametrize("context", [None, *native.CONTEXTS])
@@ -251,6 +259,34 @@ def test_eager_tensors_are_asked_where_they_are(with_gpu):
     assert "CPU only, and this would run on /job" in native.why_not(
         tensors=[Placed("CPU:0"), Placed("GPU:1")]
     )
+
+
+def test_cuda_kernels_serve_a_gpu(with_cuda):
+    assert native.can_use(tensors=[Placed("GPU:0"), Placed("CPU:0")])
+    assert native.why_not() == ""
+    assert not native.xla_compiles_for_cpu()
+    assert "CPUs and NVIDIA GPUs only, and this would run on /job" in native.why_not(
+        tensors=[Placed("TPU:0")]
+    )
+
+
+def test_cuda_kernels_for_another_gpu_do_not(with_cuda, monkeypatch):
+    monkeypatch.setattr(library, "cuda_problem", lambda framework: "no kernel image is available")
+    assert native.why_not(tensors=[Placed("GPU:0")]) == (
+        "the CUDA kernels, built for sm_90, cannot run on this GPU (no kernel image is available)"
+    )
+    assert native.can_use(tensors=[Placed("CPU:0")])
+
+
+def test_without_them_info_says_how_to_get_them(with_gpu):
+    assert native.why_not(tensors=[Placed("GPU:0")]).endswith(
+        '"keras-das build --cuda" adds kernels for NVIDIA GPUs'
+    )
+
+
+def test_a_missing_library_is_the_reason_on_a_gpu(with_gpu, monkeypatch):
+    monkeypatch.setattr(library, "why_not", lambda framework: "it is Sunday")
+    assert native.why_not(tensors=[Placed("GPU:0")]) == "it is Sunday"
 
 
 # All doors give the same bits
