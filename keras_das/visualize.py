@@ -27,7 +27,7 @@ import numpy as np
 from keras import ops
 
 from keras_das.layers import DASLayer, DeformableConv2D
-from keras_das.models.fields import Field, Fields, fields_of, through, windows_of
+from keras_das.models.fields import Axis, Field, Fields, fields_of, through, windows_of
 
 Tensor = Any
 Point = tuple[float, float]
@@ -125,7 +125,7 @@ def stacked_sampling_points(
 
 
 def gate_map(
-    model: keras.Model, image: Any, layer: str | keras.layers.Layer, reduce: str | None = "mean"
+    model: keras.Model, image: Any, layer: str | keras.layers.Layer, reduce: str | None = "share"
 ) -> np.ndarray:
     """Computes what a gate multiplies its feature map by.
 
@@ -133,7 +133,9 @@ def gate_map(
         model: A Keras model.
         image: See `sampling_points`.
         layer: A `DASLayer` of the model or of a model inside it, or its name.
-        reduce: `"mean"` over the channels, or `None` for all of them.
+        reduce: What becomes of the channels. `"share"`: how much of the feature map's magnitude the gate
+            keeps, `sum |x A| / sum |x|` (where x is 0, the mean). `"mean"`: the mean of A, which a layer norm
+            holds near the middle of A's range whatever the image. `None`: all of them are returned.
 
     Returns:
         float32 `(h, w)`, or `(h, w, channels)`, of the feature map's size; channels last in any case. In
@@ -150,8 +152,8 @@ def gate_map(
     Reference:
         - [Salajegheh et al., 2023](https://arxiv.org/abs/2311.12091), equation 3
     """
-    if reduce not in ("mean", None):
-        raise ValueError(f'`reduce` must be "mean" or None. Received: reduce={reduce!r}')
+    if reduce not in ("share", "mean", None):
+        raise ValueError(f'`reduce` must be "share", "mean" or None. Received: reduce={reduce!r}')
     gate = _find(model, layer, (DASLayer,))
     (inputs,) = _inputs_of(model, _one_image(model, image)[None], [gate])
     return _reduced_gate(gate, inputs, reduce)
@@ -212,7 +214,7 @@ def grad_cam(
     found = _find(model, layer, (keras.layers.Layer,))
     batch = _one_image(model, image)[None]
     with _replaced_call([found], lambda of, call, x: call(x)) as seen:
-        outputs = model(batch, training=False)
+        outputs = _run(model, batch)
     features = _only(found, [output for _, output in seen[id(found)]])
     if not hasattr(outputs, "shape") or len(outputs.shape) != 2:
         raise ValueError(f"`model` must have one output of shape (N, classes). Received: model={model!r}")
@@ -227,7 +229,7 @@ def grad_cam(
 
     def score(change: Tensor) -> Tensor:
         with _replaced_call([found], lambda of, call, x: call(x) + change):
-            return model(batch, training=False)[0, class_index]
+            return _run(model, batch)[0, class_index]
 
     gradient = _to_numpy(_gradient(score, ops.zeros_like(features)))
     features = _to_numpy(features)
@@ -295,7 +297,9 @@ def plot_gates(
     labels: Sequence[str] | None = None,
     pictures: Sequence[np.ndarray] | None = None,
 ) -> Any:
-    """Draws each stage's gate, a mean over its channels, as a heat map over each image: bright is kept.
+    """Draws over each image how much of its feature map each stage's gate keeps (`gate_map`): bright is more.
+
+    A column's colours reach from the least to the greatest value in it, which its title names.
 
     Args:
         model: See `sampling_points`.
@@ -326,22 +330,25 @@ def plot_gates(
     readings = [_read(model, image, layers or _names(model, (DASLayer,)), (DASLayer,)) for image in pixels]
     if not readings or not readings[0]:
         raise ValueError(f"`model` must have gates, and `images` an image. Received: {count} images")
-    figure = _figure(2.1 * (1 + len(readings[0])), 2.3 * count)
+    figure = _figure(2.1 * (1 + len(readings[0])), 2.1 * count + 0.4)
     grid = figure.subplots(count, 1 + len(readings[0]), squeeze=False)
-    scale = max(2 if reading.layer.identity_init else 1 for reading in readings[0])
+    gates = [[_reduced_gate(of.layer, of.inputs, "share") for of in row] for row in readings]
+    ranges = [(float(np.min(column)), float(np.max(column))) for column in zip(*gates, strict=True)]
     for number, (row, image) in enumerate(zip(grid, pixels, strict=True)):
         picture = _picture(model, image, None if pictures is None else pictures[number])
         _show_picture(row[0], picture)
         row[0].set_ylabel("" if labels is None else labels[number])
-        for axes, reading in zip(row[1:], readings[number], strict=True):
+        for column, (axes, reading) in enumerate(zip(row[1:], readings[number], strict=True)):
             _show_picture(axes, picture, gray=True)
-            gate = _reduced_gate(reading.layer, reading.inputs, "mean")
-            heat = _show_map(axes, gate, reading.fields.outputs, vmin=0, vmax=scale)
+            low, high = ranges[column]
+            gate = gates[number][column]
+            _show_map(axes, gate, reading.fields.outputs, cmap="viridis", vmin=low, vmax=high)
             if point is not None:
                 _scatter_sizes(axes, reading.at(_check_point(model, image, point)))
             if number == 0:
-                axes.set_title(f"{reading.layer.name}\n{gate.shape[0]}x{gate.shape[1]}")
-    figure.colorbar(heat, ax=grid, label="gate", shrink=0.8)
+                axes.set_title(
+                    f"{reading.layer.name}, {gate.shape[0]}x{gate.shape[1]}\n{low:.4f} to {high:.4f}"
+                )
     return figure
 
 
@@ -374,7 +381,7 @@ def plot_grad_cam(
     """
     if not models:
         raise ValueError(f"`models` must hold a model. Received: models={models!r}")
-    figure = _figure(3.2 * (1 + len(models)), 3.2)
+    figure = _figure(3.2 * (1 + len(models)), 3.7)
     first, *others = figure.subplots(1, 1 + len(models))
     first_model = next(iter(models.values()))[0]
     shown = _picture(first_model, image, picture)
@@ -567,8 +574,17 @@ def _inputs_of(
         return call(x)
 
     with _replaced_call(layers, note) as seen:
-        model(images, training=False)
+        _run(model, images)
     return [_only(layer, [x for x, _ in seen[id(layer)]]) for layer in layers]
+
+
+def _run(model: keras.Model, images: Any) -> Any:
+    """Calls the model, in the structure that it names its input in."""
+    if not isinstance(model, keras.Function):
+        return model(images, training=False)
+    if len(model.inputs) != 1:
+        raise ValueError(f"`model` must have one input. Received: model.inputs={model.inputs}")
+    return model(keras.tree.map_structure(lambda _: images, model.input), training=False)
 
 
 @contextlib.contextmanager
@@ -610,10 +626,19 @@ def _only(layer: Any, values: Sequence[Tensor]) -> Tensor:
 
 
 def _reduced_gate(gate: DASLayer, inputs: Tensor, reduce: str | None) -> np.ndarray:
-    values = _to_numpy(gate.gate(inputs))[0]
+    values, features = _to_numpy(gate.gate(inputs))[0], _to_numpy(inputs)[0]
     if gate.data_format == "channels_first":
-        values = np.moveaxis(values, 0, -1)
-    return values if reduce is None else values.mean(axis=-1)
+        values, features = (np.moveaxis(x, 0, -1) for x in (values, features))
+    return _reduce(values, features, reduce)
+
+
+def _reduce(values: np.ndarray, features: np.ndarray, reduce: str | None) -> np.ndarray:
+    """A gate `(h, w, channels)` over the channels, weighted by the features' magnitudes for "share"."""
+    if reduce is None:
+        return values
+    weights = np.abs(features) if reduce == "share" else np.ones_like(features)
+    weights[weights.sum(axis=-1) == 0] = 1
+    return np.average(values, axis=-1, weights=weights)
 
 
 def _fields(model: keras.Model, image: np.ndarray, layers: Sequence[Any]) -> list[Fields]:
@@ -783,12 +808,16 @@ def _show_picture(axes: Any, picture: np.ndarray, gray: bool = False) -> None:
 
 
 def _show_map(axes: Any, values: np.ndarray, field: Field, **style: Any) -> Any:
-    """Lays a feature map over the picture, each of its pixels around the middle of what it sees."""
-    limits = axes.get_xlim(), axes.get_ylim()
-    (top, bottom), (left, right) = ((axis.locate(-0.5), axis.locate(axis.size - 0.5)) for axis in field)
-    shown = axes.imshow(values, extent=(left, right, bottom, top), alpha=0.65, **style)
-    axes.set(xlim=limits[0], ylim=limits[1])
-    return shown
+    """Lays a feature map over the picture, linear between the middles of its pixels and level beyond them."""
+    columns, rows = (round(max(ends) + 0.5) for ends in (axes.get_xlim(), axes.get_ylim()))
+    spread = _interpolate(_interpolate(values, field[0], rows).T, field[1], columns).T
+    return axes.imshow(spread, alpha=0.65, **style)
+
+
+def _interpolate(values: np.ndarray, axis: Axis, size: int) -> np.ndarray:
+    """The values, `(axis.size, n)`, at each of `size` pixels of the image along their first axis."""
+    middles = axis.locate(np.arange(axis.size))
+    return np.stack([np.interp(np.arange(size), middles, line) for line in values.T], axis=-1)
 
 
 def _scatter(axes: Any, found: SamplingPoints) -> Any:

@@ -195,11 +195,14 @@ def test_stacked_layers(rng):
 
 def support(model, size, index):
     """By the gradient: which pixels one pixel of the output depends on, if all weights are positive."""
-    image = tf.Variable(tf.ones((1, *size, 2)))
-    with tf.GradientTape() as tape:
-        value = tf.reduce_sum(model(image)[0, index[0], index[1]])
-    gradient = np.abs(np.asarray(tape.gradient(value, image)))[0].sum(-1)
-    return [(used.min(), used.max()) for used in np.nonzero(gradient)]
+
+    # A graph, for the kernels' gradients are pruned from it: they crash for odd sizes (TensorFlow 2.21).
+    @tf.function
+    def gradient(image):
+        return tf.gradients(model(image)[0, index[0], index[1]], image)[0]
+
+    used = np.nonzero(np.abs(gradient(tf.ones((1, *size, 2))))[0].sum(-1))
+    return [(along.min(), along.max()) for along in used]
 
 
 def ones(filters, size, strides, padding, rate=1):
@@ -289,13 +292,22 @@ def test_gate_map(data_format, rng):
     shape = (32, 32, 3) if data_format == "channels_last" else (3, 32, 32)
     image = rng.normal(size=shape).astype("float32")
     tensors = [model.get_layer(name).output for name in ("relu_1", "das_relu_1")]
-    before, after = (np.asarray(x)[0] for x in keras.Model(model.input, tensors)(image[None]))
+    before, after = (np.array(x)[0] for x in keras.Model(model.input, tensors)(image[None]))
     if data_format == "channels_first":
         before, after = (np.moveaxis(x, 0, -1) for x in (before, after))
     values = visualize.gate_map(model, image, "das_relu_1", reduce=None)
     assert values.shape == (4, 4, 8)
     np.testing.assert_allclose(values * before, after, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(visualize.gate_map(model, image, "das_relu_1"), values.mean(-1), rtol=1e-6)
+    mean = visualize.gate_map(model, image, "das_relu_1", reduce="mean")
+    np.testing.assert_allclose(mean, values.mean(-1), rtol=1e-5)
+    # The share of what there is; where there is nothing, the mean.
+    before[0, 0], before[1, 1] = 0, 1
+    total, kept = np.abs(before).sum(-1), np.abs(values * before).sum(-1)
+    share = np.where(total > 0, kept / np.maximum(total, 1e-9), mean)
+    np.testing.assert_allclose(visualize._reduce(values, before, "share"), share, rtol=1e-5)
+    assert share[0, 0] == mean[0, 0]
+    found = visualize.gate_map(model, image, "das_relu_1")
+    np.testing.assert_allclose(found[2:], share[2:], rtol=1e-5)
 
 
 def test_gate_inputs(rng):
@@ -407,11 +419,12 @@ def test_plot_gates(rng):
     figure = visualize.plot_gates(model, images, point=(16, 12), labels=["a", "b"])
     grid = [axes for axes in figure.axes if axes.get_label() != "<colorbar>"]
     assert [axes.get_ylabel() for axes in grid] == ["a", "", "", "b", "", ""]
-    assert [axes.get_title() for axes in grid[:3]] == ["", "das_p2\n8x8", "das_p3\n4x4"]
-    heat = grid[2].images[1]
-    np.testing.assert_allclose(heat.get_array(), visualize.gate_map(model, images[0], "das_p3"))
-    # The first of its pixels lies at 8 (0, 0) + 5, and is 8 pixels wide.
-    assert heat.get_extent() == [1, 33, 33, 1]
+    assert [axes.get_title() for axes in grid[:3]] == [
+        "",
+        "das_p2, 8x8\n1.0000 to 1.0000",
+        "das_p3, 4x4\n1.0000 to 1.0000",
+    ]
+    np.testing.assert_array_equal(grid[2].images[1].get_array(), np.ones((32, 32)))
     (points,) = grid[5].collections
     found = visualize.sampling_points(model, images[1], "das_p3", (16, 12))
     np.testing.assert_allclose(points.get_offsets()[:, ::-1], found.points[found.inside])
@@ -427,7 +440,12 @@ def test_plot_grad_cam(rng, tmp_path):
     shown = first.images[0].get_array()
     assert (shown.min(), shown.max()) == (0, 1)  # negative values: the image's range is stretched
     assert plain.get_title() == "without\nrelu_1"
-    np.testing.assert_allclose(das.images[1].get_array(), visualize.grad_cam(gated, image, "das_relu_1", 1))
+    cam = visualize.grad_cam(gated, image, "das_relu_1", 1)
+    # A pixel of the map lies at 8 (row, column) + 5; beyond the outermost ones it stays as it is.
+    spread = np.asarray(das.images[1].get_array())
+    np.testing.assert_allclose(spread[5::8, 5::8], cam, atol=1e-6)
+    np.testing.assert_allclose(spread[9, 13], (cam[0, 1] + cam[1, 1]) / 2, atol=1e-6)
+    np.testing.assert_allclose(spread[0, :6], cam[0, 0], atol=1e-6)
     figure.savefig(tmp_path / "cam.png")
     assert (tmp_path / "cam.png").read_bytes().startswith(b"\x89PNG")
 
@@ -534,6 +552,19 @@ def test_a_layer_that_is_called_twice():
     model = keras.Model(inputs, shared(shared(inputs)))
     with pytest.raises(ValueError, match=r"`layer` must be called once.*'gate', which is called 2 times"):
         visualize.sampling_points(model, np.zeros((8, 8, 4)), "gate", (0, 0))
+
+
+def test_a_model_of_two_inputs():
+    inputs = [keras.Input((8, 8, 4)), keras.Input((8, 8, 4))]
+    model = keras.Model(inputs, keras_das.DASLayer(name="gate")(keras.layers.Add()(inputs)))
+    with pytest.raises(ValueError, match="`model` must have one input"):
+        visualize.gate_map(model, np.zeros((8, 8, 4)), "gate")
+
+
+def test_an_input_that_has_a_name():
+    inputs = {"image": keras.Input((8, 8, 4), name="image")}
+    model = keras.Model(inputs, keras_das.DASLayer(name="gate")(inputs["image"]))
+    assert visualize.gate_map(model, np.zeros((8, 8, 4)), "gate").shape == (8, 8)
 
 
 def test_a_name_that_two_layers_have():
