@@ -16,7 +16,6 @@ Reference:
 
 import contextlib
 import csv
-import importlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_das._requirements import import_extra
 from keras_das.layers import DASLayer, DeformableConv2D
 from keras_das.models.fields import Axis, Field, Fields, fields_of, through, windows_of
 
@@ -480,7 +480,7 @@ class TensorBoardFigures(keras.callbacks.Callback):
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"`every` must be a positive integer. Received: every={every!r}")
         for package in ("matplotlib.figure", "tensorboard"):
-            _import(package)  # now, not after the first epochs, if it is missing
+            import_extra(package, "viz")  # now, not after the first epochs, if it is missing
         self.log_dir, self.images, self.every = str(log_dir), images, every
         self.point, self.labels, self.pictures = point, labels, pictures
 
@@ -757,25 +757,16 @@ def _to_numpy(x: Tensor) -> np.ndarray:
 # Drawing
 
 
-def _import(name: str) -> Any:
-    """A module of the extra `viz`, imported where it is needed only."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        package = name.partition(".")[0]
-        raise ImportError(
-            f"keras_das.visualize needs {package} for this: pip install 'keras-das[viz]' ({error})"
-        ) from error
-
-
 def _figure(width: float, height: float) -> Any:
     """An empty figure, in inches, that no window shows."""
-    return _import("matplotlib.figure").Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+    return import_extra("matplotlib.figure", "viz").Figure(
+        figsize=(width, height), dpi=_DPI, layout="constrained"
+    )
 
 
 def _to_pixels(figure: Any) -> np.ndarray:
     """The figure as uint8 `(h, w, 4)`."""
-    canvas = _import("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
+    canvas = import_extra("matplotlib.backends.backend_agg", "viz").FigureCanvasAgg(figure)
     canvas.draw()
     return np.array(canvas.buffer_rgba())
 
