@@ -28,6 +28,7 @@ from keras import ops
 from keras_das._requirements import import_extra
 from keras_das.layers import DASLayer, DeformableConv2D
 from keras_das.models.fields import Axis, Field, Fields, fields_of, through, windows_of
+from keras_das.models.graph import run
 
 Tensor = Any
 Point = tuple[float, float]
@@ -214,7 +215,7 @@ def grad_cam(
     found = _find(model, layer, (keras.layers.Layer,))
     batch = _one_image(model, image)[None]
     with _replaced_call([found], lambda of, call, x: call(x)) as seen:
-        outputs = _run(model, batch)
+        outputs = run(model, batch)
     features = _only(found, [output for _, output in seen[id(found)]])
     if not hasattr(outputs, "shape") or len(outputs.shape) != 2:
         raise ValueError(f"`model` must have one output of shape (N, classes). Received: model={model!r}")
@@ -229,7 +230,7 @@ def grad_cam(
 
     def score(change: Tensor) -> Tensor:
         with _replaced_call([found], lambda of, call, x: call(x) + change):
-            return _run(model, batch)[0, class_index]
+            return run(model, batch)[0, class_index]
 
     gradient = _to_numpy(_gradient(score, ops.zeros_like(features)))
     features = _to_numpy(features)
@@ -430,11 +431,11 @@ def plot_history(
         raise ValueError(f"`metrics` must be among {list(names)}. Received: metrics={metrics!r}")
     figure = _figure(4.2 * len(chosen), 3.2)
     for axes, metric in zip(figure.subplots(1, len(chosen), squeeze=False)[0], chosen, strict=True):
-        for number, (name, run) in enumerate(runs.items()):
+        for number, (name, columns) in enumerate(runs.items()):
             for column, style in ((metric, "-"), (f"val_{metric}", "--")):
-                if column in run:
+                if column in columns:
                     label = f"{name}, validation" if style == "--" else name
-                    axes.plot(run[epoch], run[column], style, color=f"C{number}", label=label)
+                    axes.plot(columns[epoch], columns[column], style, color=f"C{number}", label=label)
         axes.set(xlabel="epoch", title=metric)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
@@ -574,17 +575,8 @@ def _inputs_of(
         return call(x)
 
     with _replaced_call(layers, note) as seen:
-        _run(model, images)
+        run(model, images)
     return [_only(layer, [x for x, _ in seen[id(layer)]]) for layer in layers]
-
-
-def _run(model: keras.Model, images: Any) -> Any:
-    """Calls the model, in the structure that it names its input in."""
-    if not isinstance(model, keras.Function):
-        return model(images, training=False)
-    if len(model.inputs) != 1:
-        raise ValueError(f"`model` must have one input. Received: model.inputs={model.inputs}")
-    return model(keras.tree.map_structure(lambda _: images, model.input), training=False)
 
 
 @contextlib.contextmanager

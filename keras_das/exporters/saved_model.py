@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 
+from keras_das.models.graph import run
 from keras_das.ops import native
 
 Tensor = Any
@@ -86,14 +87,13 @@ def _write_signatures(model: keras.Model, folder: Path, verbose: bool, serving: 
     _check_labels(model, serving.labels)
 
     def serve(images: Tensor) -> dict[str, Tensor]:
-        outputs = model(keras.tree.map_structure(lambda _: images, model.input), training=False)
-        (scores,) = keras.tree.flatten(outputs)
+        (scores,) = keras.tree.flatten(run(model, images))
         return {"output_0": scores, **_named(scores, serving.labels)}
 
     archive = keras.export.ExportArchive()
     archive.track(model)
     archive.add_endpoint("serve", serve, [tf.TensorSpec(image.shape, image.dtype, name=image.name)])
-    requests = [(f"{image.name}", "serving_default", lambda count: _blank_images(image, count, serving))]
+    requests = [(image.name, "serving_default", lambda count: _blank_images(image, count, serving))]
     if serving.serving_bytes:
         size, channels_first = _image_layout(image, serving.image_size)
 

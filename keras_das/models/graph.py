@@ -61,6 +61,15 @@ def shapes_of(
     return keras.Model(model.inputs, tensors).compute_output_shape(input_shapes)
 
 
+def run(model: keras.Model, images: Any) -> Any:
+    """The model's outputs for a batch of images, given in the structure that it names its one input in."""
+    if not isinstance(model, keras.Function):
+        return model(images, training=False)
+    if len(model.inputs) != 1:
+        raise ValueError(f"`model` must have one input. Received: model.inputs={model.inputs}")
+    return model(keras.tree.map_structure(lambda _: images, model.input), training=False)
+
+
 def view(model: keras.Model, taps: Mapping[str, Tensor]) -> keras.Model:
     """A model over the same layers that also outputs the taps: `{"output": ..., "taps": {level: ...}}`.
 
