@@ -84,7 +84,7 @@ $(VENV)/.demo-detect: $(VENV)/.demo
 	touch $@
 
 $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
-	$(VENV)/bin/python -m pip install --quiet '$(TENSORFLOW)' -e '.[tf,hub,cv,jax,viz,examples,dev]'
+	$(VENV)/bin/python -m pip install --quiet '$(TENSORFLOW)' -e '.[tf,hub,cv,jax,viz,export,examples,dev]'
 	touch $@ $(VENV)/.demo $(VENV)/.demo-detect
 
 # Without a compiler (exit status 1) the reference implementation serves. A build that fails stops the tests, and

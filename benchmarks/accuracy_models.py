@@ -81,13 +81,13 @@ def gates_of(model: keras.Model) -> list[keras_das.DASLayer]:
 
 def describe(path: pathlib.Path, config: Any) -> dict[str, Any]:
     """What a trained model costs, and what its gates do on 256 images of the test split."""
-    from examples import data, figures
+    from examples import data
 
     model = keras.models.load_model(path, compile=False)
     features = next(layer for layer in model.layers if isinstance(layer, keras.Model))
     split = data.load(config.data, config.image_size, config.seed, share=config.data_share).splits["test"]
     chosen = split.images[np.random.default_rng(0).permutation(split.count)[:256]]
-    inputs = figures.gate_inputs(model, chosen.astype("float32"))
+    inputs = keras_das.visualize.gate_inputs(model, chosen.astype("float32"))
     return {
         "multiply_adds": multiply_adds(features),
         "gates": [_describe_gate(gate, x) for gate, x in inputs],

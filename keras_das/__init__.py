@@ -4,10 +4,10 @@ from keras_das._requirements import check_backend
 
 check_backend()  # ahead of the imports below, which would fail in less clear words
 
-from keras_das import ops
+from keras_das import ops, visualize
 from keras_das._version import __version__
 from keras_das.export import export
 from keras_das.layers import DASLayer, DeformableConv2D
 from keras_das.models import attach_das
 
-__all__ = ["DASLayer", "DeformableConv2D", "__version__", "attach_das", "export", "ops"]
+__all__ = ["DASLayer", "DeformableConv2D", "__version__", "attach_das", "export", "ops", "visualize"]

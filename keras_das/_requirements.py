@@ -1,5 +1,8 @@
 """What must be there before anything else of the package is imported."""
 
+import importlib
+from typing import Any
+
 _TENSORFLOW_MINIMUM = (2, 18)
 _INSTALL = (
     "pip install 'keras-das[tf]' (NVIDIA GPUs: also 'tensorflow[and-cuda]') or 'keras-das[tf-cpu]'; "
@@ -25,3 +28,13 @@ def check_backend() -> None:
         raise ImportError(
             f"keras_das needs TensorFlow {minimum} or newer, and found {tf.__version__}: {_INSTALL}."
         )
+
+
+def import_extra(name: str, extra: str) -> Any:
+    """A module of an optional dependency, imported where it is needed; an ImportError says how to get it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(
+            f"keras_das needs {name.partition('.')[0]} for this: pip install 'keras-das[{extra}]' ({error})"
+        ) from error

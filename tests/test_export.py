@@ -11,7 +11,8 @@ import pytest
 import tensorflow as tf
 
 import keras_das
-from keras_das.export import custom_operations
+from keras_das.exporters import litert, saved_model
+from keras_das.exporters.saved_model import custom_operations
 
 # Runs where neither package can be imported, as a server does.
 SERVE = textwrap.dedent(
@@ -100,9 +101,7 @@ def test_a_custom_operation_would_be_seen(tmp_path):
 
 
 def test_export_refuses_custom_operations(small, tmp_path, monkeypatch):
-    # The module, which the function of the same name hides on the package.
-    module = sys.modules["keras_das.export"]
-    monkeypatch.setattr(module, "custom_operations", lambda path: ["KerasDas>X"])
+    monkeypatch.setattr(saved_model, "custom_operations", lambda path: ["KerasDas>X"])
     with pytest.raises(ValueError, match="KerasDas>X"):
         keras_das.export(small, tmp_path / "exported")
     assert list(tmp_path.iterdir()) == []
@@ -138,6 +137,42 @@ def test_keeps_what_is_not_a_saved_model(small, tmp_path):
     with pytest.raises(FileExistsError, match=r"thesis\.txt"):
         keras_das.export(small, tmp_path / "thesis.txt")
     assert (tmp_path / "thesis.txt").read_text() == "the only copy"
+
+
+def writer(content, error=None):
+    """Stands in for what writes a file."""
+
+    def write(model, path, verbose):
+        path.write_text(content)
+        if error:
+            raise error
+
+    return write
+
+
+def test_replaces_a_file_whole_or_not_at_all(small, tmp_path, monkeypatch):
+    path = tmp_path / "model.tflite"
+    for content in ("first", "second"):
+        monkeypatch.setattr(litert, "write", writer(content))
+        keras_das.export(small, path, format="litert")
+        assert path.read_text() == content
+    monkeypatch.setattr(litert, "write", writer("half", OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        keras_das.export(small, path, format="litert")
+    assert path.read_text() == "second"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model.tflite"]
+
+
+def test_paths_of_other_formats(small, tmp_path):
+    with pytest.raises(ValueError, match=r"`path` must end in '\.onnx'. Received: path=.*model\.pb"):
+        keras_das.export(small, tmp_path / "model.pb", format="onnx")
+    (tmp_path / "model.tflite").mkdir()
+    (tmp_path / "model.tflite" / "thesis.txt").touch()
+    with pytest.raises(FileExistsError, match="must be free, or hold a file"):
+        keras_das.export(small, tmp_path / "model.tflite", format="litert")
+    keras_das.export(small, tmp_path / "saved")
+    with pytest.raises(FileExistsError, match="must be free, or hold OpenVINO's files"):
+        keras_das.export(small, tmp_path / "saved", format="openvino")
 
 
 def test_bad_arguments(model, tmp_path):

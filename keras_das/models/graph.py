@@ -50,6 +50,26 @@ def data_format_of(tensor: Tensor) -> str:
     return keras.config.image_data_format()
 
 
+def shapes_of(
+    model: keras.Model, tensors: list[Tensor], input_shapes: list[tuple[int | None, ...]]
+) -> list[tuple[Any, ...]]:
+    """The shapes of tensors of the model, for inputs of these shapes."""
+    if all(
+        tuple(x.shape)[1:] == tuple(shape)[1:] for x, shape in zip(model.inputs, input_shapes, strict=True)
+    ):
+        return [tuple(tensor.shape) for tensor in tensors]
+    return keras.Model(model.inputs, tensors).compute_output_shape(input_shapes)
+
+
+def run(model: keras.Model, images: Any) -> Any:
+    """The model's outputs for a batch of images, given in the structure that it names its one input in."""
+    if not isinstance(model, keras.Function):
+        return model(images, training=False)
+    if len(model.inputs) != 1:
+        raise ValueError(f"`model` must have one input. Received: model.inputs={model.inputs}")
+    return model(keras.tree.map_structure(lambda _: images, model.input), training=False)
+
+
 def view(model: keras.Model, taps: Mapping[str, Tensor]) -> keras.Model:
     """A model over the same layers that also outputs the taps: `{"output": ..., "taps": {level: ...}}`.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from keras_das.models.graph import Node, Tensor, data_format_of, node_of, sort_nodes
+from keras_das.models.graph import Node, Tensor, data_format_of, node_of, shapes_of, sort_nodes
 
 # Level n has one pixel for each 2**n of the image's, as in P2 ... P5 of a feature pyramid.
 LEVELS = (2, 3, 4, 5)
@@ -89,13 +89,11 @@ def _levels(model: keras.Model, image: Tensor, nodes: Sequence[Node]) -> dict[No
 
 
 def _shapes(model: keras.Model, image: Tensor, tensors: list[Tensor]) -> list[tuple[Any, ...]]:
-    if not any(None in tensor.shape[1:] for tensor in tensors):
-        return [tuple(tensor.shape) for tensor in tensors]
     probe = [
         (1, *(_PROBE if size is None and tensor is image else size for size in tensor.shape[1:]))
         for tensor in model.inputs
     ]
-    return keras.Model(model.inputs, tensors).compute_output_shape(probe)
+    return shapes_of(model, tensors, probe)
 
 
 def _dominators(nodes: Sequence[Node]) -> dict[Node, int]:

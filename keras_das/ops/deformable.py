@@ -1,6 +1,8 @@
 """`deformable_conv2d`: check the arguments, choose an implementation, call it."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -20,6 +22,24 @@ IMPLEMENTATIONS = ("auto", "native", "reference")
 
 Tensor = Any
 Shape = tuple[int | None, ...]
+
+_substitute: contextvars.ContextVar[Callable[..., Tensor] | None] = contextvars.ContextVar(
+    "keras_das_substitute", default=None
+)
+
+
+@contextlib.contextmanager
+def substituted(compute: Callable[..., Tensor]) -> Iterator[None]:
+    """Within it, in this thread, every deformable convolution is `compute(...)`: an export's own operation.
+
+    Args:
+        compute: Takes what `keras_das.ops.reference.deformable_conv2d` takes, and returns what it returns.
+    """
+    token = _substitute.set(compute)
+    try:
+        yield
+    finally:
+        _substitute.reset(token)
 
 
 def deformable_conv2d(
@@ -153,6 +173,8 @@ class DeformableConv2DOperation(keras.Operation):
 
     def _choose(self, tensors: Sequence[Tensor | None], dtype: str) -> Callable[..., Tensor]:
         """The implementation for this call."""
+        if substitute := _substitute.get():
+            return substitute
         if self.implementation != "reference" and not native.must_be_portable(tensors):
             named = self.implementation == "native"
             if native.can_use(tensors=tensors, dtype=dtype, raise_error=named):

@@ -71,6 +71,8 @@ class Window(NamedTuple):
         """Zero pixels ahead of the first input pixel; "same" puts the odd one at the end."""
         if self.padding != "same":
             return self.padding[0]
+        if self.stride == 1:
+            return (self.extent - 1) // 2  # whatever the size
         total = (self.output_size(size) - 1) * self.stride + self.extent - size
         return (max(total, 0) if isinstance(total, int) else ops.maximum(total, 0)) // 2
 

@@ -91,8 +91,12 @@ class _Frame:
         self.geometry, self.dtype = geometry, dtype
         batch, height, width, self.channels = ops.shape(inputs)
         self.batch, self.height, self.width = map(_wide, (batch, height, width))
-        out_height = geometry.rows.output_size(self.height)
-        out_width = geometry.columns.output_size(self.width)
+        # Divided before they are widened: LiteRT divides no 64-bit integers.
+        out_height, out_width = (
+            _wide(geometry.rows.output_size(height)),
+            _wide(geometry.columns.output_size(width)),
+        )
+        self.margins = _wide(geometry.rows.pad_before(height)), _wide(geometry.columns.pad_before(width))
         self.grid = (self.batch, out_height, out_width, geometry.offset_groups)
         self.columns_shape = (self.batch, out_height, out_width, self.channels)
         self.depth = self.channels // geometry.offset_groups  # channels that are read together
@@ -123,7 +127,7 @@ class _Sample(NamedTuple):
 def _locate(frame: _Frame, offsets: Tensor, tap: Tensor) -> _Sample:
     """Turns one tap's offsets into the corners to read and their bilinear weights."""
     geometry = frame.geometry
-    offset_y, offset_x = (ops.cast(offsets[..., axis], frame.dtype) for axis in (0, 1))
+    offset_y, offset_x = (ops.cast(ops.take(offsets, axis, axis=-1), frame.dtype) for axis in (0, 1))
     ky, kx = tap // geometry.columns.kernel, tap % geometry.columns.kernel
     floor_y, floor_x = ops.floor(offset_y), ops.floor(offset_x)
     y, fraction_y = _resting_position(frame, ky, axis=1) + floor_y, offset_y - floor_y
@@ -156,10 +160,9 @@ def _locate(frame: _Frame, offsets: Tensor, tap: Tensor) -> _Sample:
 def _resting_position(frame: _Frame, k: Tensor, axis: int) -> Tensor:
     """Where tap row or column `k` reads at offset zero, whole pixels along one axis of the grid."""
     window = frame.geometry.rows if axis == 1 else frame.geometry.columns
-    size = frame.height if axis == 1 else frame.width
     shape = [1, 1, 1, 1]
     shape[axis] = frame.grid[axis]
-    first = ops.arange(frame.grid[axis]) * window.stride - window.pad_before(size)
+    first = ops.arange(frame.grid[axis]) * window.stride - frame.margins[axis - 1]
     positions = ops.cast(first, frame.dtype) + ops.cast(k * window.dilation, frame.dtype)
     return ops.reshape(positions, shape)
 
@@ -172,7 +175,7 @@ def _forward(frame: _Frame, inputs: Tensor, kernel: Tensor, offsets: Tensor, mas
         masked = _masked(sample.weights, _at_tap(frame, mask, tap))
         columns = 0.0
         for rows, weight in zip(sample.rows, masked, strict=True):
-            columns = columns + _read(frame, table, rows) * weight[..., None]
+            columns = columns + _read(frame, table, rows) * _last(weight)
         columns = ops.reshape(columns, frame.columns_shape)
         return (output + _apply_kernel(columns, _at_tap(frame, kernel, tap), frame.geometry.groups),)
 
@@ -195,8 +198,8 @@ def _backward(
         for rows, weight in zip(sample.rows, _masked(sample.weights, modulation), strict=True):
             pixels = _read(frame, table, rows)
             products.append(ops.sum(pixels * grad_columns, axis=-1))
-            columns = columns + pixels * weight[..., None]
-            grad_table = grad_table + _spread(frame, rows, grad_columns * weight[..., None])
+            columns = columns + pixels * _last(weight)
+            grad_table = grad_table + _spread(frame, rows, grad_columns * _last(weight))
         grad_kernel = _kernel_gradient(ops.reshape(columns, frame.columns_shape), grad_output, groups)
         by_tap = [grad_kernel, _offset_gradient(sample, products, modulation)]
         if modulation is not None:
@@ -261,7 +264,7 @@ def _offset_gradient(sample: _Sample, products: list[Tensor], modulation: Tensor
     gradient = ops.stack(
         [(1 - fx) * (p10 - p00) + fx * (p11 - p01), (1 - fy) * (p01 - p00) + fy * (p11 - p10)], axis=-1
     )
-    return gradient if modulation is None else gradient * modulation[..., None]
+    return gradient if modulation is None else gradient * _last(modulation)
 
 
 def _read(frame: _Frame, table: Tensor, rows: Tensor) -> Tensor:
@@ -340,6 +343,11 @@ def _on_image(whole: Tensor, fraction: Tensor, size: Any) -> Tensor:
     size = ops.cast(size, whole.dtype)
     above = ops.logical_or(whole >= 0, ops.logical_and(whole == -1, fraction > 0))
     return ops.logical_and(above, whole < size)
+
+
+def _last(x: Tensor) -> Tensor:
+    """`x[..., None]`, in an operation that LiteRT has for open sizes too."""
+    return ops.expand_dims(x, -1)
 
 
 def _wide(size: Any) -> Any:

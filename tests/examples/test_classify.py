@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import keras_das
 from examples import backbones, classify, figures, training
 from examples.common import UserError
 
@@ -446,20 +445,3 @@ def test_confusion_matrix_of_many_classes(tmp_path: Path) -> None:
     figures.draw_confusion_matrix(np.eye(120, dtype=int), names, tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as image:
         assert min(image.size) > 1000
-
-
-def test_points_of_the_gates_figure_follow_the_offsets() -> None:
-    """Rows before columns, in pixels of the image: one row of an 8x8 map is 4 rows of a 32x32 image."""
-    gate = keras_das.DASLayer(reduction=1)
-    maps = np.random.default_rng(0).normal(size=(1, 8, 8, 2)).astype("float32")
-    gate.build(maps.shape)
-    at_rest, masks = figures._sampled_points(gate, maps, (32, 32))
-    np.testing.assert_allclose(at_rest[0, 4], [18, 18])  # the middle of the pixel (4, 4)
-    np.testing.assert_allclose(at_rest[0, 1], [14, 18])  # the tap above it
-    np.testing.assert_allclose(masks, 0.5)
-    bias = gate.deform.offset_bias.numpy()
-    bias[2:4] = [2.0, -1.0]  # the second tap's, two rows down and one column left
-    gate.deform.offset_bias.assign(bias)
-    moved, _ = figures._sampled_points(gate, maps, (32, 32))
-    np.testing.assert_allclose(moved[0, 1] - at_rest[0, 1], [8, -4])
-    np.testing.assert_allclose(np.delete(moved, 1, axis=1), np.delete(at_rest, 1, axis=1))

@@ -13,6 +13,7 @@ import pytest
 import tensorflow as tf
 
 import keras_das
+from keras_das.exporters import saved_model
 from keras_das.ops import library, native, reference
 from tests.ops import random_cases
 from tests.ops.op_cases import DATA_FORMATS, DTYPES, Case, assert_as_expected, call, draw, split_upstream
@@ -645,7 +646,7 @@ def test_exports_hold_no_kernel(rng, tmp_path, how, implementation, monkeypatch)
 
 
 def custom_operations(folder):
-    return sys.modules["keras_das.export"].custom_operations(folder)
+    return saved_model.custom_operations(folder)
 
 
 def call_layer(model, images):

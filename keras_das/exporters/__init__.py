@@ -1,0 +1,1 @@
+"""What `keras_das.export` writes, one module a format."""

@@ -1,0 +1,179 @@
+"""ONNX: a SavedModel whose deformable convolutions are marked, by tf2onnx; then each mark is a `DeformConv`.
+
+tf2onnx knows no deformable convolution, and no opset that has one. So each of them is traced as a single
+operation that computes nothing (TensorFlow's `PyFuncStateless`), on tensors in ONNX's layout; tf2onnx makes
+it a node of a domain of ours, which is renamed once ONNX's own converter has raised the opset.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from keras_das._requirements import import_extra
+from keras_das.ops.deformable import substituted
+from keras_das.ops.geometry import Geometry, Window
+
+Tensor = Any
+
+_OPSET = 19  # the first with DeformConv
+_TF2ONNX_OPSET = 18  # the last that tf2onnx writes
+_DOMAIN = "keras_das"  # of the marks
+_NCHW, _NHWC = (0, 3, 1, 2), (0, 2, 3, 1)
+
+
+def write(model: keras.Model, path: Path, verbose: bool = False) -> None:
+    """Writes an ONNX file; see `keras_das.export`."""
+    tf2onnx = import_extra("tf2onnx", "export")
+    onnx = import_extra("onnx", "export")
+    marks = _Marks()
+    with tempfile.TemporaryDirectory() as scratch:
+        with substituted(marks.mark):
+            model.export(scratch, format="tf_saved_model", verbose=verbose)
+        proto = _convert(tf2onnx, scratch, marks)
+    _check_operations(onnx, proto)
+    proto = onnx.version_converter.convert_version(proto, _OPSET)
+    for node in proto.graph.node:
+        if node.domain == _DOMAIN:
+            node.domain = ""
+    del proto.opset_import[:]
+    proto.opset_import.append(onnx.helper.make_opsetid("", _OPSET))
+    proto.ir_version = onnx.helper.find_min_ir_version_for(proto.opset_import)
+    onnx.checker.check_model(proto, full_check=True)
+    onnx.save(proto, str(path))
+
+
+class _Marks:
+    """The deformable convolutions of a graph that is being traced, and the nodes that stand for them."""
+
+    def __init__(self) -> None:
+        self.attributes: dict[str, dict[str, Any]] = {}
+
+    def mark(
+        self,
+        inputs: Tensor,
+        kernel: Tensor,
+        offsets: Tensor,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        geometry: Geometry,
+        dtype: str,
+    ) -> Tensor:
+        """Traces one operation with the tensors of a `DeformConv`, and notes its attributes."""
+        import tensorflow as tf
+
+        working = "float64" if dtype == "float64" else "float32"
+        x, kernel, offsets = (tf.cast(t, working) for t in (inputs, kernel, offsets))
+        sides = [_padding(w, size) for w, size in zip(_windows(geometry), _sizes(inputs), strict=True)]
+        if not all(isinstance(pad, int) for side in sides for pad in side):
+            # The size decides how "same" pads a strided convolution: the zeros are put there beforehand.
+            x, sides = tf.pad(x, ((0, 0), *sides, (0, 0))), [(0, 0), (0, 0)]
+        filters = kernel.shape[3]
+        tensors = [
+            tf.transpose(x, _NCHW),
+            tf.transpose(kernel, (3, 2, 0, 1)),
+            tf.transpose(offsets, _NCHW),
+            tf.zeros((filters,), working) if bias is None else tf.cast(bias, working),
+        ]
+        if mask is not None:
+            tensors.append(tf.transpose(tf.cast(mask, working), _NCHW))
+        output = tf.numpy_function(_never_run, tensors, working, stateful=False)
+        self.attributes[output.op.get_attr("token").decode()] = _attributes(geometry, sides)
+        output = tf.ensure_shape(output, (inputs.shape[0], filters, None, None))
+        return tf.cast(tf.transpose(output, _NHWC), dtype)
+
+    def convert(self, graph: Any, node: Any, name: str, arguments: Any, **_: Any) -> None:
+        """Of tf2onnx: turns the operation into a node of the marks' domain."""
+        attributes = self.attributes[node.get_attr_str("token")]
+        for attribute in list(node.attr):
+            del node.attr[attribute]
+        node.type, node.domain = "DeformConv", _DOMAIN
+        for attribute, value in attributes.items():
+            node.set_attr(attribute, value)
+        filters = graph.get_shape(node.input[1])[0]
+        graph.set_shape(node.output[0], [-1, filters, -1, -1])
+        graph.set_dtype(node.output[0], graph.get_dtype(node.input[0]))
+
+
+def _never_run(*tensors: Any) -> Any:
+    raise RuntimeError("This graph stands for an ONNX graph and cannot be run.")
+
+
+def _attributes(geometry: Geometry, sides: list[tuple[int, int]]) -> dict[str, Any]:
+    windows = _windows(geometry)
+    (top, bottom), (left, right) = sides
+    return {
+        "kernel_shape": [window.kernel for window in windows],
+        "strides": [window.stride for window in windows],
+        "dilations": [window.dilation for window in windows],
+        "pads": [top, left, bottom, right],
+        "group": geometry.groups,
+        "offset_group": geometry.offset_groups,
+    }
+
+
+def _windows(geometry: Geometry) -> tuple[Window, Window]:
+    return geometry.rows, geometry.columns
+
+
+def _sizes(inputs: Tensor) -> list[Any]:
+    """Rows and columns: integers where they are known, else scalar tensors."""
+    return list(keras.ops.shape(inputs)[1:3])
+
+
+def _padding(window: Window, size: Any) -> tuple[Any, Any]:
+    """Zeros before and after."""
+    if window.padding != "same":
+        return window.padding[0], window.padding[1]
+    before = window.pad_before(size)
+    if window.stride == 1:
+        return before, window.extent - 1 - before
+    needed = (window.output_size(size) - 1) * window.stride + window.extent - size
+    total = max(needed, 0) if isinstance(needed, int) else keras.ops.maximum(needed, 0)
+    return before, total - before
+
+
+def _convert(tf2onnx: Any, folder: str, marks: _Marks) -> Any:
+    """The ONNX model of a SavedModel's default signature, with marks."""
+    import onnx
+    import tensorflow as tf
+
+    loaded = tf.saved_model.load(folder)  # held, for its variables must outlive the conversion
+    signature = loaded.signatures["serving_default"]
+    specs = signature.structured_input_signature[1]
+
+    # Traced anew, for names of outputs that tf2onnx reads.
+    @tf.function
+    def serve(*tensors: Tensor) -> dict[str, Tensor]:
+        return signature(**dict(zip(specs, tensors, strict=True)))
+
+    proto, _ = tf2onnx.convert.from_function(
+        serve,
+        input_signature=list(specs.values()),
+        opset=_TF2ONNX_OPSET,
+        custom_op_handlers={"PyFuncStateless": (marks.convert, []), "Erfc": (_convert_erfc, [])},
+        extra_opset=[onnx.helper.make_opsetid(_DOMAIN, 1)],
+    )
+    return proto
+
+
+def _convert_erfc(graph: Any, node: Any, name: str, arguments: Any, **_: Any) -> None:
+    """Of tf2onnx, which knows `Erf` alone: 1 - erf(x)."""
+    import numpy as np
+
+    dtype = graph.get_dtype(node.output[0])
+    shape, output = graph.get_shape(node.output[0]), node.output[0]
+    erf = graph.make_node("Erf", [node.input[0]], shapes=[shape], dtypes=[dtype])
+    numpy_dtype = {1: np.float32, 10: np.float16, 11: np.float64}[dtype]
+    one = graph.make_const(f"{node.name}_one", np.array(1, numpy_dtype))
+    graph.remove_node(node.name)
+    graph.make_node("Sub", [one.output[0], erf.output[0]], outputs=[output], shapes=[shape], dtypes=[dtype])
+
+
+def _check_operations(onnx: Any, proto: Any) -> None:
+    """Checks that ONNX has every operation: tf2onnx leaves those that it does not know as they are."""
+    types = {node.op_type for node in proto.graph.node if not node.domain}
+    unknown = sorted(name for name in types if not onnx.defs.has(name))
+    if unknown:
+        raise ValueError(f"`model` holds operations that cannot be written as ONNX: {', '.join(unknown)}.")

@@ -1,0 +1,216 @@
+"""SavedModels: standard operations only, and what a server wants beside the model itself."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from keras_das.models.graph import run
+from keras_das.ops import native
+
+Tensor = Any
+_TOP = 5  # classes that are named
+
+
+@dataclasses.dataclass
+class Serving:
+    """What a SavedModel holds beside the model; see `keras_das.export`."""
+
+    labels: Sequence[str] | None = None
+    serving_bytes: bool = False
+    image_size: tuple[int, int] | None = None
+    preprocessing: Callable[[Tensor], Tensor] | None = None
+    warmup: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        """Checks what can be checked without a model."""
+        if not self.serving_bytes and (self.image_size is not None or self.preprocessing is not None):
+            raise ValueError("`image_size` and `preprocessing` go with serving_bytes=True.")
+        if any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in self.warmup):
+            raise ValueError(f"`warmup` must hold batch sizes. Received: warmup={self.warmup!r}")
+
+    def is_plain(self) -> bool:
+        """Whether there is nothing beside the model."""
+        return self == Serving()
+
+
+def write(model: keras.Model, folder: Path, verbose: bool, serving: Serving) -> None:
+    """Writes a SavedModel to a new folder; see `keras_das.export`."""
+    with native.reference_only():
+        if serving.is_plain():
+            model.export(str(folder), format="tf_saved_model", verbose=verbose)
+        else:
+            _write_signatures(model, folder, verbose, serving)
+    check_operations(folder)
+
+
+def custom_operations(path: Path) -> list[str]:
+    """The names of operations in a SavedModel that TensorFlow itself does not have, sorted."""
+    from tensorflow.core.protobuf import saved_model_pb2
+
+    proto = saved_model_pb2.SavedModel.FromString((path / "saved_model.pb").read_bytes())
+    nodes = []
+    for meta_graph in proto.meta_graphs:
+        nodes.extend(meta_graph.graph_def.node)
+        for function in meta_graph.graph_def.library.function:
+            nodes.extend(function.node_def)
+    # TensorFlow keeps names with a namespace for operations from outside.
+    return sorted({node.op for node in nodes if ">" in node.op})
+
+
+def check_operations(path: Path) -> None:
+    """Raises a ValueError if the SavedModel holds operations that a server does not have."""
+    custom = custom_operations(path)
+    if custom:
+        raise ValueError(
+            f"The export holds operations that TensorFlow Serving does not have: {', '.join(custom)}. "
+            "`model` must be built of layers with standard operations only."
+        )
+
+
+def _write_signatures(model: keras.Model, folder: Path, verbose: bool, serving: Serving) -> None:
+    import tensorflow as tf
+
+    if keras.backend.backend() != "tensorflow":
+        raise ValueError(
+            "`labels`, `serving_bytes` and `warmup` need Keras on TensorFlow. "
+            f"Received: backend {keras.backend.backend()!r}"
+        )
+    if len(model.inputs) != 1 or len(model.outputs) != 1:
+        raise ValueError(
+            "`model` must have one input and one output for `labels`, `serving_bytes` and `warmup`. "
+            f"Received: {len(model.inputs)} inputs, {len(model.outputs)} outputs"
+        )
+    image = model.inputs[0]
+    _check_labels(model, serving.labels)
+
+    def serve(images: Tensor) -> dict[str, Tensor]:
+        (scores,) = keras.tree.flatten(run(model, images))
+        return {"output_0": scores, **_named(scores, serving.labels)}
+
+    archive = keras.export.ExportArchive()
+    archive.track(model)
+    archive.add_endpoint("serve", serve, [tf.TensorSpec(image.shape, image.dtype, name=image.name)])
+    requests = [(image.name, "serving_default", lambda count: _blank_images(image, count, serving))]
+    if serving.serving_bytes:
+        size, channels_first = _image_layout(image, serving.image_size)
+
+        def from_bytes(image_bytes: Tensor) -> dict[str, Tensor]:
+            images = _decode(image_bytes, size)
+            if serving.preprocessing is not None:
+                images = serving.preprocessing(images)
+            elif channels_first:
+                images = tf.transpose(images, (0, 3, 1, 2))
+            return serve(tf.cast(images, image.dtype))
+
+        archive.add_endpoint(
+            "serving_bytes", from_bytes, [tf.TensorSpec((None,), tf.string, name="image_bytes")]
+        )
+        requests.append(("image_bytes", "serving_bytes", lambda count: _blank_files(size, count)))
+    archive.write_out(str(folder), verbose=verbose)
+    if serving.warmup:
+        _write_warmup(folder, [(*request, count) for request in requests for count in serving.warmup])
+
+
+def _check_labels(model: keras.Model, labels: Sequence[str] | None) -> None:
+    if labels is None:
+        return
+    shape = model.outputs[0].shape
+    if len(shape) != 2 or isinstance(labels, str) or len(labels) != shape[1]:
+        raise ValueError(
+            f"`labels` must name each class of the model's output (N, classes), here {shape}. "
+            f"Received: {labels if isinstance(labels, str) else len(labels)}"
+        )
+
+
+def _named(scores: Tensor, labels: Sequence[str] | None) -> dict[str, Tensor]:
+    """The best classes and their scores, the best one first."""
+    import tensorflow as tf
+
+    if labels is None:
+        return {}
+    best = tf.math.top_k(scores, min(_TOP, len(labels)))
+    return {"labels": tf.gather(tf.constant(list(labels)), best.indices), "scores": best.values}
+
+
+def _image_layout(image: Tensor, image_size: tuple[int, int] | None) -> tuple[tuple[int, int], bool]:
+    """Rows and columns of the model's images, and whether channels come first."""
+    shape = tuple(image.shape)
+    channels_first = len(shape) == 4 and shape[1] == 3 and shape[3] != 3
+    if len(shape) != 4 or 3 not in (shape[1], shape[3]):
+        raise ValueError(f"`serving_bytes` needs a model of images in 3 channels. Received: shape {shape}")
+    own = shape[2:] if channels_first else shape[1:3]
+    size = tuple(own if image_size is None else image_size)
+    if len(size) != 2 or not all(
+        isinstance(n, int) and m in (n, None) for n, m in zip(size, own, strict=True)
+    ):
+        raise ValueError(
+            f"`image_size` must be (rows, columns) that the model takes, here {own}. "
+            f"Received: image_size={image_size!r}"
+        )
+    return (size[0], size[1]), channels_first
+
+
+def _decode(image_bytes: Tensor, size: tuple[int, int]) -> Tensor:
+    """JPEG, PNG, GIF (its first picture) or BMP files as float32 pixels `(N, *size, 3)` of 0..255."""
+    import tensorflow as tf
+
+    def decode(content: Tensor) -> Tensor:
+        image = tf.io.decode_image(content, channels=3, expand_animations=False)
+        image.set_shape((None, None, 3))
+        return tf.image.resize(image, size, antialias=True)
+
+    return tf.map_fn(decode, image_bytes, fn_output_signature=tf.TensorSpec((*size, 3), tf.float32))
+
+
+# Warm-up requests
+
+
+def _blank_images(image: Tensor, count: int, serving: Serving) -> Tensor:
+    import tensorflow as tf
+
+    shape = list(image.shape[1:])
+    if None in shape and serving.image_size is not None:
+        shape = [*serving.image_size, 3]
+    if None in shape:
+        raise ValueError(
+            f"`warmup` needs a model of images of one size, or `image_size`. Received: shape {image.shape}"
+        )
+    return tf.zeros((count, *shape), image.dtype)
+
+
+def _blank_files(size: tuple[int, int], count: int) -> Tensor:
+    import tensorflow as tf
+
+    return tf.fill((count,), tf.io.encode_jpeg(tf.zeros((*size, 3), tf.uint8)))
+
+
+def _write_warmup(folder: Path, requests: Sequence[tuple[str, str, Callable[[int], Tensor], int]]) -> None:
+    """Requests that TensorFlow Serving runs before it takes others.
+
+    They are `PredictionLog` messages of tensorflow-serving-api, put together here from the numbers of their
+    fields, which cannot change, so that the package is not needed.
+    """
+    import tensorflow as tf
+
+    path = folder / "assets.extra" / "tf_serving_warmup_requests"
+    path.parent.mkdir()
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for name, signature, make, count in requests:
+            tensor = tf.make_tensor_proto(make(count)).SerializeToString()
+            model_spec = _field(3, signature.encode())
+            inputs = _field(1, name.encode()) + _field(2, tensor)  # an entry of a map
+            request = _field(1, model_spec) + _field(2, inputs)
+            writer.write(_field(6, _field(1, request)))  # PredictionLog.predict_log.request
+
+
+def _field(number: int, content: bytes) -> bytes:
+    """A field of a protocol buffer that holds bytes: key, length, content."""
+    return _varint(number << 3 | 2) + _varint(len(content)) + content
+
+
+def _varint(value: int) -> bytes:
+    low, rest = value & 0x7F, value >> 7
+    return bytes([low | 0x80]) + _varint(rest) if rest else bytes([low])

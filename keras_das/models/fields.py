@@ -1,0 +1,188 @@
+"""Where in the image the pixels of feature maps lie: receptive fields, composed layer by layer.
+
+Positions are indices of pixels: a whole number is the middle of a pixel, so that the image's first row of
+pixels reaches from -0.5 to 0.5.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import keras
+
+from keras_das.layers import DASLayer, DeformableConv2D
+from keras_das.models.graph import Node, Tensor, shapes_of, sort_nodes
+from keras_das.ops.geometry import Window, make_windows
+
+_WINDOWS = (
+    keras.layers.Conv2D,
+    keras.layers.DepthwiseConv2D,
+    keras.layers.SeparableConv2D,
+    keras.layers.MaxPooling2D,
+    keras.layers.AveragePooling2D,
+    DeformableConv2D,
+)
+
+
+class Axis(NamedTuple):
+    """The rows, or the columns, of a feature map: what each of them sees of the image's."""
+
+    size: int
+    stride: float  # pixels of the image from one to the next
+    low: float  # the pixels of the image that the first one sees,
+    high: float  # whether they lie on it or on zeros around it
+
+    def locate(self, index: Any) -> Any:
+        """Position in the image of the middle of what `index` sees; `index` may lie between two pixels."""
+        return self.stride * index + (self.low + self.high) / 2
+
+    def nearest(self, position: float) -> int:
+        """The index whose middle is nearest to a position in the image."""
+        index = (position - self.locate(0)) / self.stride
+        return min(max(int(index + 0.5), 0), self.size - 1)  # int() rounds up only what is clipped to 0
+
+    def through(self, window: Window) -> "Axis":
+        """What the outputs of a window that slides over this axis see."""
+        before = window.pad_before(self.size)
+        return Axis(
+            window.output_size(self.size),
+            self.stride * window.stride,
+            self.low - before * self.stride,
+            self.high + (window.extent - 1 - before) * self.stride,
+        )
+
+    def moved(self, before: int, size: int) -> "Axis":
+        """The axis with `before` pixels added ahead of it, or taken away if negative."""
+        return Axis(size, self.stride, self.low - before * self.stride, self.high - before * self.stride)
+
+    def resized(self, size: int) -> "Axis":
+        """The axis resized, its two ends kept in place."""
+        if size == self.size:
+            return self
+        ratio = self.size / size
+        shift = (ratio - 1) / 2 * self.stride
+        return Axis(size, self.stride * ratio, self.low + shift, self.high + shift)
+
+
+Field = tuple[Axis, Axis]  # rows and columns
+
+
+class Fields(NamedTuple):
+    """Where the inputs and outputs of one layer lie."""
+
+    inputs: Field
+    outputs: Field
+
+
+def windows_of(layer: Any) -> tuple[Window, Window]:
+    """The windows over rows and columns of a convolution, a pooling or a gate's deformable convolution."""
+    if isinstance(layer, DASLayer):
+        layer = layer.deform
+    size = getattr(layer, "kernel_size", None) or layer.pool_size
+    return make_windows(size, layer.strides, getattr(layer, "dilation_rate", (1, 1)), layer.padding)
+
+
+def through(field: Field, windows: tuple[Window, Window]) -> Field:
+    """What the outputs of windows that slide over a feature map see."""
+    rows, columns = (axis.through(window) for axis, window in zip(field, windows, strict=True))
+    return rows, columns
+
+
+def fields_of(model: keras.Model, size: tuple[int, int], data_format: str) -> dict[int, Fields]:
+    """Finds where the feature maps of a model lie in an image, models inside it included.
+
+    A window (convolution, pooling) sees the union of what its taps see. So does a sum, product or
+    concatenation of feature maps. Paddings and croppings move the map. A gate leaves it as it is. Every other
+    layer that changes the size of a feature map (resizing, upsampling) is taken to keep its ends in place.
+
+    Args:
+        model: A functional or sequential model.
+        size: Rows and columns of the image.
+        data_format: `"channels_last"` or `"channels_first"`, of all feature maps.
+
+    Returns:
+        By the `id` of each layer, in the order in which the layers run.
+    """
+    field = Axis(size[0], 1, 0, 0), Axis(size[1], 1, 0, 0)
+    found: dict[int, Fields] = {}
+    images = [field if len(tensor.shape) == 4 else None for tensor in model.inputs]
+    _follow(model, images, data_format, found)
+    return found
+
+
+def _follow(
+    model: keras.Model, inputs: Sequence[Field | None], data_format: str, found: dict[int, Fields]
+) -> list[Field | None]:
+    """The fields of the model's outputs; notes those of its layers."""
+    nodes = sort_nodes(model.outputs)
+    sizes = dict(_sizes(model, nodes, inputs, data_format))
+    fields = {id(tensor): field for tensor, field in zip(model.inputs, inputs, strict=True)}
+    for node in (node for node in nodes if not node.is_input):
+        operation = node.operation
+        sources = [fields.get(id(tensor)) for tensor in node.input_tensors]
+        if isinstance(operation, keras.Sequential | keras.Function):
+            outputs = _follow(operation, sources, data_format, found)
+        else:
+            ends = [sizes.get(id(tensor)) for tensor in node.outputs]
+            outputs = [_after(operation, sources, size, data_format) for size in ends]
+        fields.update({id(tensor): field for tensor, field in zip(node.outputs, outputs, strict=True)})
+        known = [field for field in sources if field]
+        if known and outputs and outputs[0]:
+            found[id(operation)] = Fields(_union(known), outputs[0])
+    return [fields.get(id(tensor)) for tensor in model.outputs]
+
+
+def _sizes(
+    model: keras.Model, nodes: Sequence[Node], inputs: Sequence[Field | None], data_format: str
+) -> Iterator[tuple[int, tuple[int, int]]]:
+    """By the `id` of each feature map, its rows and columns."""
+    first = 1 if data_format == "channels_last" else 2
+    shapes = []
+    for tensor, field in zip(model.inputs, inputs, strict=True):
+        shape = [1, *tensor.shape[1:]]
+        if field:
+            shape[first : first + 2] = [axis.size for axis in field]
+        shapes.append(tuple(shape))
+    maps: list[Tensor] = [tensor for node in nodes for tensor in node.outputs if len(tensor.shape) == 4]
+    for tensor, found in zip(maps, shapes_of(model, maps, shapes), strict=True):
+        yield id(tensor), (found[first], found[first + 1])
+
+
+def _after(
+    operation: Any, sources: Sequence[Field | None], size: tuple[int, int] | None, data_format: str
+) -> Field | None:
+    """The field of an operation's output, of this size if it is a feature map."""
+    known = [field for field in sources if field]
+    if size is None or not known:
+        return None
+    field = _union(known)
+    if isinstance(operation, _WINDOWS):
+        return through(field, windows_of(operation))
+    before = _pixels_before(operation, data_format)
+    if before is not None:
+        return field[0].moved(before[0], size[0]), field[1].moved(before[1], size[1])
+    return field[0].resized(size[0]), field[1].resized(size[1])
+
+
+def _pixels_before(operation: Any, data_format: str) -> tuple[int, int] | None:
+    """What a padding or cropping adds ahead of rows and columns; `None` of other operations."""
+    if isinstance(operation, keras.layers.ZeroPadding2D):
+        (top, _), (left, _) = operation.padding
+        return top, left
+    if isinstance(operation, keras.layers.Cropping2D):
+        (top, _), (left, _) = operation.cropping
+        return -top, -left
+    if type(operation).__name__ == "Pad" and len(operation.pad_width) == 4:  # `keras.ops.pad` in a graph
+        first = 1 if data_format == "channels_last" else 2
+        return operation.pad_width[first][0], operation.pad_width[first + 1][0]
+    return None
+
+
+def _union(fields: Sequence[Field]) -> Field:
+    """What a sum of feature maps sees; maps of a single pixel, which scale the others, do not count."""
+    largest = max(fields, key=lambda field: field[0].size * field[1].size)
+    same = [field for field in fields if all(a.size == b.size for a, b in zip(field, largest, strict=True))]
+    rows, columns = (
+        Axis(axes[0].size, axes[0].stride, min(axis.low for axis in axes), max(axis.high for axis in axes))
+        for axes in zip(*same, strict=True)
+    )
+    return rows, columns

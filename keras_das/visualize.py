@@ -1,0 +1,838 @@
+"""`visualize`: where gates look, and what they keep.
+
+Positions are `(y, x)` in pixels of the model's input image, row before column; a whole number is the middle
+of a pixel, so that an image of H rows reaches from -0.5 to H - 0.5. They are composed through the strides,
+paddings and kernel sizes of the layers ahead, exactly, not by the ratio of the sizes: a feature map's pixel
+lies at the middle of its receptive field, zeros around the image included (Araujo et al., 2019, equations 2
+and 3). What gates ahead of it read elsewhere, and means over the whole image, do not move it. Layers that
+resize a feature map are taken to keep its ends in place.
+
+The functions that draw return a `matplotlib.figure.Figure`; `figure.savefig(path)` writes it. They need
+matplotlib, which the extra `viz` brings: `pip install 'keras-das[viz]'`.
+
+Reference:
+    - [Araujo et al., 2019](https://distill.pub/2019/computing-receptive-fields)
+"""
+
+import contextlib
+import csv
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_das._requirements import import_extra
+from keras_das.layers import DASLayer, DeformableConv2D
+from keras_das.models.fields import Axis, Field, Fields, fields_of, through, windows_of
+from keras_das.models.graph import run
+
+Tensor = Any
+Point = tuple[float, float]
+
+_SAMPLING = (DASLayer, DeformableConv2D)
+_DPI = 120
+
+
+class SamplingPoints(NamedTuple):
+    """Where one output position of a layer reads, and how much it makes of each sample."""
+
+    points: np.ndarray  # (offset_groups, taps, 2): (y, x) in pixels of the image, taps row by row
+    mask: np.ndarray  # (offset_groups, taps): the factor of each sample; 1 without modulation
+    inside: np.ndarray  # (offset_groups, taps): False where the sample lies off the feature map, and is 0
+    position: tuple[int, int]  # row and column of the output position in its feature map
+    center: np.ndarray  # (2,): (y, x) of the output position's middle, in pixels of the image
+
+
+def sampling_points(
+    model: keras.Model, image: Any, layer: str | keras.layers.Layer, point: Sequence[float]
+) -> SamplingPoints:
+    """Finds where a gate or deformable convolution reads, for one of its output positions.
+
+    The samples are taken from the layer's input (by bilinear interpolation), each pixel of which sees a
+    neighbourhood of the image: a point is the middle of what its sample sees.
+
+    Args:
+        model: A Keras model with one input of images, whose layers form a graph: functional, sequential, or
+            a subclass around such a network (which must then get the image as it is).
+        image: What the model takes, without its batch axis or with a batch of one: `(H, W, C)`, or
+            `(C, H, W)` for channels-first models.
+        layer: A `DASLayer` or `DeformableConv2D` of the model or of a model inside it, or its name.
+        point: `(y, x)` in pixels of the image. The output position whose middle is nearest is taken.
+
+    Returns:
+        `SamplingPoints`.
+
+    Raises:
+        ValueError: If an argument does not fit; the message names it.
+
+    Example:
+
+    >>> found = keras_das.visualize.sampling_points(model, image, "das_p4", (100, 60))
+    >>> found.points[0, 4]  # of the first offset group, the middle one of 3x3 taps: y, x
+
+    Reference:
+        - [Dai et al., 2017](https://arxiv.org/abs/1703.06211), figure 6
+    """
+    pixels = _one_image(model, image)
+    (found,) = _read(model, pixels, [layer])
+    return found.at(_check_point(model, pixels, point))
+
+
+def stacked_sampling_points(
+    model: keras.Model, image: Any, layers: Sequence[str | keras.layers.Layer], point: Sequence[float]
+) -> SamplingPoints:
+    """Finds where several layers, one after the other, read for one output position of the last.
+
+    Each point that the last layer reads is taken for an output position of the layer before it (the nearest),
+    whose own points are read for it, and so on: nine points become 9x9 over two gates of 3x3 taps. Masks are
+    multiplied along the way. A sample that lies off a feature map ends there, and all that would be read for
+    it has `inside=False`.
+
+    Args:
+        model: See `sampling_points`.
+        image: See `sampling_points`.
+        layers: Layers or names of layers as in `sampling_points`, in any order: they are taken in the order
+            in which the model runs them. They must lie on one path.
+        point: See `sampling_points`.
+
+    Returns:
+        `SamplingPoints` with one group of all the points; position and center are the last layer's.
+
+    Raises:
+        ValueError: If an argument does not fit; the message names it.
+
+    Example:
+
+    >>> found = keras_das.visualize.stacked_sampling_points(model, image, ["das_p3", "das_p4"], (100, 60))
+    >>> found.points.shape
+    (1, 81, 2)
+    """
+    if isinstance(layers, str) or len(layers) < 1:
+        raise ValueError(f"`layers` must be a sequence of layers or names. Received: layers={layers!r}")
+    pixels = _one_image(model, image)
+    *earlier, last = _read(model, pixels, layers)
+    found = last.at(_check_point(model, pixels, point))
+    points, mask, inside = (x.reshape(-1, *x.shape[2:]) for x in (found.points, found.mask, found.inside))
+    for reading in reversed(earlier):
+        nested = [reading.at(at) for at in points]
+        mask = (mask[:, None] * np.stack([of.mask.ravel() for of in nested])).ravel()
+        inside = (inside[:, None] & np.stack([of.inside.ravel() for of in nested])).ravel()
+        points = np.concatenate([of.points.reshape(-1, 2) for of in nested])
+    return found._replace(points=points[None], mask=mask[None], inside=inside[None])
+
+
+def gate_map(
+    model: keras.Model, image: Any, layer: str | keras.layers.Layer, reduce: str | None = "share"
+) -> np.ndarray:
+    """Computes what a gate multiplies its feature map by.
+
+    Args:
+        model: A Keras model.
+        image: See `sampling_points`.
+        layer: A `DASLayer` of the model or of a model inside it, or its name.
+        reduce: What becomes of the channels. `"share"`: how much of the feature map's magnitude the gate
+            keeps, `sum |x A| / sum |x|` (where x is 0, the mean). `"mean"`: the mean of A, which a layer norm
+            holds near the middle of A's range whatever the image. `None`: all of them are returned.
+
+    Returns:
+        float32 `(h, w)`, or `(h, w, channels)`, of the feature map's size; channels last in any case. In
+        (0, 1), or in (0, 2) for a gate with `identity_init`.
+
+    Raises:
+        ValueError: If an argument does not fit; the message names it.
+
+    Example:
+
+    >>> keras_das.visualize.gate_map(model, image, "das_p4").shape
+    (14, 14)
+
+    Reference:
+        - [Salajegheh et al., 2023](https://arxiv.org/abs/2311.12091), equation 3
+    """
+    if reduce not in ("share", "mean", None):
+        raise ValueError(f'`reduce` must be "share", "mean" or None. Received: reduce={reduce!r}')
+    gate = _find(model, layer, (DASLayer,))
+    (inputs,) = _inputs_of(model, _one_image(model, image)[None], [gate])
+    return _reduced_gate(gate, inputs, reduce)
+
+
+def gate_inputs(model: keras.Model, images: Any) -> list[tuple[DASLayer, Tensor]]:
+    """Runs the model, and keeps what each of its gates gets.
+
+    Args:
+        model: A Keras model.
+        images: A batch of what the model takes.
+
+    Returns:
+        The gates in the order in which they run, those of models inside the model too, each with its input
+        as a tensor, batch axis and data format as in the model.
+
+    Raises:
+        ValueError: If a gate is called more than once, or not at all.
+    """
+    gates = _of_kind(model, (DASLayer,))
+    order: list[Any] = []
+    inputs = _inputs_of(model, images, gates, order)
+    by_gate = {id(gate): x for gate, x in zip(gates, inputs, strict=True)}
+    return [(gate, by_gate[id(gate)]) for gate in order]
+
+
+def grad_cam(
+    model: keras.Model, image: Any, layer: str | keras.layers.Layer, class_index: int | None = None
+) -> np.ndarray:
+    """Computes a Grad-CAM: which pixels of a feature map speak for a class.
+
+    The channels of the layer's output are weighted by the mean gradient of the class's score and added up;
+    what is negative is cut off. For TensorFlow and JAX.
+
+    Args:
+        model: A classifier with one output `(N, classes)`. The score is what it outputs; where that is a
+            softmax, the map also counts against the other classes.
+        image: See `sampling_points`.
+        layer: A layer that makes a feature map, of the model or of a model inside it, or its name.
+        class_index: The class, or `None` for the one of the highest score.
+
+    Returns:
+        float32 `(h, w)` of the feature map's size, scaled to a maximum of 1 (all zeros where nothing speaks
+        for the class).
+
+    Raises:
+        ValueError: If an argument does not fit; the message names it.
+        NotImplementedError: On another backend of Keras.
+
+    Example:
+
+    >>> keras_das.visualize.grad_cam(model, image, "das_p5").shape
+    (7, 7)
+
+    Reference:
+        - [Selvaraju et al., 2017](https://arxiv.org/abs/1610.02391), equations 1 and 2
+    """
+    found = _find(model, layer, (keras.layers.Layer,))
+    batch = _one_image(model, image)[None]
+    with _replaced_call([found], lambda of, call, x: call(x)) as seen:
+        outputs = run(model, batch)
+    features = _only(found, [output for _, output in seen[id(found)]])
+    if not hasattr(outputs, "shape") or len(outputs.shape) != 2:
+        raise ValueError(f"`model` must have one output of shape (N, classes). Received: model={model!r}")
+    if not hasattr(features, "shape") or len(features.shape) != 4:
+        raise ValueError(f"`layer` must make a feature map. Received: layer={found.name!r}")
+    if class_index is None:
+        class_index = int(np.argmax(_to_numpy(outputs)[0]))
+    if not 0 <= class_index < outputs.shape[1]:
+        raise ValueError(
+            f"`class_index` must be from 0 to {outputs.shape[1] - 1}. Received: class_index={class_index}"
+        )
+
+    def score(change: Tensor) -> Tensor:
+        with _replaced_call([found], lambda of, call, x: call(x) + change):
+            return run(model, batch)[0, class_index]
+
+    gradient = _to_numpy(_gradient(score, ops.zeros_like(features)))
+    features = _to_numpy(features)
+    if _data_format(model) == "channels_first":
+        features, gradient = (np.moveaxis(x, 1, -1) for x in (features, gradient))
+    cam = np.maximum(np.sum(features * gradient.mean(axis=(1, 2), keepdims=True), axis=-1), 0)[0]
+    return cam / cam.max() if cam.max() > 0 else cam
+
+
+def plot_sampling_points(
+    model: keras.Model,
+    image: Any,
+    layers: str | keras.layers.Layer | Sequence[str | keras.layers.Layer],
+    point: Sequence[float],
+    picture: np.ndarray | None = None,
+) -> Any:
+    """Draws the points that are read for one position over the image, coloured by their masks.
+
+    A red cross marks the middle of the output position; points off the feature map, whose samples are 0, are
+    crosses too, in grey.
+
+    Args:
+        model: See `sampling_points`.
+        image: See `sampling_points`.
+        layers: A layer as in `sampling_points`, or several as in `stacked_sampling_points`.
+        point: See `sampling_points`.
+        picture: The image as it is to be drawn, `(H, W)` or `(H, W, 3)`, if the model takes something else
+            than pixels.
+
+    Returns:
+        A matplotlib figure.
+
+    Raises:
+        ValueError: If an argument does not fit; the message names it.
+        ImportError: If matplotlib is not installed.
+
+    Example:
+
+    >>> figure = keras_das.visualize.plot_sampling_points(model, image, ["das_p3", "das_p4"], (100, 60))
+    >>> figure.savefig("points.png")
+    """
+    figure = _figure(5.5, 4.5)
+    if isinstance(layers, str | keras.layers.Layer):
+        found = sampling_points(model, image, layers, point)
+        names = [layers]
+    else:
+        found = stacked_sampling_points(model, image, layers, point)
+        names = list(layers)
+    axes = figure.subplots()
+    _show_picture(axes, _picture(model, image, picture))
+    drawn = _scatter(axes, found)
+    figure.colorbar(drawn, label="mask" if len(names) == 1 else "product of the masks")
+    total, inside = found.inside.size, int(found.inside.sum())
+    row, column = found.position
+    title = ", ".join(name if isinstance(name, str) else name.name for name in names)
+    axes.set_title(f"{title}\nrow {row}, column {column}: {inside} of {total} points on the map")
+    return figure
+
+
+def plot_gates(
+    model: keras.Model,
+    images: Any,
+    layers: Sequence[str | keras.layers.Layer] | None = None,
+    point: Sequence[float] | None = None,
+    labels: Sequence[str] | None = None,
+    pictures: Sequence[np.ndarray] | None = None,
+) -> Any:
+    """Draws over each image how much of its feature map each stage's gate keeps (`gate_map`): bright is more.
+
+    A column's colours reach from the least to the greatest value in it, which its title names.
+
+    Args:
+        model: See `sampling_points`.
+        images: Images as in `sampling_points`, a sequence or a batch; one row each.
+        layers: Gates or their names, a column each; `None` takes all of the model's, as they run.
+        point: `(y, x)` in pixels of the image, to draw the points that each gate reads for it, the larger the
+            larger their mask is; or `None`.
+        labels: A text for each image, or `None`.
+        pictures: The images as they are to be drawn, `(H, W)` or `(H, W, 3)`, if the model takes something
+            else than pixels.
+
+    Returns:
+        A matplotlib figure.
+
+    Raises:
+        ValueError: If an argument does not fit; the message names it.
+        ImportError: If matplotlib is not installed.
+
+    Example:
+
+    >>> keras_das.visualize.plot_gates(model, images[:4], point=(112, 112)).savefig("gates.png")
+    """
+    count = len(images)
+    for name, values in (("labels", labels), ("pictures", pictures)):
+        if values is not None and len(values) != count:
+            raise ValueError(f"`{name}` must have one for each of {count} images. Received: {len(values)}")
+    pixels = [_one_image(model, image) for image in images]
+    readings = [_read(model, image, layers or _names(model, (DASLayer,)), (DASLayer,)) for image in pixels]
+    if not readings or not readings[0]:
+        raise ValueError(f"`model` must have gates, and `images` an image. Received: {count} images")
+    figure = _figure(2.1 * (1 + len(readings[0])), 2.1 * count + 0.4)
+    grid = figure.subplots(count, 1 + len(readings[0]), squeeze=False)
+    gates = [[_reduced_gate(of.layer, of.inputs, "share") for of in row] for row in readings]
+    ranges = [(float(np.min(column)), float(np.max(column))) for column in zip(*gates, strict=True)]
+    for number, (row, image) in enumerate(zip(grid, pixels, strict=True)):
+        picture = _picture(model, image, None if pictures is None else pictures[number])
+        _show_picture(row[0], picture)
+        row[0].set_ylabel("" if labels is None else labels[number])
+        for column, (axes, reading) in enumerate(zip(row[1:], readings[number], strict=True)):
+            _show_picture(axes, picture, gray=True)
+            low, high = ranges[column]
+            gate = gates[number][column]
+            _show_map(axes, gate, reading.fields.outputs, cmap="viridis", vmin=low, vmax=high)
+            if point is not None:
+                _scatter_sizes(axes, reading.at(_check_point(model, image, point)))
+            if number == 0:
+                axes.set_title(
+                    f"{reading.layer.name}, {gate.shape[0]}x{gate.shape[1]}\n{low:.4f} to {high:.4f}"
+                )
+    return figure
+
+
+def plot_grad_cam(
+    models: Mapping[str, tuple[keras.Model, str | keras.layers.Layer]],
+    image: Any,
+    class_index: int | None = None,
+    picture: np.ndarray | None = None,
+) -> Any:
+    """Draws the Grad-CAMs of several models side by side, of one with gates and one without for example.
+
+    Args:
+        models: By title, a model and the layer to look at; see `grad_cam`.
+        image: See `sampling_points`; all the models take it.
+        class_index: See `grad_cam`; with `None` each model's own.
+        picture: The image as it is to be drawn, `(H, W)` or `(H, W, 3)`, if the models take something else
+            than pixels.
+
+    Returns:
+        A matplotlib figure.
+
+    Raises:
+        ValueError: If an argument does not fit; the message names it.
+        ImportError: If matplotlib is not installed.
+
+    Example:
+
+    >>> models = {"without": (plain, "conv5_block3_out"), "with DAS": (gated, "das_p5")}
+    >>> keras_das.visualize.plot_grad_cam(models, image).savefig("cam.png")
+    """
+    if not models:
+        raise ValueError(f"`models` must hold a model. Received: models={models!r}")
+    figure = _figure(3.2 * (1 + len(models)), 3.7)
+    first, *others = figure.subplots(1, 1 + len(models))
+    first_model = next(iter(models.values()))[0]
+    shown = _picture(first_model, image, picture)
+    _show_picture(first, shown)
+    first.set_title("image")
+    for axes, (title, (model, layer)) in zip(others, models.items(), strict=True):
+        found = _find(model, layer, (keras.layers.Layer,))
+        _show_picture(axes, shown, gray=True)
+        heat = grad_cam(model, image, found, class_index)
+        field = _fields(model, _one_image(model, image), [found])[0].outputs
+        drawn = _show_map(axes, heat, field, cmap="inferno", vmin=0, vmax=1)
+        axes.set_title(f"{title}\n{found.name}")
+    figure.colorbar(drawn, ax=[first, *others], label="Grad-CAM", shrink=0.8)
+    return figure
+
+
+def plot_history(
+    files: Mapping[str, str | os.PathLike], metrics: Sequence[str] | None = None, epoch: str = "epoch"
+) -> Any:
+    """Draws training curves from the files of `keras.callbacks.CSVLogger`.
+
+    Args:
+        files: By the name of a run, its file.
+        metrics: Columns to draw, a panel each; a `val_` column is drawn dashed in its metric's panel. `None`
+            takes all.
+        epoch: The column of the epoch.
+
+    Returns:
+        A matplotlib figure.
+
+    Raises:
+        ValueError: If a file lacks the epochs, or none has one of the metrics.
+        OSError: If a file cannot be read.
+        ImportError: If matplotlib is not installed.
+
+    Example:
+
+    >>> files = {"DAS": "runs/das/history.csv", "none": "runs/none/history.csv"}
+    >>> keras_das.visualize.plot_history(files, ["loss", "accuracy"]).savefig("curves.png")
+    """
+    runs = {name: _columns(path, epoch) for name, path in files.items()}
+    names = dict.fromkeys(name.removeprefix("val_") for run in runs.values() for name in run if name != epoch)
+    chosen = list(names) if metrics is None else list(metrics)
+    unknown = [name for name in chosen if name not in names]
+    if unknown or not chosen:
+        raise ValueError(f"`metrics` must be among {list(names)}. Received: metrics={metrics!r}")
+    figure = _figure(4.2 * len(chosen), 3.2)
+    for axes, metric in zip(figure.subplots(1, len(chosen), squeeze=False)[0], chosen, strict=True):
+        for number, (name, columns) in enumerate(runs.items()):
+            for column, style in ((metric, "-"), (f"val_{metric}", "--")):
+                if column in columns:
+                    label = f"{name}, validation" if style == "--" else name
+                    axes.plot(columns[epoch], columns[column], style, color=f"C{number}", label=label)
+        axes.set(xlabel="epoch", title=metric)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    return figure
+
+
+class TensorBoardFigures(keras.callbacks.Callback):
+    """Writes figures of a model's gates to TensorBoard while it trains.
+
+    After every N epochs: the gates with the points that they read (`plot_gates`) for all the images, and for
+    the first of them the points of each gate (`plot_sampling_points`). Needs TensorFlow, the package
+    tensorboard, and matplotlib.
+
+    Args:
+        log_dir: TensorBoard's folder.
+        images: Images as in `plot_gates`.
+        every: Epochs from one set of figures to the next.
+        point: `(y, x)` in pixels of the image; `None` takes its middle.
+        labels: See `plot_gates`.
+        pictures: See `plot_gates`.
+
+    Raises:
+        ValueError: If `every` is not a positive integer; when training begins, if the model has no gates.
+        ImportError: If matplotlib is not installed.
+
+    Example:
+
+    >>> figures = keras_das.visualize.TensorBoardFigures("logs", images[:4], every=5)
+    >>> model.fit(images, targets, callbacks=[figures])
+    """
+
+    def __init__(
+        self,
+        log_dir: str | os.PathLike,
+        images: Any,
+        every: int = 1,
+        point: Sequence[float] | None = None,
+        labels: Sequence[str] | None = None,
+        pictures: Sequence[np.ndarray] | None = None,
+    ):
+        """Checks and keeps the arguments."""
+        super().__init__()
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"`every` must be a positive integer. Received: every={every!r}")
+        for package in ("matplotlib.figure", "tensorboard"):
+            import_extra(package, "viz")  # now, not after the first epochs, if it is missing
+        self.log_dir, self.images, self.every = str(log_dir), images, every
+        self.point, self.labels, self.pictures = point, labels, pictures
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        """Checks the model."""
+        if not _names(self.model, (DASLayer,)):
+            raise ValueError(f"`model` must have gates. Received: model={self.model!r}")
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        """Writes the figures when it is time."""
+        if (epoch + 1) % self.every:
+            return
+        import tensorflow as tf
+
+        writer = tf.summary.create_file_writer(self.log_dir)
+        with writer.as_default():
+            for name, figure in self._figures():
+                tf.summary.image(name, _to_pixels(figure)[None], step=epoch)
+        writer.close()
+
+    def _figures(self) -> Iterator[tuple[str, Any]]:
+        shape = _one_image(self.model, self.images[0]).shape
+        rows, columns = _image_size(shape, _data_format(self.model))
+        point = ((rows - 1) / 2, (columns - 1) / 2) if self.point is None else self.point
+        yield "gates", plot_gates(self.model, self.images, None, point, self.labels, self.pictures)
+        picture = None if self.pictures is None else self.pictures[0]
+        for name in _names(self.model, (DASLayer,)):
+            yield (
+                f"sampling_points/{name}",
+                plot_sampling_points(self.model, self.images[0], name, point, picture),
+            )
+
+
+# What the layers read
+
+
+class _Reading(NamedTuple):
+    """One layer in one run of the model."""
+
+    layer: Any
+    inputs: Tensor
+    fields: Fields
+
+    def at(self, point: Sequence[float]) -> SamplingPoints:
+        """What is read for the output position nearest to a point in the image."""
+        offsets, mask = self.layer.predict_offsets(self.inputs)
+        windows = windows_of(self.layer)
+        grid = through(self.fields.inputs, windows)
+        row, column = (axis.nearest(value) for axis, value in zip(grid, point, strict=True))
+        taps = np.moveaxis(np.indices([window.kernel for window in windows]), 0, -1).reshape(-1, 2)
+        first = [
+            index * window.stride - window.pad_before(axis.size)
+            for index, window, axis in zip((row, column), windows, self.fields.inputs, strict=True)
+        ]
+        moved = _to_numpy(offsets)[0, row, column].reshape(-1, len(taps), 2)  # dy before dx
+        at = np.array(first) + taps * [window.dilation for window in windows] + moved
+        sizes = np.array([axis.size for axis in self.fields.inputs])
+        located = [axis.locate(at[..., i]) for i, axis in enumerate(self.fields.inputs)]
+        return SamplingPoints(
+            np.stack(located, axis=-1),
+            np.ones(at.shape[:2]) if mask is None else _to_numpy(mask)[0, row, column].reshape(at.shape[:2]),
+            np.all((at > -1) & (at < sizes), axis=-1),
+            (row, column),
+            np.array([axis.locate(index) for axis, index in zip(grid, (row, column), strict=True)]),
+        )
+
+
+def _read(
+    model: keras.Model,
+    image: np.ndarray,
+    layers: Sequence[str | keras.layers.Layer],
+    kinds: tuple[type, ...] = _SAMPLING,
+) -> list[_Reading]:
+    """Runs the model on one image; the layers' readings in the order in which they run."""
+    found = [_find(model, layer, kinds) for layer in layers]
+    order: list[Any] = []
+    inputs = _inputs_of(model, image[None], found, order)
+    fields = _fields(model, image, found)
+    readings = {id(of): _Reading(of, x, field) for of, x, field in zip(found, inputs, fields, strict=True)}
+    return [readings[id(of)] for of in order]
+
+
+def _inputs_of(
+    model: keras.Model, images: Any, layers: Sequence[Any], order: list[Any] | None = None
+) -> list[Tensor]:
+    """What each of the layers gets when the model runs; `order` receives them as they run."""
+    ran: list[Any] = [] if order is None else order
+
+    def note(layer: Any, call: Callable[..., Any], x: Tensor) -> Any:
+        ran.append(layer)
+        return call(x)
+
+    with _replaced_call(layers, note) as seen:
+        run(model, images)
+    return [_only(layer, [x for x, _ in seen[id(layer)]]) for layer in layers]
+
+
+@contextlib.contextmanager
+def _replaced_call(
+    layers: Sequence[Any], replacement: Callable[[Any, Callable[..., Any], Tensor], Any]
+) -> Iterator[dict[int, list[tuple[Tensor, Tensor]]]]:
+    """Within it the layers compute `replacement(layer, call, x)`; gives inputs and outputs by `id`.
+
+    Unlike a model over the same layers this reaches into models inside the model and into subclasses.
+    """
+    seen: dict[int, list[tuple[Tensor, Tensor]]] = {id(layer): [] for layer in layers}
+
+    def replaced(layer: Any) -> Callable[..., Any]:
+        original = layer.call
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            output = replacement(layer, lambda x: original(x, *args[1:], **kwargs), args[0])
+            seen[id(layer)].append((args[0], output))
+            return output
+
+        return call
+
+    try:
+        for layer in layers:  # past Keras' own __setattr__, which tracks state
+            object.__setattr__(layer, "call", replaced(layer))
+        yield seen
+    finally:
+        for layer in layers:
+            vars(layer).pop("call", None)
+
+
+def _only(layer: Any, values: Sequence[Tensor]) -> Tensor:
+    if len(values) != 1:
+        raise ValueError(
+            f"`layer` must be called once when the model runs. Received: layer={layer.name!r}, which is "
+            f"called {len(values)} times"
+        )
+    return values[0]
+
+
+def _reduced_gate(gate: DASLayer, inputs: Tensor, reduce: str | None) -> np.ndarray:
+    values, features = _to_numpy(gate.gate(inputs))[0], _to_numpy(inputs)[0]
+    if gate.data_format == "channels_first":
+        values, features = (np.moveaxis(x, 0, -1) for x in (values, features))
+    return _reduce(values, features, reduce)
+
+
+def _reduce(values: np.ndarray, features: np.ndarray, reduce: str | None) -> np.ndarray:
+    """A gate `(h, w, channels)` over the channels, weighted by the features' magnitudes for "share"."""
+    if reduce is None:
+        return values
+    weights = np.abs(features) if reduce == "share" else np.ones_like(features)
+    weights[weights.sum(axis=-1) == 0] = 1
+    return np.average(values, axis=-1, weights=weights)
+
+
+def _fields(model: keras.Model, image: np.ndarray, layers: Sequence[Any]) -> list[Fields]:
+    """Where inputs and outputs of the layers lie."""
+    data_format = _data_format(model)
+    size = _image_size(image.shape, data_format)
+    found: dict[int, Fields] = {}
+    for network in _networks(model):
+        found = {**fields_of(network, size, data_format), **found}  # the outermost has the say
+        if all(id(layer) in found for layer in layers):
+            return [found[id(layer)] for layer in layers]
+    missing = [layer.name for layer in layers if id(layer) not in found]
+    raise ValueError(
+        "`layer` must be part of a graph of layers, functional or sequential, on the path of the image: its "
+        f"place in the image is not known otherwise. Received: {missing}"
+    )
+
+
+def _networks(model: keras.Model) -> list[keras.Model]:
+    """The model if it is a graph of layers; else those inside it that take images, outermost first."""
+    graphs = keras.Sequential | keras.Function
+    if isinstance(model, graphs):
+        return [model]
+    inside = model._flatten_layers(include_self=False)
+    built = [layer for layer in inside if isinstance(layer, graphs) and layer.built]
+    return [layer for layer in built if [len(tensor.shape) for tensor in layer.inputs] == [4]]
+
+
+def _of_kind(model: keras.Model, kinds: tuple[type, ...]) -> list[Any]:
+    """The layers of these classes, those of models inside the model too, but not the parts of gates."""
+    layers = model._flatten_layers(include_self=False)
+    parts = {
+        id(part)
+        for layer in layers
+        if isinstance(layer, DASLayer)
+        for part in layer._flatten_layers(include_self=False)
+    }
+    return [layer for layer in layers if isinstance(layer, kinds) and id(layer) not in parts]
+
+
+def _names(model: keras.Model, kinds: tuple[type, ...]) -> list[str]:
+    return [layer.name for layer in _of_kind(model, kinds)]
+
+
+def _find(model: keras.Model, layer: str | keras.layers.Layer, kinds: tuple[type, ...]) -> Any:
+    known = _of_kind(model, kinds)
+    found = [of for of in known if of is layer or of.name == layer]
+    if len(found) == 1:
+        return found[0]
+    wanted = " or ".join(kind.__name__ for kind in kinds)
+    names = [of.name for of in known]
+    problem = f"{len(found)} have this name" if found else f"the model has {names}"
+    raise ValueError(
+        f"`layer` must be a {wanted} of the model, or its name. Received: layer={layer!r}; {problem}"
+    )
+
+
+def _data_format(model: keras.Model) -> str:
+    """The model's data format: that of the first of its layers that has one."""
+    for layer in model._flatten_layers(include_self=False):
+        if data_format := getattr(layer, "data_format", None):
+            return data_format
+    return keras.config.image_data_format()
+
+
+def _image_size(shape: Sequence[int], data_format: str) -> tuple[int, int]:
+    return (shape[0], shape[1]) if data_format == "channels_last" else (shape[1], shape[2])
+
+
+def _one_image(model: keras.Model, image: Any) -> np.ndarray:
+    if not isinstance(model, keras.Model) or not model.built:
+        raise ValueError(f"`model` must be a Keras model that has been built. Received: model={model!r}")
+    pixels = image if isinstance(image, np.ndarray) else ops.convert_to_numpy(image)
+    if pixels.ndim == 4 and len(pixels) == 1:
+        pixels = pixels[0]
+    if pixels.ndim != 3:
+        raise ValueError(
+            "`image` must have the shape (H, W, C) or (C, H, W), or be a batch of one. "
+            f"Received: image.shape={pixels.shape}"
+        )
+    return pixels
+
+
+def _check_point(model: keras.Model, image: np.ndarray, point: Sequence[float]) -> Point:
+    size = _image_size(image.shape, _data_format(model))
+    values = np.asarray(point, "float64")
+    if values.shape != (2,) or not all(-0.5 <= at <= end - 0.5 for at, end in zip(values, size, strict=True)):
+        raise ValueError(
+            f"`point` must be (y, x) in pixels of the image, from -0.5 to {size[0] - 0.5} and "
+            f"{size[1] - 0.5}. Received: point={point!r}"
+        )
+    return float(values[0]), float(values[1])
+
+
+def _gradient(score: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+    """The gradient of a number that Keras computes from a tensor."""
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(at)
+            value = score(at)
+        return tape.gradient(value, at, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+    if backend == "jax":
+        import jax
+
+        return jax.grad(score)(at)
+    raise NotImplementedError(f"Grad-CAM needs Keras on TensorFlow or JAX. Received: backend {backend!r}")
+
+
+def _to_numpy(x: Tensor) -> np.ndarray:
+    return ops.convert_to_numpy(ops.cast(x, "float32"))
+
+
+# Drawing
+
+
+def _figure(width: float, height: float) -> Any:
+    """An empty figure, in inches, that no window shows."""
+    return import_extra("matplotlib.figure", "viz").Figure(
+        figsize=(width, height), dpi=_DPI, layout="constrained"
+    )
+
+
+def _to_pixels(figure: Any) -> np.ndarray:
+    """The figure as uint8 `(h, w, 4)`."""
+    canvas = import_extra("matplotlib.backends.backend_agg", "viz").FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.array(canvas.buffer_rgba())
+
+
+def _picture(model: keras.Model, image: Any, picture: np.ndarray | None) -> np.ndarray:
+    """What to draw of an image: float32 in 0..1, `(H, W)` or `(H, W, 3)`."""
+    pixels = _one_image(model, image)
+    size = _image_size(pixels.shape, _data_format(model))
+    if picture is None:
+        pixels = pixels if _data_format(model) == "channels_last" else np.moveaxis(pixels, 0, -1)
+        picture = pixels if pixels.shape[2] == 3 else pixels.mean(axis=2)
+    if picture.shape not in (size, (*size, 3)):
+        raise ValueError(
+            f"`picture` must have the shape {size} or {(*size, 3)}. Received: picture.shape={picture.shape}"
+        )
+    values = picture.astype("float32")
+    low, high = float(values.min()), float(values.max())
+    if low >= 0 and high <= 255:
+        is_bytes = high > 1 or np.issubdtype(picture.dtype, np.integer)
+        return values / 255 if is_bytes else values
+    return (values - low) / (high - low)
+
+
+def _show_picture(axes: Any, picture: np.ndarray, gray: bool = False) -> None:
+    if gray and picture.ndim == 3:
+        picture = picture.mean(axis=2)
+    axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def _show_map(axes: Any, values: np.ndarray, field: Field, **style: Any) -> Any:
+    """Lays a feature map over the picture, linear between the middles of its pixels and level beyond them."""
+    columns, rows = (round(max(ends) + 0.5) for ends in (axes.get_xlim(), axes.get_ylim()))
+    spread = _interpolate(_interpolate(values, field[0], rows).T, field[1], columns).T
+    return axes.imshow(spread, alpha=0.65, **style)
+
+
+def _interpolate(values: np.ndarray, axis: Axis, size: int) -> np.ndarray:
+    """The values, `(axis.size, n)`, at each of `size` pixels of the image along their first axis."""
+    middles = axis.locate(np.arange(axis.size))
+    return np.stack([np.interp(np.arange(size), middles, line) for line in values.T], axis=-1)
+
+
+def _scatter(axes: Any, found: SamplingPoints) -> Any:
+    """The points in the colours of their masks."""
+    limits = axes.get_xlim(), axes.get_ylim()
+    y, x = np.moveaxis(found.points.reshape(-1, 2), -1, 0)  # drawn as x, y
+    inside, mask = found.inside.ravel(), found.mask.ravel()
+    axes.scatter(x[~inside], y[~inside], s=25, c="lightgray", marker="x")
+    drawn = axes.scatter(
+        x[inside], y[inside], s=40, c=mask[inside], cmap="viridis", vmin=0, vmax=1, edgecolors="white"
+    )
+    axes.plot(found.center[1], found.center[0], "r+", markersize=12, markeredgewidth=2)
+    axes.set(xlim=limits[0], ylim=limits[1])
+    return drawn
+
+
+def _scatter_sizes(axes: Any, found: SamplingPoints) -> None:
+    """The points in the sizes of their masks."""
+    limits = axes.get_xlim(), axes.get_ylim()
+    y, x = np.moveaxis(found.points[found.inside], -1, 0)
+    axes.scatter(x, y, s=40 * found.mask[found.inside], c="white", edgecolors="red", linewidths=0.8)
+    axes.set(xlim=limits[0], ylim=limits[1])
+
+
+def _columns(path: str | os.PathLike, epoch: str) -> dict[str, list[float]]:
+    """The columns of numbers of a CSV file; an empty cell is a NaN."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or epoch not in rows[0]:
+        raise ValueError(f"`files` must hold rows with the column {epoch!r}. Received: {os.fspath(path)!r}")
+    columns = {}
+    for name in rows[0]:
+        with contextlib.suppress(ValueError):  # a column of words is none to draw
+            columns[name] = [float(row[name] or math.nan) for row in rows]
+    return columns

@@ -1,0 +1,53 @@
+"""A ResNet-18 with four gates, and images of several sizes with what Keras makes of them."""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_das
+from examples import backbones
+
+SHAPES = [(1, 64, 64, 3), (2, 96, 96, 3), (3, 64, 80, 3)]
+
+
+@pytest.fixture(scope="session")
+def resnet18():
+    """Takes batches and images of any size."""
+    keras.utils.set_random_seed(3)
+    base = backbones.resnet18(None)
+    offsets = keras.initializers.RandomNormal(stddev=0.05)  # of several pixels, some of which leave the map
+    stages = [f"stage{number}" for number in range(1, 5)]
+    gated = keras_das.attach_das(base, stages, identity_init=False, offset_initializer=offsets)
+    head = [keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(10, "softmax")]
+    return keras.Sequential([keras.Input((None, None, 3), name="image"), gated, *head])
+
+
+@pytest.fixture(scope="session")
+def expected(resnet18):
+    """Pairs of images and Keras' outputs."""
+    rng = np.random.default_rng(0)
+    batches = [rng.normal(size=shape).astype("float32") for shape in SHAPES]
+    return [(images, resnet18.predict(images, verbose=0)) for images in batches]
+
+
+def many_convolutions():
+    """Deformable convolutions of every kind, on images of any size."""
+    uniform = keras.initializers.RandomUniform(-0.5, 0.5)
+    kinds = [
+        {"strides": 2, "padding": "same"},  # how it pads depends on the size
+        {"dilation_rate": (2, 1), "padding": ((2, 0), (1, 3)), "use_bias": False},
+        {"groups": 2, "offset_groups": 4, "padding": "same", "kernel_size": (3, 2)},
+        {"modulated": False, "strides": (1, 2), "bias_initializer": uniform},
+        {"groups": 8, "offset_groups": 2, "padding": "same", "kernel_size": 1},
+    ]
+    layers = [keras.Input((None, None, 3), name="image"), keras.layers.Conv2D(8, 3)]
+    for kind in kinds:
+        arguments = {"filters": 8, "kernel_size": 3, "offset_initializer": uniform, **kind}
+        layers.append(keras_das.DeformableConv2D(**arguments))
+    return keras.Sequential([*layers, keras.layers.GlobalAveragePooling2D()]), len(kinds)
+
+
+def assert_close(found, wanted):
+    """1e-4 of the largest value."""
+    assert found.shape == wanted.shape
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())

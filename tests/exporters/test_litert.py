@@ -1,0 +1,41 @@
+"""LiteRT: operations of the runtime alone, and its numbers are Keras'."""
+
+import keras
+import pytest
+from ai_edge_litert.interpreter import Interpreter
+
+import keras_das
+from tests.exporters.conftest import assert_close, many_convolutions
+
+
+def run(path, images):
+    """By the runtime alone, which would refuse TensorFlow's operations."""
+    interpreter = Interpreter(str(path))
+    (source,), (target,) = interpreter.get_input_details(), interpreter.get_output_details()
+    interpreter.resize_tensor_input(source["index"], images.shape)
+    interpreter.allocate_tensors()
+    interpreter.set_tensor(source["index"], images)
+    interpreter.invoke()
+    return interpreter.get_tensor(target["index"])
+
+
+def test_resnet18_with_four_gates(resnet18, expected, tmp_path):
+    path = tmp_path / "model.tflite"
+    keras_das.export(resnet18, path, format="litert")
+    for images, outputs in expected:
+        assert_close(run(path, images), outputs)
+
+
+def test_every_kind_of_convolution(tmp_path, rng):
+    model, _ = many_convolutions()
+    keras_das.export(model, tmp_path / "model.tflite", format="litert")
+    for shape in [(2, 32, 32, 3), (1, 37, 45, 3)]:
+        images = rng.normal(size=shape).astype("float32")
+        assert_close(run(tmp_path / "model.tflite", images), model.predict(images, verbose=0))
+
+
+def test_what_litert_does_not_have(tmp_path):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Lambda(keras.ops.erfinv)])
+    with pytest.raises(ValueError, match=r"`model` cannot be written as LiteRT: Custom ops: Erfinv"):
+        keras_das.export(model, tmp_path / "model.tflite", format="litert")
+    assert list(tmp_path.iterdir()) == []

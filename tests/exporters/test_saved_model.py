@@ -1,0 +1,160 @@
+"""What a SavedModel holds beside the model: labels, a signature for image files, warm-up requests."""
+
+import io
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+from tensorflow_serving.apis import prediction_log_pb2
+
+import keras_das
+from keras_das.exporters.saved_model import custom_operations
+from tests.models.backbones import randomize
+
+NAMES = ["ant", "bee", "cat", "dog", "elk", "fox", "gnu"]
+
+
+def classifier(classes=7, size=(24, 32), data_format="channels_last"):
+    shape = (*size, 3) if data_format == "channels_last" else (3, *size)
+    layers = [
+        keras.layers.Conv2D(4, 3, 2, data_format=data_format),
+        keras_das.DASLayer(data_format=data_format),
+        keras.layers.GlobalAveragePooling2D(data_format=data_format),
+        keras.layers.Dense(classes, "softmax"),
+    ]
+    return keras.Sequential([keras.Input(shape, name="image"), *layers])
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = classifier()
+    randomize(model, np.random.default_rng(1))
+    return model
+
+
+def photograph(rng, size=(24, 32)):
+    """Pixels of 0..255 with large features, which a resize and a JPEG keep."""
+    coarse = rng.integers(0, 255, (4, 4, 3)).astype("uint8")
+    return np.array(Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BICUBIC))
+
+
+def encode(pixels, format):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format, **({"quality": 95} if format == "JPEG" else {}))
+    return file.getvalue()
+
+
+def preprocessing(images):
+    return images / 127.5 - 1
+
+
+def top(scores, count):
+    """Indices of the best classes, the best one first."""
+    return np.argsort(-scores, axis=1)[:, :count]
+
+
+def test_labels(model, tmp_path, rng):
+    keras_das.export(model, tmp_path / "1", labels=NAMES)
+    images = rng.normal(size=(6, 24, 32, 3)).astype("float32")
+    served = tf.saved_model.load(tmp_path / "1").signatures["serving_default"](image=images)
+    scores = model.predict(images, verbose=0)
+    np.testing.assert_allclose(served["output_0"], scores, rtol=1e-5, atol=1e-6)
+    best = top(scores, 5)
+    assert [[name.decode() for name in row] for row in served["labels"].numpy()] == np.array(NAMES)[
+        best
+    ].tolist()
+    np.testing.assert_allclose(served["scores"], np.take_along_axis(scores, best, 1), rtol=1e-5, atol=1e-6)
+
+
+def test_labels_of_two_classes(tmp_path, rng):
+    model = classifier(2)
+    keras_das.export(model, tmp_path / "1", labels=["no", "yes"])
+    loaded = tf.saved_model.load(tmp_path / "1")
+    served = loaded.serve(rng.normal(size=(3, 24, 32, 3)).astype("float32"))
+    assert served["labels"].shape == (3, 2)
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+def test_image_files(data_format, tmp_path, rng):
+    """PNG files of the model's size are the pixels themselves; JPEG files of another size are close."""
+    model = classifier(data_format=data_format)
+    randomize(model, rng)
+    keras_das.export(model, tmp_path / "1", labels=NAMES, serving_bytes=True)
+    assert custom_operations(tmp_path / "1") == []
+    pictures = [photograph(rng) for _ in range(2)]
+    images = np.stack(pictures).astype("float32")
+    if data_format == "channels_first":
+        images = np.moveaxis(images, 3, 1)
+    scores = model.predict(images, verbose=0)
+    signature = tf.saved_model.load(tmp_path / "1").signatures["serving_bytes"]
+    served = signature(image_bytes=tf.constant([encode(pixels, "PNG") for pixels in pictures]))
+    np.testing.assert_allclose(served["output_0"], scores, rtol=1e-4, atol=1e-5)
+    assert served["labels"][0, 0].numpy().decode() == NAMES[scores[0].argmax()]
+    large = [np.kron(pixels, np.ones((2, 2, 1), "uint8")) for pixels in pictures]
+    served = signature(image_bytes=tf.constant([encode(pixels, "JPEG") for pixels in large]))
+    np.testing.assert_allclose(served["output_0"], scores, atol=0.05)
+
+
+def test_preprocessing_and_a_size_for_a_model_of_any(tmp_path, rng):
+    model = classifier(size=(None, None))
+    randomize(model, rng)
+    keras_das.export(
+        model, tmp_path / "1", serving_bytes=True, image_size=(20, 28), preprocessing=preprocessing
+    )
+    pixels = photograph(rng, (20, 28))
+    gray = np.array(Image.fromarray(pixels).convert("L"))
+    loaded = tf.saved_model.load(tmp_path / "1")
+    served = loaded.serving_bytes(tf.constant([encode(pixels, "PNG"), encode(gray, "PNG")]))
+    images = np.stack([pixels, np.repeat(gray[..., None], 3, -1)]).astype("float32")
+    wanted = model.predict(preprocessing(images), verbose=0)
+    np.testing.assert_allclose(served["output_0"], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_warmup_requests(model, tmp_path):
+    """As tensorflow-serving-api reads them, and as the signatures take them."""
+    folder = tmp_path / "animals" / "1"
+    keras_das.export(model, folder, labels=NAMES, serving_bytes=True, warmup=(1, 3))
+    records = tf.data.TFRecordDataset(str(folder / "assets.extra" / "tf_serving_warmup_requests"))
+    loaded, seen = tf.saved_model.load(folder), []
+    for record in records:
+        log = prediction_log_pb2.PredictionLog.FromString(record.numpy())
+        assert log.WhichOneof("log_type") == "predict_log"
+        request = log.predict_log.request
+        name = request.model_spec.signature_name
+        inputs = {key: tf.constant(tf.make_ndarray(value)) for key, value in request.inputs.items()}
+        outputs = loaded.signatures[name](**inputs)
+        seen.append((name, *inputs, len(outputs["labels"])))
+    assert seen == [
+        ("serving_default", "image", 1),
+        ("serving_default", "image", 3),
+        ("serving_bytes", "image_bytes", 1),
+        ("serving_bytes", "image_bytes", 3),
+    ]
+
+
+def test_bad_arguments(model, tmp_path):
+    def export(model=model, path=tmp_path / "1", **arguments):
+        keras_das.export(model, path, **arguments)
+
+    with pytest.raises(ValueError, match=r"`labels` must name each class .*Received: 2"):
+        export(labels=["a", "b"])
+    with pytest.raises(ValueError, match="`image_size` and `preprocessing` go with serving_bytes=True"):
+        export(image_size=(24, 32))
+    with pytest.raises(
+        ValueError, match=r"`image_size` must be \(rows, columns\).*Received: image_size=\(8, 8\)"
+    ):
+        export(serving_bytes=True, image_size=(8, 8))
+    with pytest.raises(ValueError, match=r"`image_size` must be .*Received: image_size=None"):
+        export(classifier(size=(None, None)), serving_bytes=True)
+    with pytest.raises(ValueError, match=r"`warmup` must hold batch sizes. Received: warmup=\(0,\)"):
+        export(warmup=(0,))
+    with pytest.raises(ValueError, match="`warmup` needs a model of images of one size"):
+        export(classifier(size=(None, None)), warmup=(1,))
+    with pytest.raises(ValueError, match='`labels`, `serving_bytes` and `warmup` go with "saved_model"'):
+        export(path=tmp_path / "1.onnx", format="onnx", labels=NAMES)
+    vectors = keras.Sequential([keras.Input((4,)), keras.layers.Dense(7)])
+    with pytest.raises(ValueError, match="`serving_bytes` needs a model of images in 3 channels"):
+        export(vectors, serving_bytes=True)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,605 @@
+"""What `visualize` says of where layers read is where they read: rows before columns, to the pixel."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_das
+from keras_das import visualize
+from keras_das.models import attach_das
+from tests.models.backbones import SMALL_GATE, cv_resnet, hub_resnet, plain_cnn, randomize
+
+TAPS = 9
+
+
+def box(size, strides, padding, data_format="channels_last"):
+    """A mean over a window: of coordinates it makes those of the window's middle."""
+    return keras.layers.DepthwiseConv2D(
+        size,
+        strides,
+        padding,
+        depthwise_initializer=keras.initializers.Constant(1 / size**2),
+        use_bias=False,
+        data_format=data_format,
+    )
+
+
+def mean(size, strides, padding):
+    return keras.layers.AveragePooling2D(size, strides, padding)
+
+
+STEMS = {
+    "stride 1": lambda: [],
+    "stride 2": lambda: [box(3, 2, "same")],
+    "stride 4": lambda: [
+        keras.layers.ZeroPadding2D(((3, 1), (2, 3))),
+        box(7, 2, "valid"),
+        mean(3, 2, "same"),
+    ],
+    "stride 8": lambda: [mean(2, 2, "valid"), box(4, 2, "same"), box(3, 2, "valid")],
+    "cropped": lambda: [keras.layers.Cropping2D(((5, 2), (1, 4))), mean(2, 2, "same")],
+    "resized": lambda: [keras.layers.Resizing(40, 96), box(3, 1, "same")],
+    "upsampled": lambda: [mean(4, 4, "valid"), keras.layers.UpSampling2D(2, interpolation="bilinear")],
+}
+
+
+def coordinates(height, width, data_format="channels_last"):
+    """An image whose value is where it is: y in the first channel, x in the second."""
+    image = np.stack(np.indices((height, width)), axis=-1).astype("float32")
+    return image if data_format == "channels_last" else np.moveaxis(image, -1, 0)
+
+
+def set_offsets(layer, offsets, logits=None):
+    """The same offsets (taps, 2) and masks at all positions."""
+    parts = [np.ravel(offsets)] + ([] if logits is None else [np.ravel(logits)])
+    layer.offset_bias.assign(np.concatenate(parts).astype("float32"))
+
+
+def reader(rng, strides=1, dilation_rate=1, data_format="channels_last"):
+    """A deformable convolution that outputs each tap's sample of both channels, times its mask."""
+    layer = keras_das.DeformableConv2D(
+        2 * TAPS,
+        3,
+        strides,
+        "same",
+        dilation_rate=dilation_rate,
+        data_format=data_format,
+        name="reader",
+    )
+    layer.build((None, None, None, 2) if data_format == "channels_last" else (None, 2, None, None))
+    layer.kernel.assign(np.eye(2 * TAPS).reshape(3, 3, 2, 2 * TAPS))
+    set_offsets(layer, rng.uniform(-1.4, 1.4, (TAPS, 2)), rng.normal(size=TAPS))
+    return layer
+
+
+def check_reads_there(model, image, point, data_format="channels_last"):
+    """The coordinates that the layer outputs are those that `sampling_points` gives."""
+    found = visualize.sampling_points(model, image, "reader", point)
+    row, column = found.position
+    output = np.asarray(model(image[None]))[0]
+    read = output[row, column] if data_format == "channels_last" else output[:, row, column]
+    expected = read.reshape(TAPS, 2) / found.mask[0, :, None]
+    np.testing.assert_allclose(found.points[0], expected, rtol=1e-4, atol=1e-3)
+    assert np.abs(found.points[0, :, ::-1] - expected).max() > 1  # (x, y) would not pass
+    return found
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_coordinates_come_back(stem, rng):
+    image = coordinates(160, 192)
+    model = keras.Sequential([keras.Input((None, None, 2)), *STEMS[stem](), reader(rng)])
+    check_reads_there(model, image, (70, 101))
+
+
+@pytest.mark.parametrize(("strides", "dilation_rate"), [(2, 1), (1, 2), ((1, 3), 1)])
+def test_coordinates_of_strided_and_dilated_taps(strides, dilation_rate, rng):
+    image = coordinates(96, 112)
+    model = keras.Sequential(
+        [keras.Input((96, 112, 2)), box(3, 2, "same"), reader(rng, strides, dilation_rate)]
+    )
+    found = check_reads_there(model, image, (44, 61))
+    spacing = 2 * np.array(strides if isinstance(strides, tuple) else (strides, strides))
+    assert (np.abs(found.center - (44, 61)) <= spacing / 2).all()  # no other position is nearer
+
+
+def test_coordinates_channels_first(rng):
+    image = coordinates(48, 64, "channels_first")
+    layers = [box(3, 2, "same", "channels_first"), reader(rng, data_format="channels_first")]
+    model = keras.Sequential([keras.Input((2, 48, 64)), *layers])
+    check_reads_there(model, image, (20, 41), "channels_first")
+
+
+def test_the_drawn_points_are_the_coordinates(rng):
+    image = coordinates(64, 96)
+    model = keras.Sequential([keras.Input((64, 96, 2)), box(3, 2, "same"), reader(rng)])
+    found = check_reads_there(model, image, (30, 55))
+    axes = visualize.plot_sampling_points(model, image, "reader", (30, 55)).axes[0]
+    off, on = axes.collections
+    assert len(off.get_offsets()) == 0
+    x, y = np.asarray(on.get_offsets()).T  # matplotlib draws x, y
+    np.testing.assert_allclose(np.stack([y, x], -1), found.points[0])
+    np.testing.assert_allclose(on.get_array(), found.mask[0])
+    (cross,) = axes.lines
+    np.testing.assert_allclose([cross.get_ydata()[0], cross.get_xdata()[0]], found.center)
+    assert axes.get_xlim() == (-0.5, 95.5)
+    assert axes.get_ylim() == (63.5, -0.5)  # row 0 on top
+
+
+def test_borders():
+    """At the corner five of nine taps at rest lie on zeros; the masks at rest are 1/2."""
+    model = keras.Sequential([keras.Input((16, 24, 3)), keras_das.DASLayer(name="gate")])
+    found = visualize.sampling_points(model, np.zeros((16, 24, 3)), "gate", (-0.5, 23.5))
+    assert found.position == (0, 23)
+    np.testing.assert_array_equal(found.inside[0], [0, 0, 0, 1, 1, 0, 1, 1, 0])
+    np.testing.assert_array_equal(found.points[0, [0, 4, 8]], [[-1, 22], [0, 23], [1, 24]])
+    np.testing.assert_allclose(found.mask, 0.5)
+
+
+def test_a_gate_reads_where_its_offsets_say():
+    model = attach_das(plain_cnn(), at="relu_0")
+    gate = model.get_layer("das_relu_0")
+    image = np.zeros((1, 32, 32, 3))
+    at_rest = visualize.sampling_points(model, image, gate, (17, 13))
+    np.testing.assert_allclose(at_rest.center, [17, 13])  # 4 (4, 3) + 1: the kernel of 3 pads at the end only
+    np.testing.assert_allclose(at_rest.points[0, 4], at_rest.center)
+    np.testing.assert_allclose(at_rest.points[0, 1], [13, 13])
+    offsets = np.zeros((TAPS, 2))
+    offsets[1] = [2, -1]  # two rows down, one column left
+    set_offsets(gate.deform, offsets, np.zeros(TAPS))
+    moved = visualize.sampling_points(model, image, "das_relu_0", (17, 13))
+    np.testing.assert_allclose(moved.points[0, 1] - at_rest.points[0, 1], [8, -4], atol=1e-5)
+    np.testing.assert_array_equal(np.delete(moved.points, 1, axis=1), np.delete(at_rest.points, 1, axis=1))
+
+
+def test_offset_groups_and_no_mask():
+    gate = keras_das.DASLayer(reduction=1, offset_groups=2, kernel_size=(1, 3), modulated=False)
+    model = keras.Sequential([keras.Input((8, 8, 4)), gate])
+    gate.deform.offset_bias.assign([0, 0, 0, 0, 0, 0, 1, 0, 1, 0, 1, 0])  # the second group: a row down
+    found = visualize.sampling_points(model, np.zeros((8, 8, 4)), gate, (4, 4))
+    np.testing.assert_allclose(found.points, [[[4, 3], [4, 4], [4, 5]], [[5, 3], [5, 4], [5, 5]]])
+    np.testing.assert_array_equal(found.mask, 1)
+
+
+def test_stacked_layers(rng):
+    layers = {}
+    for name in ("first", "second"):
+        layers[name] = keras_das.DASLayer(name=name, reduction=1, offset_initializer="random_normal")
+    model = keras.Sequential(
+        [keras.Input((64, 64, 2)), box(3, 2, "same"), layers["first"], box(3, 2, "same"), layers["second"]]
+    )
+    image = rng.normal(size=(64, 64, 2)).astype("float32")
+    found = visualize.stacked_sampling_points(model, image, ["second", "first"], (31, 33))
+    assert found.points.shape == (1, 81, 2)
+    outer = visualize.sampling_points(model, image, "second", (31, 33))
+    for tap, (at, mask) in enumerate(zip(outer.points[0], outer.mask[0], strict=True)):
+        inner = visualize.sampling_points(model, image, "first", at)
+        mine = slice(9 * tap, 9 * tap + 9)
+        np.testing.assert_allclose(found.points[0, mine], inner.points[0])
+        np.testing.assert_allclose(found.mask[0, mine], mask * inner.mask[0], rtol=1e-6)
+    np.testing.assert_array_equal(found.center, outer.center)
+    corner = visualize.stacked_sampling_points(model, image, ["first", "second"], (0, 0))
+    alone = visualize.sampling_points(model, image, "second", (0, 0))
+    assert not corner.inside[0].reshape(9, 9)[~alone.inside[0]].any()
+    drawn = visualize.plot_sampling_points(model, image, ["first", "second"], (31, 33)).axes[0]
+    assert sum(len(points.get_offsets()) for points in drawn.collections) == 81
+
+
+# Receptive fields
+
+
+def support(model, size, index):
+    """By the gradient: which pixels one pixel of the output depends on, if all weights are positive."""
+
+    # A graph, for the kernels' gradients are pruned from it: they crash for odd sizes (TensorFlow 2.21).
+    @tf.function
+    def gradient(image):
+        return tf.gradients(model(image)[0, index[0], index[1]], image)[0]
+
+    used = np.nonzero(np.abs(gradient(tf.ones((1, *size, 2))))[0].sum(-1))
+    return [(along.min(), along.max()) for along in used]
+
+
+def ones(filters, size, strides, padding, rate=1):
+    return keras.layers.Conv2D(
+        filters, size, strides, padding, dilation_rate=rate, kernel_initializer="ones", activation="relu"
+    )
+
+
+def branches(x):
+    """A residual sum and a concatenation, whose branches see different pixels."""
+    x = keras.layers.Add()([ones(4, 3, 2, "same")(x), ones(4, 1, 2, "same")(x)])
+    scale = keras.layers.GlobalAveragePooling2D(keepdims=True)(x)
+    y = keras.layers.Concatenate()([ones(2, (5, 1), 1, "same")(x), ones(2, (1, 3), 1, "same", 2)(x)])
+    return keras.layers.Multiply()([y, keras.ops.stop_gradient(scale)])
+
+
+@pytest.mark.parametrize("size", [(60, 72), (63, 71)])
+def test_receptive_fields_by_the_gradient(size):
+    """On maps deep inside, for even and odd sizes, nested, with padding by an operation."""
+    inputs = keras.Input((None, None, 2))
+    x = keras.ops.pad(inputs, ((0, 0), (2, 0), (1, 3), (0, 0)))
+    stem = keras.Sequential([keras.Input((None, None, 2)), ones(3, (7, 4), 2, "valid"), mean(2, 1, "same")])
+    inner_inputs = keras.Input((None, None, 3))
+    inner = keras.Model(inner_inputs, branches(inner_inputs))
+    x = keras.layers.Activation("linear", name="end")(inner(stem(x)))
+    model = keras.Model(inputs, x)
+    from keras_das.models.fields import fields_of
+
+    fields = fields_of(model, size, "channels_last")[id(model.get_layer("end"))].outputs
+    index = (6, 8)
+    assert model.compute_output_shape((1, *size, 2))[1:3] == tuple(axis.size for axis in fields)
+    for axis, at, (low, high) in zip(fields, index, support(model, size, index), strict=True):
+        assert (axis.low + at * axis.stride, axis.high + at * axis.stride) == (low, high)
+
+
+def centers(model, image, layers):
+    """Where the pixel (0, 0) of each layer's input lies."""
+    return [visualize.sampling_points(model, image, of, (-0.5, -0.5)).center.tolist() for of in layers]
+
+
+GATES = ["das_p2", "das_p3", "das_p4", "das_p5"]
+IMAGE = np.random.default_rng(0).uniform(0, 255, (64, 64, 3)).astype("float32")
+
+
+def test_inside_keras_hub():
+    """Paddings as in torch: every feature map's first pixel lies on the image's first."""
+    keras_hub = pytest.importorskip("keras_hub")
+    backbone = attach_das(hub_resnet(), **SMALL_GATE)
+    model = keras_hub.models.ImageClassifier(backbone, num_classes=3)
+    assert centers(model, IMAGE, GATES) == [[0, 0]] * 4
+    deepest = visualize.sampling_points(model, IMAGE, "das_p5", (33, 30))
+    assert deepest.position == (1, 1)
+    np.testing.assert_array_equal(deepest.center, [32, 32])
+
+
+def test_inside_keras_cv():
+    """Paddings as in TensorFlow: each stride of 2 moves the first pixel. In a subclass, too: a detector."""
+    keras_cv = pytest.importorskip("keras_cv")
+    backbone = attach_das(
+        cv_resnet(block_type="basic_block", stackwise_filters=[64, 16, 16, 16]), **SMALL_GATE
+    )
+    expected = [[stride - 1] * 2 for stride in (4, 8, 16, 32)]
+    classifier = keras_cv.models.ImageClassifier(backbone=backbone, num_classes=2)
+    assert centers(classifier, IMAGE, GATES) == expected
+    detector = keras_cv.models.RetinaNet(backbone, num_classes=2, bounding_box_format="xyxy")
+    detector.build((None, 64, 64, 3))
+    assert centers(detector, IMAGE, GATES[1:]) == expected[1:]
+
+
+def test_inside_a_sequential_model():
+    backbone = attach_das(plain_cnn())
+    pixels = keras.Sequential([keras.Input((64, 64, 3)), keras.layers.Resizing(32, 32), backbone])
+    alone = centers(backbone, IMAGE[:32, :32], ["das_p2"])
+    assert alone == [[1, 1]]
+    # The pixel 1 of 32 covers 2 and 3 of 64.
+    assert centers(pixels, IMAGE, ["das_p2"]) == [[2.5, 2.5]]
+    assert visualize.gate_map(pixels, IMAGE, "das_p3").shape == (4, 4)
+
+
+# Gates and Grad-CAM
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+def test_gate_map(data_format, rng):
+    model = attach_das(plain_cnn(data_format), at="relu_1", identity_init=False)
+    randomize(model, rng)
+    shape = (32, 32, 3) if data_format == "channels_last" else (3, 32, 32)
+    image = rng.normal(size=shape).astype("float32")
+    tensors = [model.get_layer(name).output for name in ("relu_1", "das_relu_1")]
+    before, after = (np.array(x)[0] for x in keras.Model(model.input, tensors)(image[None]))
+    if data_format == "channels_first":
+        before, after = (np.moveaxis(x, 0, -1) for x in (before, after))
+    values = visualize.gate_map(model, image, "das_relu_1", reduce=None)
+    assert values.shape == (4, 4, 8)
+    np.testing.assert_allclose(values * before, after, rtol=1e-5, atol=1e-6)
+    mean = visualize.gate_map(model, image, "das_relu_1", reduce="mean")
+    np.testing.assert_allclose(mean, values.mean(-1), rtol=1e-5)
+    # The share of what there is; where there is nothing, the mean.
+    before[0, 0], before[1, 1] = 0, 1
+    total, kept = np.abs(before).sum(-1), np.abs(values * before).sum(-1)
+    share = np.where(total > 0, kept / np.maximum(total, 1e-9), mean)
+    np.testing.assert_allclose(visualize._reduce(values, before, "share"), share, rtol=1e-5)
+    assert share[0, 0] == mean[0, 0]
+    found = visualize.gate_map(model, image, "das_relu_1")
+    np.testing.assert_allclose(found[2:], share[2:], rtol=1e-5)
+
+
+def test_gate_inputs(rng):
+    backbone = attach_das(plain_cnn())
+    model = keras.Sequential([keras.Input((32, 32, 3)), keras.layers.Rescaling(1 / 255), backbone])
+    images = rng.uniform(0, 255, (3, 32, 32, 3)).astype("float32")
+    (first, x), (second, y) = visualize.gate_inputs(model, images)
+    assert [first.name, second.name] == ["das_p2", "das_p3"]
+    expected = keras.Model(backbone.input, [first.input, second.input])(images / 255)
+    np.testing.assert_allclose(x, expected[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(y, expected[1], rtol=1e-5, atol=1e-6)
+    assert visualize.gate_inputs(plain_cnn(), images) == []
+
+
+def classifier(data_format="channels_last"):
+    """Scores that are a matrix times the means of the image's channels."""
+    shape = (6, 5, 3) if data_format == "channels_last" else (3, 6, 5)
+    layers = keras.layers
+    model = keras.Sequential(
+        [
+            keras.Input(shape),
+            layers.AveragePooling2D(1, data_format=data_format, name="features"),
+            layers.GlobalAveragePooling2D(data_format=data_format),
+            layers.Dense(2, use_bias=False),
+        ]
+    )
+    model.layers[-1].set_weights([WEIGHTS])
+    return model
+
+
+WEIGHTS = np.array([[1.0, -1.0], [0.5, 2.0], [-2.0, 0.0]], "float32")
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+def test_grad_cam(data_format, rng):
+    image = rng.normal(size=(6, 5, 3)).astype("float32")
+    given = image if data_format == "channels_last" else np.moveaxis(image, -1, 0)
+    model = classifier(data_format)
+    for index in (0, 1):
+        expected = np.maximum(image @ WEIGHTS[:, index], 0)
+        found = visualize.grad_cam(model, given, "features", index)
+        np.testing.assert_allclose(found, expected / expected.max(), rtol=1e-5, atol=1e-6)
+    best = int(np.argmax(image.mean(axis=(0, 1)) @ WEIGHTS))
+    np.testing.assert_array_equal(
+        visualize.grad_cam(model, given, "features"), visualize.grad_cam(model, given, "features", best)
+    )
+    # Nothing of the measurement stays behind.
+    assert "call" not in vars(model.get_layer("features"))
+
+
+def test_grad_cam_of_nothing():
+    """No pixel speaks for the class: zeros, not 0/0."""
+    image = np.zeros((6, 5, 3), "float32") + [0, 0, 1]
+    assert (visualize.grad_cam(classifier(), image, "features", 0) == 0).all()
+
+
+def test_grad_cam_reaches_into_nested_models(rng):
+    gated = attach_das(plain_cnn(), at=["relu_1"])
+    model = keras.Sequential([keras.Input((32, 32, 3)), gated])
+    image = rng.normal(size=(32, 32, 3)).astype("float32")
+    found = visualize.grad_cam(model, image, "das_relu_1", 1)
+    np.testing.assert_allclose(found, visualize.grad_cam(plain_like(gated), image, "relu_1", 1), atol=1e-5)
+
+
+def plain_like(gated):
+    """The model without gates, of the same weights; gates that start at 1 change nothing."""
+    plain = plain_cnn()
+    for layer in plain.layers:
+        layer.set_weights(gated.get_layer(layer.name).get_weights())
+    return plain
+
+
+def test_on_jax(tmp_path, rng):
+    """The same points, gates and Grad-CAM as on TensorFlow."""
+    gate = {"kernel_size": (1, 2), "offset_initializer": "random_normal"}
+    model = attach_das(plain_cnn(), at="relu_1", identity_init=False, **gate)
+    image = rng.normal(size=(32, 32, 3)).astype("float32")
+    model.save(tmp_path / "model.keras")
+    np.save(tmp_path / "image.npy", image)
+    script = """
+        import sys, keras, numpy as np
+        from keras_das import visualize
+        assert keras.backend.backend() == "jax"
+        model = keras.models.load_model("model.keras")
+        image = np.load("image.npy")
+        np.savez(
+            "found.npz",
+            points=visualize.sampling_points(model, image, "das_relu_1", (9, 20)).points,
+            gate=visualize.gate_map(model, image, "das_relu_1"),
+            cam=visualize.grad_cam(model, image, "das_relu_1", 1),
+        )
+    """
+    environment = {**os.environ, "KERAS_BACKEND": "jax", "PYTHONPATH": os.getcwd()}
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    subprocess.run(command, check=True, timeout=300, cwd=tmp_path, env=environment)
+    with np.load(tmp_path / "found.npz") as found:
+        points = visualize.sampling_points(model, image, "das_relu_1", (9, 20)).points
+        np.testing.assert_allclose(found["points"], points, rtol=1e-4, atol=1e-3)
+        np.testing.assert_allclose(found["gate"], visualize.gate_map(model, image, "das_relu_1"), rtol=1e-4)
+        np.testing.assert_allclose(found["cam"], visualize.grad_cam(model, image, "das_relu_1", 1), atol=1e-3)
+
+
+# Figures
+
+
+def test_plot_gates(rng):
+    model = attach_das(plain_cnn())
+    images = rng.uniform(0, 255, (2, 32, 32, 3)).astype("float32")
+    figure = visualize.plot_gates(model, images, point=(16, 12), labels=["a", "b"])
+    grid = [axes for axes in figure.axes if axes.get_label() != "<colorbar>"]
+    assert [axes.get_ylabel() for axes in grid] == ["a", "", "", "b", "", ""]
+    assert [axes.get_title() for axes in grid[:3]] == [
+        "",
+        "das_p2, 8x8\n1.0000 to 1.0000",
+        "das_p3, 4x4\n1.0000 to 1.0000",
+    ]
+    np.testing.assert_array_equal(grid[2].images[1].get_array(), np.ones((32, 32)))
+    (points,) = grid[5].collections
+    found = visualize.sampling_points(model, images[1], "das_p3", (16, 12))
+    np.testing.assert_allclose(points.get_offsets()[:, ::-1], found.points[found.inside])
+    np.testing.assert_allclose(grid[3].images[0].get_array(), images[1] / 255)
+
+
+def test_plot_grad_cam(rng, tmp_path):
+    gated = attach_das(plain_cnn(), at=["relu_1"])
+    image = rng.uniform(-1, 1, (32, 32, 3)).astype("float32")
+    models = {"without": (plain_like(gated), "relu_1"), "with DAS": (gated, "das_relu_1")}
+    figure = visualize.plot_grad_cam(models, image, class_index=1)
+    first, plain, das, _ = figure.axes
+    shown = first.images[0].get_array()
+    assert (shown.min(), shown.max()) == (0, 1)  # negative values: the image's range is stretched
+    assert plain.get_title() == "without\nrelu_1"
+    cam = visualize.grad_cam(gated, image, "das_relu_1", 1)
+    # A pixel of the map lies at 8 (row, column) + 5; beyond the outermost ones it stays as it is.
+    spread = np.asarray(das.images[1].get_array())
+    np.testing.assert_allclose(spread[5::8, 5::8], cam, atol=1e-6)
+    np.testing.assert_allclose(spread[9, 13], (cam[0, 1] + cam[1, 1]) / 2, atol=1e-6)
+    np.testing.assert_allclose(spread[0, :6], cam[0, 0], atol=1e-6)
+    figure.savefig(tmp_path / "cam.png")
+    assert (tmp_path / "cam.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_picture_of_something_else_than_pixels(rng):
+    """What the model takes is not always what is to be seen."""
+    model = keras.Sequential([keras.Input((8, 8, 4)), keras_das.DASLayer(name="gate")])
+    image = rng.normal(size=(8, 8, 4))
+    picture = rng.integers(0, 255, (8, 8, 3)).astype("uint8")
+    axes = visualize.plot_sampling_points(model, image, "gate", (4, 4), picture).axes[0]
+    np.testing.assert_allclose(axes.images[0].get_array(), picture / 255)
+    with pytest.raises(ValueError, match=r"`picture` must have the shape \(8, 8\) or \(8, 8, 3\)"):
+        visualize.plot_sampling_points(model, image, "gate", (4, 4), picture[:4])
+
+
+def test_plot_history(tmp_path):
+    (tmp_path / "a.csv").write_text("epoch,loss,val_loss,note\n0,3.0,4.0,x\n1,2.0,,y\n")
+    (tmp_path / "b.csv").write_text("epoch,accuracy,loss\n0,0.5,1.0\n")
+    files = {"a": tmp_path / "a.csv", "b": tmp_path / "b.csv"}
+    figure = visualize.plot_history(files)
+    assert [axes.get_title() for axes in figure.axes] == ["loss", "accuracy"]
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    assert list(lines) == ["a", "a, validation", "b"]
+    np.testing.assert_array_equal(lines["a"].get_xydata(), [[0, 3], [1, 2]])
+    np.testing.assert_array_equal(lines["a, validation"].get_ydata(), [4, np.nan])
+    assert len(visualize.plot_history(files, ["accuracy"]).axes) == 1
+    with pytest.raises(ValueError, match=r"`metrics` must be among \['loss', 'accuracy'\]"):
+        visualize.plot_history(files, ["recall"])
+    (tmp_path / "c.csv").write_text("step,loss\n0,1.0\n")
+    with pytest.raises(ValueError, match=r"`files` must hold rows with the column 'epoch'.*c\.csv"):
+        visualize.plot_history({"c": tmp_path / "c.csv"})
+
+
+def test_tensorboard(tmp_path, rng):
+    model = attach_das(plain_cnn(), **SMALL_GATE)
+    model.compile("sgd", "mse")
+    images = rng.uniform(0, 1, (2, 32, 32, 3)).astype("float32")
+    figures = visualize.TensorBoardFigures(tmp_path, images, every=2)
+    model.fit(images, np.zeros((2, 3)), epochs=5, callbacks=[figures], verbose=0)
+    seen = {}
+    for path in tmp_path.iterdir():
+        for record in tf.data.TFRecordDataset(str(path)):
+            event = tf.compat.v1.Event.FromString(record.numpy())
+            for value in event.summary.value:
+                seen.setdefault(value.tag, {})[event.step] = value.tensor.string_val
+    assert set(seen) == {"gates", "sampling_points/das_p2", "sampling_points/das_p3"}
+    for steps in seen.values():
+        assert sorted(steps) == [1, 3]  # after the second epoch and the fourth
+        width, height, png = steps[1]
+        assert tf.io.decode_png(png).shape[:2] == (int(height), int(width))
+    bare = plain_cnn()
+    bare.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="`model` must have gates"):
+        bare.fit(images, np.zeros((2, 3)), callbacks=[figures], verbose=0)
+    with pytest.raises(ValueError, match=r"`every` must be a positive integer. Received: every=0"):
+        visualize.TensorBoardFigures(tmp_path, images, every=0)
+
+
+# Mistakes
+
+
+def test_bad_arguments():
+    model = attach_das(plain_cnn())
+    image = np.zeros((32, 32, 3), "float32")
+
+    def points(of=model, image=image, layer="das_p2", point=(1, 1)):
+        return visualize.sampling_points(of, image, layer, point)
+
+    with pytest.raises(
+        ValueError, match=r"`layer` must be a DASLayer or DeformableConv2D.*'das_p2', 'das_p3'"
+    ):
+        points(layer="relu_0")
+    with pytest.raises(ValueError, match="Received: layer='deform'"):
+        points(layer="deform")  # a part of the gate
+    for wrong in [(1, 2, 3), (-1, 0), (0, 31.6), (float("nan"), 0)]:
+        with pytest.raises(ValueError, match=r"`point` must be \(y, x\) .*Received: point="):
+            points(point=wrong)
+    for wrong in [(2, 32, 32, 3), (32, 32)]:
+        with pytest.raises(ValueError, match=r"`image` must have the shape .*Received: image.shape="):
+            points(image=np.zeros(wrong))
+    with pytest.raises(ValueError, match="`model` must be a Keras model that has been built"):
+        points(of="model.keras")
+    with pytest.raises(ValueError, match="`layers` must be a sequence"):
+        visualize.stacked_sampling_points(model, image, "das_p2", (1, 1))
+    with pytest.raises(ValueError, match="`reduce` must be"):
+        visualize.gate_map(model, image, "das_p2", reduce="max")
+    with pytest.raises(ValueError, match="`layer` must be a DASLayer of the model"):
+        visualize.gate_map(model, image, "relu_0")
+    with pytest.raises(ValueError, match="`class_index` must be from 0 to 2"):
+        visualize.grad_cam(model, image, "das_p2", 3)
+    with pytest.raises(ValueError, match="`layer` must make a feature map"):
+        visualize.grad_cam(model, image, "pool", 0)
+    with pytest.raises(ValueError, match="`labels` must have one for each of 1 images"):
+        visualize.plot_gates(model, [image], labels=["a", "b"])
+    with pytest.raises(ValueError, match="`model` must have gates"):
+        visualize.plot_gates(plain_cnn(), [image])
+    with pytest.raises(ValueError, match="`models` must hold a model"):
+        visualize.plot_grad_cam({}, image)
+
+
+def test_a_layer_that_is_called_twice():
+    shared = keras_das.DASLayer(name="gate")
+    inputs = keras.Input((8, 8, 4))
+    model = keras.Model(inputs, shared(shared(inputs)))
+    with pytest.raises(ValueError, match=r"`layer` must be called once.*'gate', which is called 2 times"):
+        visualize.sampling_points(model, np.zeros((8, 8, 4)), "gate", (0, 0))
+
+
+def test_a_model_of_two_inputs():
+    inputs = [keras.Input((8, 8, 4)), keras.Input((8, 8, 4))]
+    model = keras.Model(inputs, keras_das.DASLayer(name="gate")(keras.layers.Add()(inputs)))
+    with pytest.raises(ValueError, match="`model` must have one input"):
+        visualize.gate_map(model, np.zeros((8, 8, 4)), "gate")
+
+
+def test_an_input_that_has_a_name():
+    inputs = {"image": keras.Input((8, 8, 4), name="image")}
+    model = keras.Model(inputs, keras_das.DASLayer(name="gate")(inputs["image"]))
+    assert visualize.gate_map(model, np.zeros((8, 8, 4)), "gate").shape == (8, 8)
+
+
+def test_a_name_that_two_layers_have():
+    def part():
+        return keras.Sequential([keras.Input((8, 8, 4)), keras_das.DASLayer(name="gate")])
+
+    model = keras.Sequential([keras.Input((8, 8, 4)), part(), part()])
+    with pytest.raises(ValueError, match="2 have this name"):
+        visualize.gate_map(model, np.zeros((8, 8, 4)), "gate")
+    first = model.layers[0].layers[0]
+    assert visualize.gate_map(model, np.zeros((8, 8, 4)), first).shape == (8, 8)
+
+
+def test_a_layer_outside_the_graph():
+    class Block(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.gate = keras_das.DASLayer(name="gate")
+
+        def build(self, shape):
+            self.gate.build(shape)
+
+        def call(self, x):
+            return self.gate(x)
+
+    model = keras.Sequential([keras.Input((8, 8, 4)), Block()])
+    assert visualize.gate_map(model, np.zeros((8, 8, 4)), "gate").shape == (8, 8)
+    with pytest.raises(ValueError, match=r"`layer` must be part of a graph of layers.*\['gate'\]"):
+        visualize.sampling_points(model, np.zeros((8, 8, 4)), "gate", (0, 0))
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "tensorboard"])
+def test_missing_packages(package, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf"needs {package} for this: pip install 'keras-das\[viz\]'"):
+        visualize.TensorBoardFigures("logs", [])
