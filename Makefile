@@ -26,7 +26,7 @@ demo-detect: $(VENV)/.demo-detect $(VENV)/.kernels ## Train a RetinaNet with DAS
 	$(RUN) examples/detect.py $(DEMO_DETECT) --attention das --output runs/demo-detect --export runs/demo-detect/saved_model
 
 DEMO := --backbone resnet50 --data trees --image-size 64 --epochs 6 --progress bar $(DEMO_ARGS)
-DEMO_DETECT := --backbone resnet18 --data trees --image-size 256 --head-layers 1 --batch-size 4 --epochs 14 --progress bar $(DEMO_ARGS)
+DEMO_DETECT := --backbone resnet18 --data trees --image-size 256 --head-layers 1 --batch-size 4 --epochs 12 --progress bar $(DEMO_ARGS)
 
 test: lint suite ## Lint, type-check and test
 

@@ -26,7 +26,7 @@ def draw_sheet(
     detections: Sequence[Boxes],
     class_names: Sequence[str],
     path: Path | io.BytesIO,
-    threshold: float = 0.3,
+    threshold: float = 0.4,
 ) -> None:
     """A PNG of images in pairs: the truth's boxes on the left, on the right those detected, with scores.
 
