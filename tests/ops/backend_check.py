@@ -338,6 +338,7 @@ def test_handlers_refuse_by_name(kernels):
         "offset_groups": np.int64(1),
         "has_mask": True,
         "has_bias": True,
+        "deterministic": False,
     }
     shapes = [(2, 7, 8, 4), (3, 3, 4, 6), (2, 5, 6, 18), (2, 5, 6, 9), (6,)]
 
