@@ -93,7 +93,7 @@ def test_training_lowers_the_loss_and_finds_the_box(library, rng):
     )
     for layer in detector.model._flatten_layers():
         if isinstance(layer, keras.layers.BatchNormalization):
-            layer.momentum = 0.5  # so that 50 steps are enough for its averages
+            layer.momentum = 0.5  # so that 80 steps are enough for its averages
     images = rng.uniform(0, 60, size=(4, SIZE, SIZE, 3)).astype("float32")
     images[:2, 32:96, 16:80] = 250
     boxes = np.full((4, 2, 4), -1, "float32")
@@ -103,9 +103,9 @@ def test_training_lowers_the_loss_and_finds_the_box(library, rng):
     detectors.compile_model(detector, keras.optimizers.Adam(1e-3))
     data = tf.data.Dataset.from_tensors((images, {"boxes": boxes, "classes": classes}))
     history = detector.model.fit(
-        detector.batches(data.repeat(10)), epochs=5, shuffle=False, verbose=0
+        detector.batches(data.repeat(10)), epochs=8, shuffle=False, verbose=0
     ).history
-    assert history["loss"][-1] < 0.3 * history["loss"][0]
+    assert history["loss"][-1] < 0.2 * history["loss"][0]
     assert np.isfinite(history["loss"]).all()
     found = detector.predictor(SIZE).predict_on_batch(images)
     assert found["count"].shape == (4,)
