@@ -9,7 +9,7 @@ TENSORFLOW ?= tensorflow
 TORCH ?= torch==2.13.0
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help demo demo-none demo-detect test lint suite sanitize cuda test-gpu test-torch wheel clean
+.PHONY: help demo demo-none demo-detect test lint suite sanitize cuda test-gpu test-torch docs docs-serve wheel clean
 .NOTPARALLEL: # one set-up at a time; what takes long brings its own parallelism
 .DEFAULT_GOAL := help
 
@@ -60,6 +60,14 @@ test-gpu: $(VENV)/.test ## The kernels on an NVIDIA GPU: the oracle's cases, tra
 test-torch: $(VENV)-torch/.test ## The op on Keras' torch backend, in an environment without TensorFlow
 	KERAS_BACKEND=torch $(VENV)-torch/bin/python -m pytest tests/ops/test_backends.py
 
+docs: $(VENV)/.docs ## Build the documentation into site/; a warning or a broken link is an error
+	$(MKDOCS) build --strict
+
+docs-serve: $(VENV)/.docs ## Show the documentation on this machine, built anew when a page changes
+	$(MKDOCS) serve --dev-addr 127.0.0.1:8000
+
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs
+
 wheel: $(VENV)/.test ## Build into dist/: source distribution, pure wheel, wheel with the kernels for this TensorFlow
 	$(RUN) -m build
 	rm -rf build/platform build/prebuilt
@@ -67,7 +75,7 @@ wheel: $(VENV)/.test ## Build into dist/: source distribution, pure wheel, wheel
 	KERAS_DAS_PREBUILT=$(CURDIR)/build/prebuilt $(RUN) -m build --wheel
 
 clean: ## Remove environments, caches and build results; runs/ is kept
-	rm -rf $(VENV) $(VENV)-torch build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-torch build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -86,6 +94,10 @@ $(VENV)/.demo-detect: $(VENV)/.demo
 $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --quiet '$(TENSORFLOW)' -e '.[tf,hub,cv,jax,viz,export,examples,dev]'
 	touch $@ $(VENV)/.demo $(VENV)/.demo-detect
+
+$(VENV)/.docs: pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet -e '.[docs]'
+	touch $@
 
 # Without a compiler (exit status 1) the reference implementation serves. A build that fails stops the tests, and
 # not the demonstration. There is no stamp then, so that the next run tries again.

@@ -1,0 +1,155 @@
+"""What the documents say holds: their code runs, their commands exist, their links lead somewhere."""
+
+import argparse
+import importlib.util
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+import keras_das
+from keras_das import cli, visualize
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))]
+WITH_CODE = ["README.md", "examples/serve.md", *DOCS]
+WITH_COMMANDS = [*WITH_CODE, "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/RESULTS.md"]
+OUTSIDE_DOCS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/serve.md", "benchmarks/RESULTS.md"]
+"""Whose links the strict build of the site does not see where they stand."""
+
+_BLOCK = re.compile(
+    r"^(?:<!-- no-run: (?P<reason>\S[^\n]*) -->\n)?```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+)
+_TAKES_NO_ARGUMENTS = ("benchmarks/report.py",)
+
+
+def read(document):
+    return (ROOT / document).read_text()
+
+
+# Code
+
+
+def blocks(document):
+    """(code, why it cannot run or None) of each block of Python."""
+    return [(found["code"], found["reason"]) for found in _BLOCK.finditer(read(document))]
+
+
+@pytest.mark.parametrize("document", [page for page in WITH_CODE if "```py" in read(page)])
+def test_code_runs(document, tmp_path, monkeypatch):
+    """From the top of a page to its end, in one namespace, in an empty folder."""
+    found = blocks(document)
+    assert len(found) == read(document).count("```py"), "a fence or a marker is not as CONTRIBUTING.md has it"
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "__main__"}
+    for number, (code, reason) in enumerate(found, 1):
+        if not reason:
+            exec(compile(code, f"{document}, block {number}", "exec"), namespace)
+
+
+def test_most_code_runs():
+    reasons = [reason for document in WITH_CODE for _, reason in blocks(document)]
+    assert len(reasons) - reasons.count(None) <= 5
+
+
+# Commands
+
+
+def commands(text):
+    """The words of each command that a document names, in blocks and within lines."""
+    fenced = "\n".join(re.findall(r"^```(?:bash|console)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    indented = "\n".join(re.findall(r"^    (.*)$", text, re.MULTILINE))
+    lines = (fenced + "\n" + indented).replace("\\\n", " ").splitlines()
+    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)]
+    for line in [*lines, *spans]:
+        for part in re.split(r"&&|;", line):
+            words = part.split()
+            while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+                del words[0]  # an environment variable
+            if words and words[0] in ("make", "python", "pytest", "keras-das"):
+                yield shlex.join(shlex.split(" ".join(words), comments=True))
+
+
+COMMANDS = sorted({command for document in WITH_COMMANDS for command in commands(read(document))})
+
+
+class Parsed(BaseException):
+    """The arguments of a program are right, and nothing has begun."""
+
+
+@pytest.fixture
+def parse_only(monkeypatch):
+    """Ends a program once it has parsed its arguments."""
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse(self, args=None, namespace=None):
+        parse_args(self, args, namespace)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_exists(command, parse_only, monkeypatch):
+    program, *arguments = shlex.split(command)
+    if program == "make":
+        targets = [word for word in arguments if "=" not in word]
+        assert set(targets) <= set(re.findall(r"^([a-z-]+):", read("Makefile"), re.MULTILINE))
+    elif program == "pytest":
+        assert all((ROOT / word).exists() for word in arguments if word.startswith("tests"))
+    elif program == "keras-das":
+        check_arguments(lambda: cli.main(arguments))
+    elif arguments[:1] == ["-m"]:
+        assert importlib.util.find_spec(arguments[1])
+    else:
+        check_script(arguments, monkeypatch)
+
+
+def check_script(arguments, monkeypatch):
+    script = ROOT / arguments[0]
+    assert script.is_file()
+    if arguments[0] in _TAKES_NO_ARGUMENTS:
+        assert arguments[1:] == []
+        return
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.syspath_prepend(str(script.parent))
+    check_arguments(lambda: runpy.run_path(str(script), run_name="__main__"))
+
+
+def check_arguments(run):
+    with pytest.raises((Parsed, SystemExit)) as ended:
+        run()
+    # 0 is the status of --help.
+    assert ended.type is Parsed or ended.value.code == 0, "the program does not know these arguments"
+
+
+def test_both_first_commands_are_named():
+    assert {"make demo", "make test"} <= set(commands(read("README.md")))
+
+
+# Links, names
+
+
+@pytest.mark.parametrize("document", OUTSIDE_DOCS)
+def test_links_lead_somewhere(document):
+    for link in re.findall(r"\]\(([^)\s]+)\)", read(document)):
+        if not re.match(r"https?:|#", link):
+            assert (ROOT / document).parent.joinpath(link.partition("#")[0]).exists(), link
+
+
+def test_reference_has_every_public_name():
+    described = set(re.findall(r"^::: (\S+)", "\n".join(map(read, DOCS)), re.MULTILINE))
+    assert {"keras_das.ops", "keras_das.visualize"} <= described  # whole
+    names = set(keras_das.__all__) - {"ops", "visualize", "__version__"}
+    assert all({f"keras_das.{name}", f"keras_das.{name}.{name}"} & described for name in names)
+
+
+def test_visualize_page_shows_what_there_is():
+    """Each figure that the module draws is on the page."""
+    drawn = [name for name in dir(visualize) if name.startswith("plot_")]
+    assert len(drawn) == 4
+    assert all(f"visualize.{name}(" in read("docs/visualize.md") for name in drawn)
