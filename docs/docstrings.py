@@ -16,7 +16,9 @@ class Sections(griffe.Extension):
     """Rewrites each docstring that is read, whatever it belongs to."""
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Rewrites one."""
+        """Rewrites one; that of a constructor says nothing that the class's does not."""
+        if obj.name == "__init__" and obj.is_function:
+            obj.docstring = None
         if obj.docstring:
             obj.docstring.value = rewrite(obj.docstring.value)
 

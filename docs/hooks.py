@@ -15,7 +15,8 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parents[1]
 ELSEWHERE = ("CHANGELOG.md", "benchmarks/RESULTS.md", "benchmarks/accuracy.png", "examples/serve.md")
 _EQUATION = re.compile(
-    r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<latex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL
+    r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<latex>.*?)\\[)\]]</(?P=tag)>(?P<after>[.,:;)]*)',
+    re.DOTALL,
 )
 
 
@@ -32,5 +33,8 @@ def on_page_content(content: str, **_: Any) -> str:
 
 
 def _mathml(found: re.Match[str]) -> str:
-    display = "block" if found["tag"] == "div" else "inline"
-    return convert(html.unescape(found["latex"]).strip(), display=display)
+    latex = html.unescape(found["latex"]).strip()
+    if found["tag"] == "div":
+        return convert(latex, display="block") + found["after"]
+    # Browsers would break the line between an equation and a comma.
+    return f'<span class="nowrap">{convert(latex)}{found["after"]}</span>'

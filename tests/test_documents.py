@@ -153,3 +153,8 @@ def test_visualize_page_shows_what_there_is():
     drawn = [name for name in dir(visualize) if name.startswith("plot_")]
     assert len(drawn) == 4
     assert all(f"visualize.{name}(" in read("docs/visualize.md") for name in drawn)
+
+
+def test_reference_has_the_fields_of_sampling_points():
+    rows = re.findall(r"^\| `(\w+)` \|", read("docs/api/visualize.md"), re.MULTILINE)
+    assert tuple(rows) == visualize.SamplingPoints._fields
