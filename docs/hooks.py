@@ -27,6 +27,13 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Has links to these files, which lead out of `docs` on GitHub, lead to the pages."""
+    for path in ELSEWHERE:
+        markdown = markdown.replace(f"](../{path}", f"]({Path(path).name}")
+    return markdown
+
+
 def on_page_content(content: str, **_: Any) -> str:
     """Writes equations as MathML."""
     return _EQUATION.sub(_mathml, content)

@@ -16,9 +16,7 @@ from keras_das import cli, visualize
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))]
 WITH_CODE = ["README.md", "examples/serve.md", *DOCS]
-WITH_COMMANDS = [*WITH_CODE, "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/RESULTS.md"]
-OUTSIDE_DOCS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/serve.md", "benchmarks/RESULTS.md"]
-"""Whose links the strict build of the site does not see where they stand."""
+DOCUMENTS = [*WITH_CODE, "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/RESULTS.md"]
 
 _BLOCK = re.compile(
     r"^(?:<!-- no-run: (?P<reason>\S[^\n]*) -->\n)?```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
@@ -74,7 +72,7 @@ def commands(text):
                 yield shlex.join(shlex.split(" ".join(words), comments=True))
 
 
-COMMANDS = sorted({command for document in WITH_COMMANDS for command in commands(read(document))})
+COMMANDS = sorted({command for document in DOCUMENTS for command in commands(read(document))})
 
 
 class Parsed(BaseException):
@@ -134,8 +132,9 @@ def test_both_first_commands_are_named():
 # Links, names
 
 
-@pytest.mark.parametrize("document", OUTSIDE_DOCS)
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_lead_somewhere(document):
+    """In the repository; the strict build of the site checks its own."""
     for link in re.findall(r"\]\(([^)\s]+)\)", read(document)):
         if not re.match(r"https?:|#", link):
             assert (ROOT / document).parent.joinpath(link.partition("#")[0]).exists(), link
