@@ -75,6 +75,7 @@ EXPERIMENTS = {
             "gate after every block": {"attention": "das_blocks"},
             "norm over space too": {"attention": "das_spatial_norm"},
             "identity start": {**_DAS, "identity_init": "on"},
+            "identity start 16 times as fast": {"attention": "das_gained"},
         },
         base="cifar10/das",
     ),
@@ -84,6 +85,7 @@ EXPERIMENTS = {
         {
             "none": {"attention": "none"},
             "das with identity start": {**_DAS, "identity_init": "on"},
+            "das with identity start 16 times as fast": {"attention": "das_gained"},
             "das with the paper's gate": {**_DAS, "identity_init": "off"},
         },
         base="finetune/none",

@@ -1,6 +1,8 @@
 """The models that accuracy.py compares: other attention, variants of DAS, and what a trained gate does."""
 
+import functools
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -36,6 +38,14 @@ class SpatialNormDAS(keras_das.DASLayer):
         return x * self.layer_norm.gamma + self.layer_norm.beta
 
 
+@keras.saving.register_keras_serializable("keras_das_benchmarks")
+class GainedDAS(keras_das.DASLayer):
+    """DAS with the layer norm's scale and centre counted four times: SGD moves the gate 16 times as fast."""
+
+    def _expand_and_normalize(self, x: Tensor) -> Tensor:
+        return 4 * super()._expand_and_normalize(x)
+
+
 def register(classify: Any) -> None:
     """Adds the modules that accuracy.py compares to those of `examples/classify.py`."""
     for name, layer in attention.LAYERS.items():
@@ -43,9 +53,10 @@ def register(classify: Any) -> None:
     classify.ATTENTIONS["das_frozen"] = _attach_frozen(classify)
     classify.ATTENTIONS["das_blocks"] = _attach_to_blocks
     classify.ATTENTIONS["das_spatial_norm"] = _attach(SpatialNormDAS)
+    classify.ATTENTIONS["das_gained"] = _attach(functools.partial(GainedDAS, identity_init=True))
 
 
-def _attach(layer: type[keras.layers.Layer]) -> Any:
+def _attach(layer: Callable[..., keras.layers.Layer]) -> Any:
     """After the same layers that the gates of DAS follow."""
 
     def attach(backbone: Any, config: Any) -> keras.Model:

@@ -1,6 +1,6 @@
 """Turns what the benchmarks wrote into tables.
 
-python benchmarks/report.py [op.json] [model.json]      # writes them into RESULTS.md, between its markers
+python benchmarks/report.py [op.json] [model.json] [export.json]  # writes them between RESULTS.md's markers
 """
 
 import itertools
@@ -51,6 +51,27 @@ def model_lines(document) -> list[str]:
                 [cell["description"], _number(took), _number(ratio, "x"), _mebibytes(cell.get("memory"))]
             )
         heading = ["", "ms", "over the same without gates", "resident at most, MiB"]
+        lines += ["", f"### {mode}", "", *table(heading, rows), *_failures(by_name.values())]
+    return lines
+
+
+def export_lines(document) -> list[str]:
+    """Markdown of bench_export.py's results."""
+    lines = _setting(document)
+    for mode, cells in itertools.groupby(document["cells"], key=lambda cell: cell["mode"]):
+        by_name = {cell["contender"]: cell for cell in cells}
+        rows = []
+        for cell in by_name.values():
+            if cell["gates"] != "gated":
+                continue
+            took, without = (c.get("milliseconds") for c in (cell, by_name.get(f"plain-{cell['form']}", {})))
+            error = f"{cell['error']:.1e}" if "error" in cell else "-"
+            ratio = took / without if took and without else None
+            size = _mebibytes(cell.get("bytes"))
+            rows.append(
+                [cell["description"], error, _number(took), _number(without), _number(ratio, "x"), size]
+            )
+        heading = ["", "difference", "ms", "ms without gates", "over without", "MiB of files"]
         lines += ["", f"### {mode}", "", *table(heading, rows), *_failures(by_name.values())]
     return lines
 
@@ -180,11 +201,15 @@ def write(results: pathlib.Path, name: str, lines: list[str]):
     results.write_text(head + begin + "\n" + "\n".join(lines) + "\n\n" + end + tail)
 
 
+WRITERS = {"op": op_lines, "model": model_lines, "export": export_lines}
+
+
 def main():
-    paths = [pathlib.Path(path) for path in sys.argv[1:]] or [HERE / "op.json", HERE / "model.json"]
+    default = [HERE / f"{name}.json" for name in WRITERS]
+    paths = [pathlib.Path(path) for path in sys.argv[1:]] or default
     for path in paths:
         document = json.loads(path.read_text())
-        lines = {"op": op_lines, "model": model_lines}[document["benchmark"]](document)
+        lines = WRITERS[document["benchmark"]](document)
         gpu = "-gpu" if document.get("device") == "gpu" else ""
         write(HERE / "RESULTS.md", document["benchmark"] + gpu, lines)
 

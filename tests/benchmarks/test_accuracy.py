@@ -9,6 +9,7 @@ import accuracy_report
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import keras_das
 from examples import backbones, classify
@@ -130,16 +131,36 @@ def test_norm_over_space_and_channels(rng):
     assert np.abs(outputs.mean(3)).max() > 0.01  # not each pixel by itself
 
 
+def test_a_gate_16_times_as_fast(rng):
+    """One step of SGD, alike but for the gain, takes the sigmoid's argument 16 times as far."""
+    x = rng.normal(size=(2, 6, 5, 16)).astype("float32")
+    upstream = rng.normal(size=x.shape).astype("float32")
+    moved = []
+    for kind in (keras_das.DASLayer, accuracy_models.GainedDAS):
+        keras.utils.set_random_seed(3)
+        layer = kind(identity_init=True)
+        layer.build(x.shape)
+        np.testing.assert_array_equal(layer(x), x)
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(layer(x) * upstream)
+        gradients = tape.gradient(loss, layer.trainable_variables)
+        keras.optimizers.SGD(0.01).apply(gradients, layer.trainable_variables)
+        half = np.asarray(layer.gate(x)).astype("float64") / 2
+        moved.append(np.log(half / (1 - half)))
+    assert np.abs(moved[0]).max() > 0.01
+    np.testing.assert_allclose(moved[1], 16 * moved[0], rtol=1e-3, atol=1e-4)
+
+
 def test_all_are_attached_to_the_same_places(make):
     places = {}
-    for name in ("das", "se", "das_spatial_norm"):
+    for name in ("das", "se", "das_spatial_norm", "das_gained"):
         features = next(layer for layer in make(name).layers if isinstance(layer, keras.Model))
         kind = keras_das.DASLayer if name.startswith("das") else accuracy_models.attention.LAYERS[name]
         places[name] = [
             layer.input._keras_history.operation.name for layer in features.layers if isinstance(layer, kind)
         ]
     assert places["das"] == list(backbones.build("resnet20", 16, False).stages) == places["se"]
-    assert places["das"] == places["das_spatial_norm"]
+    assert places["das"] == places["das_spatial_norm"] == places["das_gained"]
 
 
 def test_multiply_adds_of_resnet20():

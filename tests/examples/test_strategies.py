@@ -1,11 +1,8 @@
 """Training spread over devices: two logical CPUs in place of two GPUs, two processes in place of machines."""
 
-import json
-import os
+import functools
 import signal
-import socket
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +13,7 @@ import tensorflow as tf
 from examples.common import UserError
 from examples.training import make_strategy
 
-from .conftest import ROOT
+from . import machines
 
 # Batch norm's statistics are each replica's own, so the network has none.
 PRELUDE = """
@@ -37,11 +34,13 @@ def run(*words):
 
 backbones.resnet18 = network
 """
-DEVICES = """
-cpu, = tf.config.list_physical_devices("CPU")
-tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+DEVICES = (
+    machines.TWO_DEVICES
+    + """
 print(json.dumps([run("--strategy", name, "--output", name) for name in ("none", "mirrored")]))
 """
+)
+# Ends the process at the step that the environment names, as a machine that fails would.
 MACHINE = """
 class Timer(training.StepTimer):
     def on_train_batch_end(self, batch, logs=None):
@@ -59,24 +58,9 @@ def start(image_folder: Callable[..., Path], tmp_path: Path) -> Callable[..., su
     """Starts a run of three epochs of four steps in a process of its own."""
     words = ["--data", f"folder:{image_folder()}", "--backbone", "resnet18", "--image-size", "16"]
     words += ["--batch-size", "6", "--epochs", "3", "--progress", "none", "--attention", "das"]
-
-    def begin(script: str, *more: str, **environment: str) -> subprocess.Popen:
-        return subprocess.Popen(
-            [sys.executable, "-c", PRELUDE + script, *words, *more],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    return begin
-
-
-def result(process: subprocess.Popen) -> dict:
-    output, errors = process.communicate(timeout=600)
-    assert process.returncode == 0, errors
-    return json.loads(output.splitlines()[-1])
+    return lambda script, *more, **environment: machines.begin(
+        tmp_path, PRELUDE + script, *words, *more, **environment
+    )
 
 
 def assert_same(found: dict, expected: dict) -> None:
@@ -88,43 +72,22 @@ def assert_same(found: dict, expected: dict) -> None:
 
 
 def test_two_devices_train_as_one(start: Callable[..., subprocess.Popen]) -> None:
-    one, two = result(start(DEVICES))
+    one, two = machines.result(start(DEVICES))
     assert_same(two, one)
 
 
 def test_two_machines_train_as_one_even_if_one_is_killed(start: Callable[..., subprocess.Popen]) -> None:
-    alone = start(MACHINE, "--output", "alone")
-    expected = result(alone)
-
-    def start_both(*words: str, **of_second: str) -> list[subprocess.Popen]:
-        cluster = {"worker": [f"127.0.0.1:{port}" for port in free_ports(2)]}
-        tasks = [{"cluster": cluster, "task": {"type": "worker", "index": index}} for index in range(2)]
-        shared = ("--strategy", "multiworker", "--output", "both", *words)
-        first = start(MACHINE, *shared, TF_CONFIG=json.dumps(tasks[0]))
-        return [first, start(MACHINE, *shared, TF_CONFIG=json.dumps(tasks[1]), **of_second)]
-
+    expected = machines.result(start(MACHINE, "--output", "alone"))
+    start_both = functools.partial(machines.start_both, functools.partial(start, MACHINE))
     step = np.random.default_rng().integers(5, 12)  # after the first of three epochs of four steps
-    chief, killed = start_both(KILL_AFTER=str(step))
+    first, killed = start_both(KILL_AFTER=str(step))
     try:
         errors = killed.communicate(timeout=600)[1]
         assert killed.returncode == -signal.SIGKILL, errors
     finally:
-        chief.kill()  # it would wait for the other, or fail
-        chief.communicate()
-    chief, other = start_both("--resume", "both/backup")
-    found = result(chief)
-    assert result(other)["history"] is None  # one of them writes
-    assert_same(found, expected)
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+        first.kill()  # it would wait for the other, or fail
+        first.communicate()
+    assert_same(machines.results_of_both(start_both("--resume", "both/backup")), expected)
 
 
 def test_a_batch_must_divide_evenly(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,24 @@ def run(path, **inputs):
     return output
 
 
+def run_only(path, images):
+    """Runs a model of one input, whatever its name."""
+    (name,) = (value.name for value in onnx.load(path).graph.input)
+    return run(path, **{name: images})
+
+
+@pytest.fixture
+def operation(tmp_path, rng):
+    """A model that is one operation, its ONNX file, and values for its inputs."""
+    shapes = {"x": (1, 6, 7, 4), "offsets": (1, 6, 7, 18), "mask": (1, 6, 7, 9)}
+    x, offsets, mask = (keras.Input(shape[1:], name=name) for name, shape in shapes.items())
+    kernel = rng.normal(size=(3, 3, 4, 2)).astype("float32")
+    outputs = keras_das.ops.deformable_conv2d(x, kernel, offsets, mask, padding="same")
+    model, path = keras.Model([x, offsets, mask], outputs), tmp_path / "model.onnx"
+    keras_das.export(model, path, format="onnx")
+    return model, path, {name: rng.normal(size=shape).astype("float32") for name, shape in shapes.items()}
+
+
 def deform_convs(path):
     """The nodes, of a file that holds ONNX's own operations only, none of them a loop over taps."""
     model = onnx.load(path)
@@ -68,6 +86,40 @@ def test_borders(data_format, tmp_path, rng):
         values["x"], kernel, values["offsets"], values["mask"], padding="same", offset_groups=2
     )
     assert_close(np.moveaxis(found, 1, 3) if first else found, wanted)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["x", "mask"])
+def test_bad_values_stay_where_they_are_read(name, bad, operation, rng):
+    model, path, values = operation
+    values[name][0, 2, 3, 1] = bad
+    found, wanted = run(path, **values), model.predict(list(values.values()), verbose=0)
+    assert np.isnan(wanted).any()
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)  # NaN and infinities in the same places
+
+
+def test_infinite_offsets_read_zero_and_nan_ones_are_lost(operation):
+    """The latter is onnxruntime's doing, and `keras_das.export` says so."""
+    model, path, values = operation
+    values["offsets"][0, 1, 1, 0] = np.inf
+    values["offsets"][0, 4, 4, 1] = -np.inf
+    wanted = model.predict(list(values.values()), verbose=0)
+    np.testing.assert_allclose(run(path, **values), wanted, rtol=1e-4, atol=1e-4)
+    values["offsets"][0, 1, 1, 0] = np.nan
+    assert np.isnan(model.predict(list(values.values()), verbose=0)[0, 1, 1]).all()
+    np.testing.assert_allclose(run(path, **values), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_nan_pixels_are_seen_through_a_layer(tmp_path, rng):
+    """They make the mask NaN as well as the offsets."""
+    model = keras.Sequential([keras.Input((9, 8, 3)), keras_das.DeformableConv2D(4, 3, padding="same")])
+    path = tmp_path / "model.onnx"
+    keras_das.export(model, path, format="onnx")
+    images = rng.normal(size=(2, 9, 8, 3)).astype("float32")
+    images[0, 4, 3, 1] = np.nan
+    wanted = model.predict(images, verbose=0)
+    assert 9 <= np.isnan(wanted).sum() < wanted.size / 2
+    np.testing.assert_allclose(run_only(path, images), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_what_onnx_does_not_have(tmp_path):

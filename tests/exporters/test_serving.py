@@ -8,31 +8,35 @@ import grpc
 import keras
 import numpy as np
 import pytest
+import skimage.data
 import tensorflow as tf
+from PIL import Image
 from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
 import keras_das
 from keras_das.ops import builder
-from tests.exporters.test_saved_model import NAMES, classifier, encode, photograph, top
+from tests.exporters.test_saved_model import NAMES, classifier, encode, top
 from tests.models.backbones import randomize
 from tests.ops.test_library import needs_compiler
 
 SOURCE = Path(__file__).with_name("serve.cc")
 NAMED = 5
+SIZE = (96, 128)
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """The folder of a SavedModel, three pictures, and their best classes by Keras."""
+    """The folder of a SavedModel, three photographs, and their best classes by Keras."""
     folder = tmp_path_factory.mktemp("serving") / "1"
-    keras.utils.set_random_seed(4)
-    model, rng = classifier(), np.random.default_rng(4)
-    randomize(model, rng)
-    # For pixels of 0..255: scores that differ between pictures, and that rounding does not reorder.
-    model.layers[0].kernel.assign(model.layers[0].kernel / 50)
-    model.layers[-1].kernel.assign(10 * model.layers[-1].kernel)
-    pictures = [photograph(rng) // darker for darker in (1, 2, 5)]
+    keras.utils.set_random_seed(11)  # one that tells the photographs apart
+    model = classifier(size=SIZE)
+    randomize(model, np.random.default_rng(11))
+    model.layers[0].kernel.assign(model.layers[0].kernel / 50)  # for pixels of 0..255
+    photographs = [skimage.data.astronaut(), skimage.data.chelsea(), skimage.data.coffee()]
+    pictures = [np.array(Image.fromarray(pixels).resize(SIZE[::-1])) for pixels in photographs]
     scores = model.predict(np.stack(pictures).astype("float32"), verbose=0)
+    in_order = np.sort(scores)[:, ::-1]
+    assert (in_order[:, :NAMED] > 1.01 * in_order[:, 1 : NAMED + 1]).all(), scores  # by more than rounding
     keras_das.export(model, folder, labels=NAMES, serving_bytes=True, warmup=(1,))
     names = [[NAMES[index] for index in row] for row in top(scores, NAMED)]
     assert len({tuple(row) for row in names}) == 3  # or the pictures could be mixed up

@@ -1,0 +1,67 @@
+"""Runs of the examples in processes of their own, two of them in place of two machines."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from .conftest import ROOT
+
+TWO_DEVICES = """
+cpu, = tf.config.list_physical_devices("CPU")
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+"""
+
+
+def begin(folder: Path, script: str, *words: str, **environment: str) -> subprocess.Popen:
+    """Starts a Python script in a folder; `result` waits for it."""
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *words],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def result(process: subprocess.Popen) -> dict:
+    """What a process prints in its last line, as JSON."""
+    output, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    return json.loads(output.splitlines()[-1])
+
+
+def start_both(
+    start: Callable[..., subprocess.Popen], *words: str, **of_second: str
+) -> list[subprocess.Popen]:
+    """Starts the same run on two machines, the first of which writes.
+
+    `start` takes words for the command line and variables for the environment, of which the second machine
+    gets more.
+    """
+    cluster = {"worker": [f"127.0.0.1:{port}" for port in _free_ports(2)]}
+    tasks = [{"cluster": cluster, "task": {"type": "worker", "index": index}} for index in range(2)]
+    shared = ("--strategy", "multiworker", "--output", "both", *words)
+    first = start(*shared, TF_CONFIG=json.dumps(tasks[0]))
+    return [first, start(*shared, TF_CONFIG=json.dumps(tasks[1]), **of_second)]
+
+
+def results_of_both(processes: list[subprocess.Popen]) -> dict:
+    """What the first of two machines found."""
+    first, second = map(result, processes)
+    assert second["history"] is None
+    return first
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
