@@ -1,0 +1,111 @@
+"""The pictures that the page offers or gets."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from examples import common, data
+from examples.common import UserError
+
+MAX_BYTES = 20 * 2**20
+MAX_PIXELS = 50_000_000
+COUNT = 8
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+"""What Pillow may decode: some of its other decoders start programs."""
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A picture in RGB, and what the page says which it is."""
+
+    image: Image.Image
+    caption: str = ""
+
+
+def read_picture(path: str | Path) -> Picture:
+    """The first frame of an image file in RGB, upright; a `UserError` says why a file cannot be taken."""
+    path = Path(path)
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise UserError(f"{path.name} has {size / 2**20:.0f} MB; at most {MAX_BYTES >> 20} MB are taken")
+    try:
+        with warnings.catch_warnings():
+            # Of pictures that are too large, `_check_pixels` speaks.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return Picture(_decode(path), path.name)
+    except UserError:
+        raise
+    except UnidentifiedImageError as error:
+        raise UserError(f"{path.name} is not a picture: {', '.join(FORMATS)} are taken") from error
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{path.name} has too many pixels: {_pixel_limit()}") from error
+    except Exception as error:  # whatever Pillow's decoders raise at damaged files
+        raise UserError(f"{path.name} is damaged or cut off: {common.first_line(error)}") from error
+
+
+def _decode(path: Path) -> Image.Image:
+    with Image.open(path, formats=FORMATS) as image:
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise UserError(f"{path.name} has {width}x{height} pixels: {_pixel_limit()}")
+        if image.mode.startswith(("I", "F")):
+            raise UserError(f"{path.name} has more than 8 bits a channel, which are not taken")
+        upright = ImageOps.exif_transpose(image)
+    if not upright.has_transparency_data:
+        return upright.convert("RGB")
+    white = Image.new("RGBA", upright.size, "white")
+    return Image.alpha_composite(white, upright.convert("RGBA")).convert("RGB")
+
+
+def _pixel_limit() -> str:
+    return f"at most {MAX_PIXELS // 10**6} million are taken"
+
+
+def read_folder(folder: str | Path) -> list[Picture]:
+    """The first pictures of a folder, of the folders inside it by turns; a file that is none is an error."""
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise UserError(f"--images: no such folder: {root}")
+    files: dict[Path, list[Path]] = {}
+    for path in sorted(root.rglob("*")):
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+            files.setdefault(path.parent, []).append(path)
+    turns = sorted((turn, path) for group in files.values() for turn, path in enumerate(group))
+    if not turns:
+        raise UserError(f"--images: {root} holds no pictures ({', '.join(SUFFIXES)})")
+    return [read_picture(path) for _, path in turns[:COUNT]]
+
+
+def training_pictures(model: Path, size: int) -> list[Picture]:
+    """A few pictures of the test split that `classify.py` wrote into `results.json` beside the model."""
+    results = read_results(model)
+    arguments = results.get("arguments", {})
+    if "data" not in arguments:
+        raise UserError(
+            f"no results.json beside {model} says which pictures it knows: name a folder with --images"
+        )
+    try:
+        dataset = data.load(arguments["data"], size, arguments["seed"], arguments["data_dir"])
+    except (UserError, common.RunError) as error:
+        raise UserError(f"{error}; name a folder of pictures with --images") from error
+    shuffled = dataset.splits["test"].examples(np.array([0, 0], "int64")).take(COUNT)
+    return [Picture(Image.fromarray(x.numpy()), f"label: {dataset.class_names[int(y)]}") for x, y in shuffled]
+
+
+def read_results(model: Path) -> dict[str, Any]:
+    """What `classify.py` wrote beside the model it trained; empty if there is nothing."""
+    path = model.with_name("results.json")
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {common.first_line(error)}") from error

@@ -1,0 +1,251 @@
+"""What is shown of a model: drawings by `keras_das.visualize`, and probabilities."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import keras
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps
+
+from examples import common
+from examples.common import UserError
+from examples.exploring import pictures
+from keras_das import visualize
+
+SIDE = 576
+"""The least length in pixels of a drawing's longer side: more than the page has room for."""
+OPEN_SIZE = 224
+"""The side of the images for a model that takes any size."""
+_DPI = 192  # of `visualize`'s points and crosses
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A point of a picture, as shares of its height and width: the same for models of any image size."""
+
+    y: float
+    x: float
+
+
+MIDDLE = Place(0.5, 0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """What one picture of the page shows, and the line below it."""
+
+    image: Image.Image
+    caption: str
+
+
+def clicked(index: Sequence[int], size: Sequence[int]) -> Place:
+    """The place of a click at `index` on a drawing of `size`: both are x before y, as Gradio has them.
+
+    Gradio rounds where the click was to the nearest edge between two pixels of the drawing.
+    """
+    (x, y), (width, height) = index, size
+    return Place(y / height, x / width)
+
+
+class View:
+    """One model, and what the page shows of it.
+
+    Args:
+        model: A functional or sequential model of images `(H, W, 3)` or `(H, W, 1)`.
+        name: What the page calls it.
+        class_names: Of its outputs; `None` numbers them.
+        open_size: The side of the images if the model takes any.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        name: str,
+        class_names: Sequence[str] | None = None,
+        open_size: int = OPEN_SIZE,
+    ) -> None:
+        """Runs the model once, to see which gates it has."""
+        self.model, self.name = model, name
+        self.shape = _image_shape(model, name, open_size)
+        found = visualize.gate_inputs(model, np.zeros((1, *self.shape), "float32"))
+        self.gates = [gate for gate, _ in found]
+        self.map_sizes = [
+            tuple(x.shape[1:3] if gate.data_format == "channels_last" else x.shape[2:]) for gate, x in found
+        ]
+        self.class_names = _class_names(model, name, class_names)
+        self.scale = math.ceil(SIDE / max(self.shape[:2]))
+
+    @property
+    def drawn_size(self) -> tuple[int, int]:
+        """Width and height of its drawings, a whole multiple of the image's."""
+        return self.shape[1] * self.scale, self.shape[0] * self.scale
+
+    def fit(self, picture: Image.Image) -> np.ndarray:
+        """The picture at the model's size, uint8 `(H, W, 3)` or `(H, W)`: scaled, its middle cut out."""
+        height, width, channels = self.shape
+        fitted = ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)
+        return np.asarray(fitted.convert("RGB" if channels == 3 else "L"))
+
+    def _input(self, pixels: np.ndarray) -> np.ndarray:
+        return pixels.astype("float32").reshape(self.shape)
+
+    def point(self, place: Place) -> tuple[float, float]:
+        """`(y, x)` in pixels of the model's image, whose first pixel reaches from -0.5 to 0.5."""
+        return place.y * self.shape[0] - 0.5, place.x * self.shape[1] - 0.5
+
+    def predict(self, picture: Image.Image) -> dict[str, float]:
+        """The probabilities by class; a model without a softmax gets one."""
+        images = self._input(self.fit(picture))[None]
+        inputs = keras.tree.map_structure(lambda _: images, self.model.input)
+        scores = keras.ops.cast(self.model(inputs, training=False), "float32")
+        values = keras.ops.convert_to_numpy(scores)[0]
+        if values.min() < 0 or abs(values.sum() - 1) > 1e-2:
+            values = keras.ops.convert_to_numpy(keras.ops.softmax(scores))[0]
+        return dict(zip(self.class_names, values.tolist(), strict=True))
+
+    def stage(self, number: int) -> int:
+        """The number of the gate to show, where another model has more of them."""
+        return min(number, len(self.gates) - 1)
+
+    def share(self, number: int) -> float:
+        """The rows of a gate's feature map over those of the image."""
+        return self.map_sizes[self.stage(number)][0] / self.shape[0]
+
+    def points(self, picture: Image.Image, number: int, stacked: bool, place: Place) -> Drawing:
+        """Where a gate reads for a place; `stacked`: through what the gate before it reads."""
+        number, pixels, point = self.stage(number), self.fit(picture), self.point(place)
+        first = number - 1 if stacked and number else number
+        layers = self.gates[first : number + 1]
+        figure = visualize.plot_sampling_points(
+            self.model, self._input(pixels), layers if len(layers) > 1 else layers[0], point, pixels
+        )
+        axes = figure.axes[0]
+        caption = axes.get_title().replace("\n", ": ")
+        if stacked and not number:
+            caption += "; no gate comes before it"
+        return Drawing(self._draw(axes, point), caption)
+
+    def plain(self, picture: Image.Image, place: Place) -> Drawing:
+        """The picture and the place, for a model that has no gates."""
+        axes = Figure().subplots()
+        axes.imshow(self.fit(picture), cmap="gray", vmin=0, vmax=255)
+        return Drawing(self._draw(axes, self.point(place)), "no gates: no layer reads at learnt positions")
+
+    def gate(self, picture: Image.Image, number: int) -> Drawing:
+        """How much of its feature map a gate keeps."""
+        gate, pixels = self.gates[self.stage(number)], self.fit(picture)
+        figure = visualize.plot_gates(self.model, [self._input(pixels)], [gate], pictures=[pixels])
+        axes = figure.axes[1]
+        name, values = axes.get_title().split("\n")
+        return Drawing(self._draw(axes), f"{name}: {values}")
+
+    def grad_cam(self, picture: Image.Image, number: int, share: float) -> Drawing:
+        """Which parts of a feature map speak for the class of the highest score.
+
+        The map is that of the gate of this `number`; without gates the last one, of the layers that run, with
+        this `share` of the image's rows or with the nearest to it.
+        """
+        layer = self.gates[self.stage(number)] if self.gates else self._layer_of(share)
+        scores, pixels = self.predict(picture), self.fit(picture)
+        best = max(scores, key=lambda name: scores[name])
+        models = {self.name: (self.model, layer)}
+        figure = visualize.plot_grad_cam(models, self._input(pixels), picture=pixels)
+        return Drawing(self._draw(figure.axes[1]), f"{layer.name}: for {best}")
+
+    def _layer_of(self, share: float) -> keras.layers.Layer:
+        layers = _feature_layers(self.model)
+        known = [layer for layer in layers if layer.output.shape[1]]
+        if not known:  # a model of images of any size
+            return layers[-1]
+        return min(reversed(known), key=lambda layer: abs(layer.output.shape[1] / self.shape[0] - share))
+
+    def _draw(self, axes: Axes, point: tuple[float, float] | None = None) -> Image.Image:
+        """One part of a figure alone, with a ring at `point`; a pixel of the image is `scale` pixels wide."""
+        figure = axes.figure
+        if point is not None:
+            axes.plot(point[1], point[0], "o", color="white", fillstyle="none", markersize=10, clip_on=False)
+        for other in [other for other in figure.axes if other is not axes]:
+            other.remove()
+        figure.set_layout_engine("none")
+        axes.set_title("")
+        axes.set_axis_off()
+        axes.set_aspect("auto")
+        axes.set_position((0, 0, 1, 1))
+        figure.set_dpi(_DPI)
+        # The canvas cuts off fractions of a pixel, those of rounding included.
+        figure.set_size_inches([(side + 0.1) / _DPI for side in self.drawn_size])
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        return Image.fromarray(np.array(canvas.buffer_rgba())).convert("RGB")
+
+
+def _image_shape(model: keras.Model, name: str, open_size: int) -> tuple[int, int, int]:
+    if not isinstance(model, keras.Function | keras.Sequential) or len(model.inputs) != 1:
+        raise UserError(f"{name} must be a functional or sequential model of one input")
+    shape = tuple(model.inputs[0].shape)
+    if len(shape) != 4 or shape[3] not in (1, 3):
+        raise UserError(f"{name} takes {shape}; images (height, width, 3) or (height, width, 1) are wanted")
+    return shape[1] or open_size, shape[2] or open_size, shape[3]
+
+
+def _class_names(model: keras.Model, name: str, given: Sequence[str] | None) -> list[str]:
+    """The names of the classes; none if the model does not output one score a class."""
+    shapes = [tuple(tensor.shape) for tensor in model.outputs]
+    if len(shapes) != 1 or len(shapes[0]) != 2:
+        return []
+    count = shapes[0][1]
+    if given is None:
+        return [f"class {number}" for number in range(count)]
+    if len(given) != count or len(set(given)) != count:
+        raise UserError(f"{name} has {count} classes, and the labels are {', '.join(given)}: give --labels")
+    return list(given)
+
+
+def _feature_layers(model: keras.Model) -> list[keras.layers.Layer]:
+    """The layers that make feature maps, those of models inside the model too, as they run."""
+    found: list[keras.layers.Layer] = []
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            found += _feature_layers(layer)
+        elif not isinstance(layer, keras.layers.InputLayer) and len(getattr(layer.output, "shape", ())) == 4:
+            found.append(layer)
+    return found
+
+
+def load_view(path: str | Path, labels: Sequence[str] | None = None, open_size: int = OPEN_SIZE) -> View:
+    """The model in a `.keras` file; its classes' names come from `labels` or `results.json` beside it."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no such file: {path} (`make demo` trains runs/demo/model.keras)")
+    try:
+        model = keras.models.load_model(path, compile=False)
+    # Whatever Keras and the libraries of the model's layers raise at a file they cannot read.
+    except Exception as error:
+        raise UserError(f"{path} cannot be loaded as a Keras model: {common.first_line(error)}") from error
+    return View(model, _title(path), labels or pictures.read_results(path).get("class_names"), open_size)
+
+
+def _title(path: Path) -> str:
+    """What tells one model from another: most are called model.keras."""
+    return path.resolve().parent.name if path.stem == "model" else path.stem
+
+
+def load_views(
+    model: str, compare: str | None, labels: Sequence[str] | None = None, open_size: int = OPEN_SIZE
+) -> list[View]:
+    """The model, and the one to compare it with; one of them must have gates."""
+    views = [load_view(path, labels, open_size) for path in (model, compare) if path]
+    if not any(view.gates for view in views):
+        wanted = "" if compare else "; name one that has with --compare"
+        raise UserError(f"no gates (DASLayer) in {' or '.join(filter(None, (model, compare)))}{wanted}")
+    lacking = [view.name for view in views if not view.gates and not view.class_names]
+    if lacking:
+        raise UserError(f"{lacking[0]} has neither gates nor class scores: there is nothing to show of it")
+    return views
