@@ -262,10 +262,12 @@ def _connect_clicks(panel: Panel, controls: Controls, panels: Sequence[Panel], h
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens; port 0 lets the system choose."""
+    if not 0 <= port < 2**16:
+        raise UserError(f"--port must be from 0 to {2**16 - 1}, not {port}")
     try:
         return socket.create_server((host, port))
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
+    except OSError as error:
+        reason = error.strerror or error
         raise UserError(f"cannot listen on {host}, port {port}: {reason} (see --host and --port)") from error
 
 

@@ -38,7 +38,7 @@ def read_picture(path: str | Path) -> Picture:
         raise UserError(f"{path.name} has {size / 2**20:.0f} MB; at most {MAX_BYTES >> 20} MB are taken")
     try:
         with warnings.catch_warnings():
-            # Of pictures that are too large, `_check_pixels` speaks.
+            # What Pillow only warns of is beyond our own limit, and refused.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             return Picture(_decode(path), path.name)
     except UserError:
@@ -106,6 +106,6 @@ def read_results(model: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {common.first_line(error)}") from error
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is not what classify.py writes: {common.first_line(error)}") from error

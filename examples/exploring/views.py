@@ -103,8 +103,9 @@ class View:
     def predict(self, picture: Image.Image) -> dict[str, float]:
         """The probabilities by class; a model without a softmax gets one."""
         images = self._input(self.fit(picture))[None]
-        inputs = keras.tree.map_structure(lambda _: images, self.model.input)
-        scores = keras.ops.cast(self.model(inputs, training=False), "float32")
+        if not isinstance(self.model, keras.Sequential):  # a list or a dictionary of one, perhaps
+            images = keras.tree.map_structure(lambda _, images=images: images, self.model.input)
+        scores = keras.ops.cast(self.model(images, training=False), "float32")
         values = keras.ops.convert_to_numpy(scores)[0]
         if values.min() < 0 or abs(values.sum() - 1) > 1e-2:
             values = keras.ops.convert_to_numpy(keras.ops.softmax(scores))[0]

@@ -1,0 +1,42 @@
+"""Small models and pictures for the tests of `explore.py`."""
+
+import json
+from pathlib import Path
+
+import keras
+import numpy as np
+from PIL import Image
+
+import keras_das
+
+RED, GREEN, BLUE = (200, 40, 40), (40, 200, 40), (40, 40, 200)
+
+
+def toy(shape=(64, 64, 3), gates=2, classes=2, activation="softmax", name="toy"):
+    """Two convolutions of stride 2, with a gate after each, after the first, or none."""
+    x = inputs = keras.Input(shape, name="image")
+    x = keras.layers.Rescaling(1 / 127.5, -1, name="scaled")(x)
+    for number in (1, 2):
+        x = keras.layers.Conv2D(16, 3, 2, "same", activation="relu", name=f"stage{number}")(x)
+        if number <= gates:
+            # Offsets and gates that show: at the start a gate reads a grid and keeps all places alike.
+            x = keras_das.DASLayer(offset_initializer="random_normal", name=f"das_{number}")(x)
+    x = keras.layers.GlobalAveragePooling2D(name="pool")(x)
+    outputs = keras.layers.Dense(classes, activation, name="classes")(x)
+    return keras.Model(inputs, outputs, name=name)
+
+
+def save(model, folder: Path, class_names=None, data=None) -> Path:
+    """The model in a folder of its own, as `classify.py` leaves it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save(folder / "model.keras")
+    if class_names:
+        arguments = {"data": data, "seed": 0, "data_dir": None} if data else {}
+        (folder / "results.json").write_text(json.dumps({"class_names": class_names, "arguments": arguments}))
+    return folder / "model.keras"
+
+
+def photograph(width=90, height=70, seed=0) -> Image.Image:
+    """Coloured noise, coarse enough to survive being resized."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (7, 9, 3), dtype="uint8")
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
