@@ -8,8 +8,9 @@ TENSORFLOW ?= tensorflow
 # An ordinary install of torch brings several GB of CUDA; `make test-torch TORCH=...` takes another build.
 TORCH ?= torch==2.13.0
 export TF_CPP_MIN_LOG_LEVEL ?= 2
+DEMO_MODEL := runs/demo/model.keras
 
-.PHONY: help demo demo-none demo-detect test lint suite sanitize cuda test-gpu test-torch docs docs-serve wheel clean
+.PHONY: help demo demo-none demo-detect explore test lint suite sanitize cuda test-gpu test-torch docs docs-serve wheel clean
 .NOTPARALLEL: # one set-up at a time; what takes long brings its own parallelism
 .DEFAULT_GOAL := help
 
@@ -24,6 +25,13 @@ demo-none: $(VENV)/.demo $(VENV)/.kernels ## The same without gates, to compare
 
 demo-detect: $(VENV)/.demo-detect $(VENV)/.kernels ## Train a RetinaNet with DAS gates to find the crowns of trees, draw what it finds
 	$(RUN) examples/detect.py $(DEMO_DETECT) --attention das --output runs/demo-detect --export runs/demo-detect/saved_model
+
+explore: $(DEMO_MODEL) $(VENV)/.explore $(VENV)/.kernels ## A page to see where the gates of `make demo` look; compares with demo-none if that was made
+	$(RUN) examples/explore.py $(DEMO_MODEL) $(addprefix --compare ,$(wildcard runs/demo-none/model.keras)) $(EXPLORE_ARGS)
+
+$(DEMO_MODEL):
+	@echo 'There is no $@ yet: it is trained first, by `make demo`.'
+	$(MAKE) demo
 
 DEMO := --backbone resnet50 --data trees --image-size 64 --epochs 6 --progress bar $(DEMO_ARGS)
 DEMO_DETECT := --backbone resnet18 --data trees --image-size 256 --head-layers 1 --batch-size 4 --epochs 12 --progress bar $(DEMO_ARGS)
@@ -91,9 +99,13 @@ $(VENV)/.demo-detect: $(VENV)/.demo
 	$(VENV)/bin/python -m pip install --quiet '$(TENSORFLOW)' -e '.[tf,hub,examples]'
 	touch $@
 
+$(VENV)/.explore: $(VENV)/.demo
+	$(VENV)/bin/python -m pip install --quiet '$(TENSORFLOW)' -e '.[tf,examples,explore]'
+	touch $@
+
 $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
-	$(VENV)/bin/python -m pip install --quiet '$(TENSORFLOW)' -e '.[tf,hub,cv,jax,viz,export,examples,dev]'
-	touch $@ $(VENV)/.demo $(VENV)/.demo-detect
+	$(VENV)/bin/python -m pip install --quiet '$(TENSORFLOW)' -e '.[tf,hub,cv,jax,viz,export,examples,explore,dev]'
+	touch $@ $(VENV)/.demo $(VENV)/.demo-detect $(VENV)/.explore
 
 $(VENV)/.docs: pyproject.toml | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --quiet -e '.[docs]'
@@ -103,7 +115,7 @@ $(VENV)/.docs: pyproject.toml | $(VENV)/bin/python
 # not the demonstration. There is no stamp then, so that the next run tries again.
 NO_KERNELS := echo 'No fused kernels (see above): going on with the reference implementation.'
 KERNEL_SOURCES := $(wildcard keras_das/csrc/*) keras_das/ops/library.py
-demo demo-none demo-detect: after_failure := $(NO_KERNELS)
+demo demo-none demo-detect explore: after_failure := $(NO_KERNELS)
 define build_kernels
 @$(RUN) -m keras_das build --framework $(1); status=$$?; \
 case $$status in 0) touch $@;; 1) $(NO_KERNELS);; *) $(or $(after_failure),exit $$status);; esac

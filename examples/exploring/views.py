@@ -129,6 +129,8 @@ class View:
         )
         axes = figure.axes[0]
         caption = axes.get_title().replace("\n", ": ")
+        if beyond := _count_beyond(axes):
+            caption += f", {beyond} beyond the picture's edge"
         if stacked and not number:
             caption += "; no gate comes before it"
         return Drawing(self._draw(axes, point), caption)
@@ -145,7 +147,7 @@ class View:
         figure = visualize.plot_gates(self.model, [self._input(pixels)], [gate], pictures=[pixels])
         axes = figure.axes[1]
         name, values = axes.get_title().split("\n")
-        return Drawing(self._draw(axes), f"{name}: {values}")
+        return Drawing(self._draw(axes), f"{name}: {values} of the map's magnitude")
 
     def grad_cam(self, picture: Image.Image, number: int, share: float) -> Drawing:
         """Which parts of a feature map speak for the class of the highest score.
@@ -185,6 +187,13 @@ class View:
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         return Image.fromarray(np.array(canvas.buffer_rgba())).convert("RGB")
+
+
+def _count_beyond(axes: Axes) -> int:
+    """How many points are not seen since they lie off the picture."""
+    x, y = np.concatenate([points.get_offsets() for points in axes.collections]).T
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    return int(np.sum((x < left) | (x > right) | (y < top) | (y > bottom)))
 
 
 def _image_shape(model: keras.Model, name: str, open_size: int) -> tuple[int, int, int]:

@@ -137,6 +137,17 @@ def test_points(gated, picture):
     assert not same(second, gated.points(picture, 1, False, Place(0.2, 0.8)))
 
 
+def test_points_beyond_the_picture(gated, picture):
+    """At a corner some points are off the map, and some of those that are on it not on the picture."""
+    found = visualize.sampling_points(
+        gated.model, gated.fit(picture).astype("float32"), "das_2", gated.point(Place(0, 0))
+    )
+    beyond = int(((found.points[0] < -0.5) | (found.points[0] > 63.5)).any(axis=-1).sum())
+    assert beyond >= 3
+    caption = gated.points(picture, 1, False, Place(0, 0)).caption
+    assert caption.endswith(f" of 9 points on the map, {beyond} beyond the picture's edge")
+
+
 def test_stacked_points(gated, picture):
     stacked = gated.points(picture, 1, True, MIDDLE)
     assert stacked.caption.startswith("das_1, das_2: ")
@@ -153,7 +164,7 @@ def same(a, b):
 def test_gates(gated, picture):
     drawing = gated.gate(picture, 1)
     values = visualize.gate_map(gated.model, gated.fit(picture).astype("float32"), "das_2")
-    assert drawing.caption == f"das_2, 16x16: {values.min():.4f} to {values.max():.4f}"
+    assert drawing.caption == f"das_2, 16x16: {values.min():.4f} to {values.max():.4f} of the map's magnitude"
     assert not same(drawing, gated.gate(picture, 0))
     assert not same(drawing, gated.gate(toys.photograph(seed=1), 1))
 
