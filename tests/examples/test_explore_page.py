@@ -162,9 +162,15 @@ def wait_for_text(page, name, text):
     page.locator(f"#{name}", has_text=text).wait_for()
 
 
+def wait_until_loaded(page, name):
+    """Until then Gradio does not know the size of what is clicked, and lets the click go."""
+    page.wait_for_function("name => document.querySelector(`#${name} img`).complete", arg=name)
+
+
 def click(page, name, y, x):
     """Click at shares of a drawing's height and width, and wait until the points are elsewhere."""
     points, text = source(page, "first-points"), caption(page)
+    wait_until_loaded(page, name)
     box = page.locator(f"#{name} img").bounding_box()
     position = {"x": x * box["width"], "y": y * box["height"]}
     page.locator(f"#{name} img").click(position=position)
