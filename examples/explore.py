@@ -23,7 +23,7 @@ if not __package__:  # run as a script: find `examples` and a keras_das that is 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
-from examples import common
+from examples import common, options
 from examples.common import UserError
 from examples.exploring import pictures, views
 
@@ -46,6 +46,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def explore(given: argparse.Namespace) -> None:
     """Load the models and serve the page."""
     page = _import_page()
+    if given.image_size < options.MINIMA["image_size"]:
+        raise UserError(
+            f"--image-size must be at least {options.MINIMA['image_size']}, not {given.image_size}"
+        )
     labels = given.labels.split(",") if given.labels else None
     shown = views.load_views(given.model, given.compare, labels, given.image_size)
     if given.images:

@@ -391,6 +391,7 @@ def test_errors_are_one_line(capsys, plain, tmp_path):
     model = toys.save(plain.model, tmp_path / "plain")
     assert "no gates (DASLayer) in " in (said := fails(capsys, model))
     assert "name one that has with --compare" in said
+    assert "--image-size must be at least 8, not 0" in fails(capsys, model, "--image-size", 0)
     assert "no such file" in fails(capsys, model, "--compare", tmp_path / "missing.keras")
 
 
