@@ -45,8 +45,7 @@ def model_lines(document) -> list[str]:
         by_name = {cell["contender"]: cell for cell in cells}
         rows = []
         for cell in by_name.values():
-            took, without = (c.get("milliseconds") for c in (cell, by_name.get(cell["base"], {})))
-            ratio = took / without if took and without else None
+            took, _, ratio = _beside(cell, by_name.get(cell["base"], {}))
             rows.append(
                 [cell["description"], _number(took), _number(ratio, "x"), _mebibytes(cell.get("memory"))]
             )
@@ -64,9 +63,8 @@ def export_lines(document) -> list[str]:
         for cell in by_name.values():
             if cell["gates"] != "gated":
                 continue
-            took, without = (c.get("milliseconds") for c in (cell, by_name.get(f"plain-{cell['form']}", {})))
+            took, without, ratio = _beside(cell, by_name.get(f"plain-{cell['form']}", {}))
             error = f"{cell['error']:.1e}" if "error" in cell else "-"
-            ratio = took / without if took and without else None
             size = _mebibytes(cell.get("bytes"))
             rows.append(
                 [cell["description"], error, _number(took), _number(without), _number(ratio, "x"), size]
@@ -74,6 +72,12 @@ def export_lines(document) -> list[str]:
         heading = ["", "difference", "ms", "ms without gates", "over without", "MiB of files"]
         lines += ["", f"### {mode}", "", *table(heading, rows), *_failures(by_name.values())]
     return lines
+
+
+def _beside(cell, base) -> tuple[float | None, float | None, float | None]:
+    """Milliseconds of two cells, and their ratio, as far as they were measured."""
+    took, without = cell.get("milliseconds"), base.get("milliseconds")
+    return took, without, took / without if took and without else None
 
 
 def _times(cells, operation, mode, rates) -> list[str]:
