@@ -139,7 +139,7 @@ def _start_worker(key: tuple[str, str, int], data: str, threads: int) -> str | N
         "TF_NUM_INTEROP_THREADS": str(threads),
         "OMP_NUM_THREADS": str(threads),
     }
-    log = _folder(*key).with_suffix(".log")
+    log = pathlib.Path(f"{_folder(*key)}.log")  # "alpha 0.1" has a dot of its own
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
         done = subprocess.run(
