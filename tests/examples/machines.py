@@ -1,5 +1,6 @@
 """Runs of the examples in processes of their own, two of them in place of two machines."""
 
+import contextlib
 import json
 import os
 import socket
@@ -21,7 +22,7 @@ def begin(folder: Path, script: str, *words: str, **environment: str) -> subproc
     return subprocess.Popen(
         [sys.executable, "-c", script, *words],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -52,7 +53,11 @@ def start_both(
 
 def results_of_both(processes: list[subprocess.Popen]) -> dict:
     """What the first of two machines found."""
-    first, second = map(result, processes)
+    with contextlib.ExitStack() as stack:
+        for process in processes:  # if one fails, the other would wait for it
+            stack.enter_context(process)
+            stack.callback(process.kill)
+        first, second = map(result, processes)
     assert second["history"] is None
     return first
 

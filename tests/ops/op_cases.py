@@ -161,15 +161,21 @@ def expected(case, tensors):
 
 
 def relative_error(actual, wanted):
-    """Largest absolute error over the largest wanted value; an infinite one where NaN or infinity differ."""
-    actual, wanted = np.asarray(actual).astype(np.float64), np.asarray(wanted).astype(np.float64)
+    """Largest absolute error over the largest wanted value; an infinite one where NaN or infinity differ.
+
+    Below its least normal number a dtype is no longer precise to so many digits: errors are relative to
+    that number at least. For float16 it is 6e-5, which gradients meet.
+    """
+    actual = np.asarray(actual)
+    least = float(ml_dtypes.finfo(actual.dtype).smallest_normal)
+    actual, wanted = actual.astype(np.float64), np.asarray(wanted).astype(np.float64)
     assert actual.shape == wanted.shape, f"shape {actual.shape}, wanted {wanted.shape}"
     if not actual.size:
         return 0.0
     error = np.abs(actual - wanted).max()
     if not np.isfinite(error):
         return np.inf
-    return error / (np.abs(wanted).max() or 1.0)
+    return error / max(np.abs(wanted).max() or 1.0, least)
 
 
 def assert_as_expected(case, tensors, dtype, outputs, gradients, oracles=None):
