@@ -24,7 +24,7 @@ from examples import backbones, classify, training
 def network(image_size, small_stem=False):
     x = inputs = keras.Input((image_size, image_size, 3))
     for number in range(1, 5):
-        x = keras.layers.Conv2D(8, 3, 2 if number < 3 else 1, "same", name=f"stage{number}_conv")(x)
+        x = keras.layers.Conv2D(16, 3, 2 if number < 3 else 1, "same", name=f"stage{number}_conv")(x)
         x = keras.layers.ReLU(name=f"stage{number}")(x)
     return keras.Model(inputs, x)
 
