@@ -16,8 +16,8 @@ cpu, = tf.config.list_physical_devices("CPU")
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 """
 
-# A crash says where it happened. Without oneDNN: TensorFlow 2.21's gradients of small convolutions by it write
-# where they should not, on processors with AVX-512.
+# A crash says where it happened. Without oneDNN, by which TensorFlow 2.21's gradients of small convolutions
+# write where they should not, on processors with AVX-512.
 SETTINGS = {"PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1", "TF_ENABLE_ONEDNN_OPTS": "0"}
 
 
