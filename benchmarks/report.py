@@ -41,8 +41,7 @@ def op_lines(document) -> list[str]:
 def model_lines(document) -> list[str]:
     """Markdown of bench_model.py's results."""
     lines = _setting(document)
-    for mode, cells in itertools.groupby(document["cells"], key=lambda cell: cell["mode"]):
-        by_name = {cell["contender"]: cell for cell in cells}
+    for mode, by_name in _by_mode(document["cells"]):
         rows = []
         for cell in by_name.values():
             took, _, ratio = _beside(cell, by_name.get(cell["base"], {}))
@@ -57,8 +56,7 @@ def model_lines(document) -> list[str]:
 def export_lines(document) -> list[str]:
     """Markdown of bench_export.py's results."""
     lines = _setting(document)
-    for mode, cells in itertools.groupby(document["cells"], key=lambda cell: cell["mode"]):
-        by_name = {cell["contender"]: cell for cell in cells}
+    for mode, by_name in _by_mode(document["cells"]):
         rows = []
         for cell in by_name.values():
             if cell["gates"] != "gated":
@@ -72,6 +70,12 @@ def export_lines(document) -> list[str]:
         heading = ["", "difference", "ms", "ms without gates", "over without", "MiB of files"]
         lines += ["", f"### {mode}", "", *table(heading, rows), *_failures(by_name.values())]
     return lines
+
+
+def _by_mode(cells):
+    """Each mode, and its cells by contender."""
+    for mode, of_mode in itertools.groupby(cells, key=lambda cell: cell["mode"]):
+        yield mode, {cell["contender"]: cell for cell in of_mode}
 
 
 def _beside(cell, base) -> tuple[float | None, float | None, float | None]:
