@@ -7,18 +7,15 @@ Keras itself, and each format in its runtime, with gates and without: in turn, e
 figure is the median of the repetitions. `report.py benchmarks/export.json` writes the table into RESULTS.md.
 """
 
-import argparse
 import datetime
 import json
-import os
-import pathlib
 import shlex
 import sys
 import tempfile
 
 import machine
 import report
-from harness import Failed, OtherLoad, Worker, comma_separated, interleave
+from harness import Failed, OtherLoad, Worker, comma_separated, interleave, make_parser
 
 FORMS = {
     "keras": "Keras, `predict_on_batch`",
@@ -57,16 +54,11 @@ def main():
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, "export.json")
     add = parser.add_argument
     add("--forms", type=comma_separated(FORMS), default=list(FORMS), help=",".join(FORMS))
     add("--batches", type=lambda text: [int(size) for size in text.split(",")], default=[1, 8])
     add("--image-size", type=int, default=224)
-    add("--repetitions", type=int, default=15)
-    add("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    add("--output", type=pathlib.Path, default=pathlib.Path(__file__).with_name("export.json"))
     return parser.parse_args()
 
 

@@ -10,18 +10,16 @@ repetitions. All gated models start from the same weights, and their first resul
 writes the tables into RESULTS.md.
 """
 
-import argparse
 import datetime
 import json
 import os
-import pathlib
 import shlex
 import sys
 import tempfile
 
 import machine
 import report
-from harness import DEVICES, Failed, OtherLoad, Worker, comma_separated, interleave
+from harness import DEVICES, Failed, OtherLoad, Worker, comma_separated, interleave, make_parser
 
 MODELS = {
     f"{gates}-{how}": f"{text}, {'XLA' if how == 'xla' else 'graph'}"
@@ -58,9 +56,7 @@ def main():
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, "model.json")
     add = parser.add_argument
     add("--mode", type=comma_separated(MODES), default=MODES, help=",".join(MODES))
     add("--models", type=comma_separated(MODELS), default=list(MODELS), help=",".join(MODELS))
@@ -68,9 +64,6 @@ def parse_arguments():
     add("--policy", choices=list(BOUND), default="float32", help="Keras' dtype policy")
     add("--batch", type=int, help="default: 8, and 128 on a GPU")
     add("--image-size", type=int, default=224)
-    add("--repetitions", type=int, default=15)
-    add("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    add("--output", type=pathlib.Path, default=pathlib.Path(__file__).with_name("model.json"))
     options = parser.parse_args()
     options.batch = options.batch or {"cpu": 8, "gpu": 128}[options.device]
     return options

@@ -14,7 +14,6 @@ On a GPU, calls are put in its queue by batches, and a batch's time is shared am
 that of the bytes moved, at the speed at which the GPU copies; memory is not measured.
 """
 
-import argparse
 import datetime
 import json
 import os
@@ -28,7 +27,7 @@ import numpy as np
 import machine
 import report
 from contenders import CONTENDERS, ON_GPU
-from harness import DEVICES, GIVE_BACK, Failed, OtherLoad, Worker, comma_separated, interleave
+from harness import DEVICES, GIVE_BACK, Failed, OtherLoad, Worker, comma_separated, interleave, make_parser
 from problem import GPU_SHAPES, MODES, OPERATIONS, SHAPES, Problem
 
 sys.path.append(str(pathlib.Path(__file__).parents[1]))
@@ -75,9 +74,7 @@ def main():
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, "op.json")
 
     here = [name for name, contender in CONTENDERS.items() if not contender.environment]
     add = parser.add_argument
@@ -89,9 +86,6 @@ def parse_arguments():
     memory_help = f"whose memory to measure: {','.join(here)}"
     add("--memory", type=comma_separated(here), default=["native-eager"], help=memory_help)
     add("--no-memory", dest="memory", action="store_const", const=[], help="measure no memory")
-    add("--repetitions", type=int, default=15)
-    add("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    add("--output", type=pathlib.Path, default=pathlib.Path(__file__).with_name("op.json"))
     options = parser.parse_args()
     gpu = options.device == "gpu"
     options.shapes = options.shapes or (GPU_SHAPES if gpu else SHAPES)

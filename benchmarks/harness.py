@@ -104,6 +104,17 @@ class Worker:
         self._errors.close()
 
 
+def make_parser(description: str, output: str) -> argparse.ArgumentParser:
+    """A parser with the options that all benchmarks have; `output` is where results go by default."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--output", type=pathlib.Path, default=HERE / output)
+    return parser
+
+
 def comma_separated(known):
     """A type for argparse: some of the known names."""
 
