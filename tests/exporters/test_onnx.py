@@ -90,12 +90,18 @@ def test_borders(data_format, tmp_path, rng):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", ["x", "mask"])
-def test_bad_values_stay_where_they_are_read(name, bad, operation, rng):
+def test_bad_values_stay_where_they_are_read(name, bad, operation):
     model, path, values = operation
     values[name][0, 2, 3, 1] = bad
     found, wanted = run(path, **values), model.predict(list(values.values()), verbose=0)
-    assert np.isnan(wanted).any()
-    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)  # NaN and infinities in the same places
+    finite = np.isfinite(wanted)
+    assert not finite.all()
+    np.testing.assert_array_equal(np.isfinite(found), finite)
+    np.testing.assert_allclose(found[finite], wanted[finite], rtol=1e-4, atol=1e-4)
+    if not np.isinf(values["mask"]).any():
+        # An infinite mask times a sample is infinite, times a corner that is 0 it is NaN: which of the two
+        # comes of it is up to who multiplies with what first.
+        np.testing.assert_array_equal(np.isnan(found), np.isnan(wanted))
 
 
 def test_infinite_offsets_read_zero_and_nan_ones_are_lost(operation):
