@@ -21,7 +21,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __restrict__ __restrict
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __shared__ static  // blocks run one at a time
 
 namespace cuda_on_host {
@@ -67,6 +67,8 @@ class Block {
   }
 
   void wait_for_block() { wait(kAtBlock); }
+
+  void wait_for_warp() { wait(kAtWarp); }
 
   // `value` of the thread in the same warp whose index differs by `lane_mask`.
   template <class A>
@@ -173,5 +175,87 @@ A atomicAdd(A* to, A value) {
   *to += value;
   return before;
 }
+
+// Matrix products of a warp: 16x16 sums over 8 products each of TF32 numbers. Each thread has the operands whole and 8
+// of the sums, which is no layout of a GPU's; nor may code rely on one.
+namespace nvcuda::wmma {
+
+enum layout_t { mem_row_major, mem_col_major };
+struct row_major;
+struct col_major;
+struct matrix_a;
+struct matrix_b;
+struct accumulator;
+namespace precision {
+struct tf32;
+}
+
+template <class Use, int M, int N, int K, class T, class Layout = void>
+struct fragment {
+  static constexpr int num_elements = 16 * 8;  // matrix_a: (rows, 8); matrix_b: (8, columns)
+  float x[num_elements];
+};
+template <>
+struct fragment<accumulator, 16, 16, 8, float> {
+  static constexpr int num_elements = 8;
+  float x[num_elements];
+};
+using Accumulator = fragment<accumulator, 16, 16, 8, float>;
+
+inline float __float_to_tf32(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if ((bits & 0x7f800000u) != 0x7f800000u) bits += 0x1000u;  // to the nearest, a half away from 0
+  if ((bits & 0x7fffffffu) > 0x7f800000u) bits |= 0x400000u;  // a NaN stays one
+  bits &= ~0x1fffu;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// Aborts on what a GPU leaves undefined: addresses and strides that are not aligned, and operands of more digits.
+inline void check_memory(const float* memory, unsigned stride) {
+  if (reinterpret_cast<uintptr_t>(memory) % 32 || stride % 4) std::abort();
+  cuda_on_host::Block::instance().wait_for_warp();
+}
+inline float checked(float operand) {
+  const float rounded = __float_to_tf32(operand);
+  if (std::memcmp(&rounded, &operand, 4)) std::abort();
+  return operand;
+}
+
+inline void load_matrix_sync(fragment<matrix_a, 16, 16, 8, precision::tf32, col_major>& to, const float* from,
+                             unsigned stride) {
+  check_memory(from, stride);
+  for (int i = 0; i < 16 * 8; ++i) to.x[i] = checked(from[i % 8 * stride + i / 8]);
+}
+inline void load_matrix_sync(fragment<matrix_b, 16, 16, 8, precision::tf32, row_major>& to, const float* from,
+                             unsigned stride) {
+  check_memory(from, stride);
+  for (int i = 0; i < 8 * 16; ++i) to.x[i] = checked(from[i / 16 * stride + i % 16]);
+}
+
+inline void fill_fragment(Accumulator& sums, float value) {
+  for (float& sum : sums.x) sum = value;
+}
+
+inline void mma_sync(Accumulator& to, const fragment<matrix_a, 16, 16, 8, precision::tf32, col_major>& left,
+                     const fragment<matrix_b, 16, 16, 8, precision::tf32, row_major>& right, const Accumulator& from) {
+  cuda_on_host::Block::instance().wait_for_warp();
+  const int lane = threadIdx.x % cuda_on_host::kWarp;
+  for (int i = 0; i < 8; ++i) {
+    const int row = lane / 2, column = lane % 2 * 8 + i;
+    to.x[i] = from.x[i];
+    for (int k = 0; k < 8; ++k) to.x[i] += left.x[row * 8 + k] * right.x[k * 16 + column];
+  }
+}
+
+inline void store_matrix_sync(float* to, const Accumulator& sums, unsigned stride, layout_t layout) {
+  if (layout != mem_row_major) std::abort();
+  check_memory(to, stride);
+  const int lane = threadIdx.x % cuda_on_host::kWarp;
+  for (int i = 0; i < 8; ++i) to[lane / 2 * stride + lane % 2 * 8 + i] = sums.x[i];
+}
+
+}  // namespace nvcuda::wmma
 
 #endif  // KERAS_DAS_CSRC_CUDA_ON_HOST_H_

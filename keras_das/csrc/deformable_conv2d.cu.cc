@@ -10,6 +10,7 @@
 #define KERAS_DAS_ISA cuda
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
+#include <mma.h>
 #else
 #include "cuda_on_host.h"
 #endif
@@ -25,6 +26,15 @@
 namespace keras_das {
 namespace cuda {
 namespace {
+
+namespace wmma = nvcuda::wmma;
+
+// Tensor cores take TF32 from compute capability 8.0 on.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define KERAS_DAS_TENSOR_CORES 0
+#else
+#define KERAS_DAS_TENSOR_CORES 1
+#endif
 
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;        // of a block
@@ -584,9 +594,139 @@ constexpr int kRow = kTile + 4;               // of a tile in shared memory: no 
 constexpr int kSide = kTile / 16;             // a thread's part of the tile
 static_assert(kThreads == 16 * 16, "a thread for each such part");
 
+// A thread's share of adding up a tile of the result, by ordinary instructions: `kSide` rows and columns.
+template <class A, Product kProduct, bool kOnTensorCores>
+struct TileSums {
+  // What a block multiplies at a time: (along the sum, rows) and (along the sum, columns).
+  struct alignas(16) Shared {
+    A left[kStep][kRow], right[kStep][kRow];
+  };
+
+  static __device__ __forceinline__ void put_left(Shared* tiles, int k, int row, A value) {
+    tiles->left[k][row] = value;
+  }
+  static __device__ __forceinline__ void put_right(Shared* tiles, int k, int column, A value) {
+    tiles->right[k][column] = value;
+  }
+
+  __device__ __forceinline__ void add(const Shared& tiles) {
+#pragma unroll
+    for (int k = 0; k < kStep; ++k) {
+      const Pack<A, kSide> left = load<kSide>(&tiles.left[k][threadIdx.x / 16 * kSide]);
+      const Pack<A, kSide> right = load<kSide>(&tiles.right[k][threadIdx.x % 16 * kSide]);
+#pragma unroll
+      for (int i = 0; i < kSide; ++i) {
+#pragma unroll
+        for (int j = 0; j < kSide; ++j) sums[i][j] += left.lane[i] * right.lane[j];
+      }
+    }
+  }
+
+  __device__ __forceinline__ void finish(Shared*) {}
+
+  A sums[kSide][kSide] = {};
+};
+
+#if KERAS_DAS_TENSOR_CORES
+// By tensor cores, for the 16-bit types. Their numbers here, TF32, have a float's range and 10 bits after the point:
+// enough for either 16-bit type, so that a kernel's weights and the gradients of outputs go in as they are. A sample has
+// become a float by interpolation. It goes in as two terms, the nearest such number and what is left, and so loses
+// nothing that matters to a float.
+template <Product kProduct>
+struct TileSums<float, kProduct, true> {
+  static constexpr int kTerms = kProduct == Product::kColumnGradients ? 1 : 2;
+  static constexpr int kSquare = 16, kDeep = 8;  // of a tensor core's products
+  static constexpr int kAcross = 2;              // squares side by side that a warp has
+  static constexpr int kWarpsDown = kTile / kSquare;
+  static_assert(kWarpsDown * kTile / (kAcross * kSquare) == kThreads / kWarp, "warps share a tile out");
+  // As above, each number on the left in its terms; and in the end the result, of which threads have no known part.
+  union alignas(32) Shared {
+    struct {
+      float left[kTerms][kStep][kRow], right[kStep][kRow];
+    };
+    float result[kTile][kRow];
+  };
+  using Products = wmma::fragment<wmma::accumulator, kSquare, kSquare, kDeep, float>;
+  using Left = wmma::fragment<wmma::matrix_a, kSquare, kSquare, kDeep, wmma::precision::tf32, wmma::col_major>;
+  using Right = wmma::fragment<wmma::matrix_b, kSquare, kSquare, kDeep, wmma::precision::tf32, wmma::row_major>;
+
+  __device__ __forceinline__ TileSums() {
+#pragma unroll
+    for (int square = 0; square < kAcross; ++square) wmma::fill_fragment(totals[square], 0.f);
+  }
+
+  static __device__ __forceinline__ void put_left(Shared* tiles, int k, int row, float value) {
+    const float nearest = wmma::__float_to_tf32(value);
+    tiles->left[0][k][row] = nearest;
+    // Nothing is left of an infinity, rather than a NaN.
+    if (kTerms > 1) {
+      tiles->left[kTerms - 1][k][row] = std::isinf(nearest) ? 0.f : wmma::__float_to_tf32(value - nearest);
+    }
+  }
+  static __device__ __forceinline__ void put_right(Shared* tiles, int k, int column, float value) {
+    tiles->right[k][column] = wmma::__float_to_tf32(value);
+  }
+
+  __device__ __forceinline__ void add(const Shared& tiles) {
+    // Tensor cores cut off what does not fit into a sum. So sums there are short, and ordinary ones round.
+    Products products[kAcross];
+#pragma unroll
+    for (int square = 0; square < kAcross; ++square) wmma::fill_fragment(products[square], 0.f);
+#pragma unroll
+    for (int k = 0; k < kStep; k += kDeep) {
+      Right right[kAcross];
+#pragma unroll
+      for (int square = 0; square < kAcross; ++square) {
+        wmma::load_matrix_sync(right[square], &tiles.right[k][first_column() + square * kSquare], kRow);
+      }
+#pragma unroll
+      for (int term = kTerms - 1; term >= 0; --term) {
+        Left left;
+        wmma::load_matrix_sync(left, &tiles.left[term][k][first_row()], kRow);
+#pragma unroll
+        for (int square = 0; square < kAcross; ++square) {
+          wmma::mma_sync(products[square], left, right[square], products[square]);
+        }
+      }
+    }
+#pragma unroll
+    for (int square = 0; square < kAcross; ++square) {
+#pragma unroll
+      for (int i = 0; i < products[square].num_elements; ++i) totals[square].x[i] += products[square].x[i];
+    }
+  }
+
+  // Hands out the result as the ordinary instructions have it.
+  __device__ __forceinline__ void finish(Shared* tiles) {
+    __syncthreads();  // others may still multiply
+#pragma unroll
+    for (int square = 0; square < kAcross; ++square) {
+      float* to = &tiles->result[first_row()][first_column() + square * kSquare];
+      wmma::store_matrix_sync(to, totals[square], kRow, wmma::mem_row_major);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kSide; ++i) {
+      const float* row = &tiles->result[threadIdx.x / 16 * kSide + i][threadIdx.x % 16 * kSide];
+#pragma unroll
+      for (int j = 0; j < kSide; ++j) sums[i][j] = row[j];
+    }
+  }
+
+  static __device__ __forceinline__ int first_row() { return threadIdx.x / kWarp % kWarpsDown * kSquare; }
+  static __device__ __forceinline__ int first_column() {
+    return threadIdx.x / kWarp / kWarpsDown * kAcross * kSquare;
+  }
+
+  float sums[kSide][kSide];
+  Products totals[kAcross];
+};
+#endif
+
 template <class T, class A, Product kProduct>
-__global__ void __launch_bounds__(kThreads) multiply(Operands<T, A> a) {
-  __shared__ Pack<A, kSide> left[kStep][kRow / kSide], right[kStep][kRow / kSide];
+__global__ void __launch_bounds__(kThreads, 2) multiply(Operands<T, A> a) {
+  using Sums = TileSums<A, kProduct, sizeof(T) == 2 && KERAS_DAS_TENSOR_CORES>;
+  __shared__ typename Sums::Shared tiles;
   constexpr bool kByPixel = kProduct != Product::kKernelGradients;
   const int64_t depth = a.channels / a.groups, filters = a.filters / a.groups, kernel_rows = a.taps * depth;
   const int64_t rows = kByPixel ? a.pixels : kernel_rows;
@@ -597,6 +737,9 @@ __global__ void __launch_bounds__(kThreads) multiply(Operands<T, A> a) {
   const int64_t row_tiles = quotient(rows + kTile - 1, kTile), column_tiles = quotient(columns + kTile - 1, kTile);
   // Which elements of the operands' tiles this thread loads: in the order in which memory has them.
   constexpr bool kLeftAlong = kByPixel, kRightAlong = kProduct == Product::kColumnGradients;
+  constexpr int kLeftMore = kLeftAlong ? kThreads / kStep : kThreads / kTile;
+  constexpr int kRightMore = kRightAlong ? kThreads / kStep : kThreads / kTile;
+  constexpr int kLoads = kTile * kStep / kThreads;
   const int thread = threadIdx.x;
   const int left_k = kLeftAlong ? thread % kStep : thread / kTile;
   const int left_i = kLeftAlong ? thread / kStep : thread % kTile;
@@ -613,50 +756,47 @@ __global__ void __launch_bounds__(kThreads) multiply(Operands<T, A> a) {
       const int64_t tap = quotient(q, depth);
       return tap * a.channels + group * depth + q - tap * depth;
     };
-    A sums[kSide][kSide] = {};
-    for (int64_t k0 = begin; k0 < end; k0 += kStep) {
-      constexpr int kLeftMore = kLeftAlong ? kThreads / kStep : kThreads / kTile;
-      constexpr int kRightMore = kRightAlong ? kThreads / kStep : kThreads / kTile;
-      __syncthreads();
+    A left_values[kLoads], right_values[kLoads];
+    const auto fetch = [&](int64_t k0) {
       const int64_t along = kProduct == Product::kOutput ? in_columns(least(k0 + left_k, length - 1)) : 0;
       const int64_t across = kProduct == Product::kKernelGradients ? in_columns(least(i0 + left_i, rows - 1)) : 0;
 #pragma unroll
-      for (int part_of = 0; part_of < kTile * kStep / kThreads; ++part_of) {
-        const int of_i = left_i + (kLeftAlong ? part_of * kLeftMore : 0);
-        const int of_k = left_k + (kLeftAlong ? 0 : part_of * kLeftMore);
-        const int64_t i = i0 + of_i, k = k0 + of_k;
-        A value = 0;
-        if (i < rows && k < end) {
-          if (kProduct == Product::kOutput) value = a.columns[i * a.taps * a.channels + along];
-          if (kProduct == Product::kColumnGradients) value = a.grad_output[i * a.filters + filter + k];
-          if (kProduct == Product::kKernelGradients) value = a.columns[k * a.taps * a.channels + across];
-        }
-        left[of_k][of_i / kSide].lane[of_i % kSide] = value;
+      for (int n = 0; n < kLoads; ++n) {
+        const int64_t i = i0 + left_i + (kLeftAlong ? n * kLeftMore : 0);
+        const int64_t k = k0 + left_k + (kLeftAlong ? 0 : n * kLeftMore);
+        left_values[n] = 0;
+        if (i >= rows || k >= end) continue;
+        if (kProduct == Product::kOutput) left_values[n] = a.columns[i * a.taps * a.channels + along];
+        if (kProduct == Product::kColumnGradients) left_values[n] = a.grad_output[i * a.filters + filter + k];
+        if (kProduct == Product::kKernelGradients) left_values[n] = a.columns[k * a.taps * a.channels + across];
       }
 #pragma unroll
-      for (int part_of = 0; part_of < kTile * kStep / kThreads; ++part_of) {
-        const int of_j = right_j + (kRightAlong ? part_of * kRightMore : 0);
-        const int of_k = right_k + (kRightAlong ? 0 : part_of * kRightMore);
-        const int64_t j = j0 + of_j, k = k0 + of_k;
-        A value = 0;
-        if (j < columns && k < end) {
-          if (kProduct == Product::kOutput) value = a.kernel[k * a.filters + filter + j];
-          if (kProduct == Product::kColumnGradients) value = a.kernel[j * a.filters + filter + k];
-          if (kProduct == Product::kKernelGradients) value = a.grad_output[k * a.filters + filter + j];
-        }
-        right[of_k][of_j / kSide].lane[of_j % kSide] = value;
+      for (int n = 0; n < kLoads; ++n) {
+        const int64_t j = j0 + right_j + (kRightAlong ? n * kRightMore : 0);
+        const int64_t k = k0 + right_k + (kRightAlong ? 0 : n * kRightMore);
+        right_values[n] = 0;
+        if (j >= columns || k >= end) continue;
+        if (kProduct == Product::kOutput) right_values[n] = a.kernel[k * a.filters + filter + j];
+        if (kProduct == Product::kColumnGradients) right_values[n] = a.kernel[j * a.filters + filter + k];
+        if (kProduct == Product::kKernelGradients) right_values[n] = a.grad_output[k * a.filters + filter + j];
       }
+    };
+    Sums tile;
+    fetch(begin);
+    for (int64_t k0 = begin; k0 < end; k0 += kStep) {
       __syncthreads();
 #pragma unroll
-      for (int k = 0; k < kStep; ++k) {
-        const Pack<A, kSide> of_left = left[k][thread / 16], of_right = right[k][thread % 16];
-#pragma unroll
-        for (int i = 0; i < kSide; ++i) {
-#pragma unroll
-          for (int j = 0; j < kSide; ++j) sums[i][j] += of_left.lane[i] * of_right.lane[j];
-        }
+      for (int n = 0; n < kLoads; ++n) {
+        Sums::put_left(&tiles, left_k + (kLeftAlong ? 0 : n * kLeftMore), left_i + (kLeftAlong ? n * kLeftMore : 0),
+                       left_values[n]);
+        Sums::put_right(&tiles, right_k + (kRightAlong ? 0 : n * kRightMore),
+                        right_j + (kRightAlong ? n * kRightMore : 0), right_values[n]);
       }
+      __syncthreads();
+      if (k0 + kStep < end) fetch(k0 + kStep);  // under way while this step is multiplied
+      tile.add(tiles);
     }
+    tile.finish(&tiles);
 #pragma unroll
     for (int of_j = 0; of_j < kSide; ++of_j) {
       const int64_t j = j0 + thread % 16 * kSide + of_j;
@@ -667,7 +807,7 @@ __global__ void __launch_bounds__(kThreads) multiply(Operands<T, A> a) {
       for (int of_i = 0; of_i < kSide; ++of_i) {
         const int64_t i = i0 + thread / 16 * kSide + of_i;
         if (i >= rows) break;
-        const A sum = start + sums[of_i][of_j];
+        const A sum = start + tile.sums[of_i][of_j];
         if (kProduct == Product::kOutput) {
           a.output[i * a.filters + at] = convert_to(sum, static_cast<const T*>(nullptr));
         } else if (kProduct == Product::kColumnGradients) {
@@ -1028,7 +1168,7 @@ void dense_backward(const Device& device, const Geometry& g, const BackwardBuffe
   Gathering<A> gathering{};
   gathering.columns = columns.memory;
   gathering.grad_inputs = static_cast<A*>(buffers.grad_inputs);
-  Operands<A, A> operands = make_operands<A, A>(g, buffers.kernel);
+  Operands<T, A> operands = make_operands<T, A>(g, buffers.kernel);
   operands.columns = columns.memory;
   const int64_t rows = g.taps() * (g.channels / g.groups), weights = rows * g.filters;
   const int64_t tiles = divide_up(rows, kTile) * divide_up(g.filters / g.groups, kTile) * g.groups;

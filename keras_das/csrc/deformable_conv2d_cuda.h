@@ -1,5 +1,6 @@
 // Deformable convolution on NVIDIA GPUs: what the doors call. See deformable_conv2d.h for sizes and tensors, which here
-// lie in the device's memory.
+// lie in the device's memory. With a 16-bit type, values of `kernel` and `grad_output` must be of that type's precision,
+// though they lie there as floats: tensor cores would round others.
 #ifndef KERAS_DAS_CSRC_DEFORMABLE_CONV2D_CUDA_H_
 #define KERAS_DAS_CSRC_DEFORMABLE_CONV2D_CUDA_H_
 

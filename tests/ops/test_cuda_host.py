@@ -15,7 +15,18 @@ from keras_das.ops import library
 from keras_das.ops.compilers import NoCompiler, find_compiler
 from tests.ops import random_cases
 from tests.ops import test_borders as borders
-from tests.ops.op_cases import CASES, DTYPES, Case, assert_as_expected, draw, expected, split_upstream
+from tests.ops.op_cases import (
+    CASES,
+    DTYPES,
+    GRADIENT_BOUND,
+    VALUE_BOUND,
+    Case,
+    assert_as_expected,
+    draw,
+    expected,
+    relative_error,
+    split_upstream,
+)
 from tests.ops.plain_kernels import CudaKernelsOnHost, KernelError
 
 UNITS = {
@@ -106,7 +117,8 @@ def test_random_cases(rng, kernels):
 
 
 # What is taken at once: 32 threads of a warp, 256 of a block with up to two packs of channels each, 9 taps in
-# registers, 256 and 144 entries in shared memory, tiles of 64 by 64 by 16, packs of up to 16 bytes.
+# registers, 256 and 144 entries in shared memory, tiles of 64 by 64 by 16 (squares of 16 by 16 by 8 in tensor
+# cores), packs of up to 16 bytes.
 BLOCKS = [
     Case("packs", image=(4, 5), channels=128, groups=128, filters=128, kernel_size=(1, 2), padding="same"),
     Case(
@@ -146,6 +158,21 @@ def test_unaligned_tensors_give_the_same_outputs(rng, kernels, case):
     outputs, gradients = compute(kernels, case, tensors, shift=1)
     np.testing.assert_array_equal(outputs, aligned)
     assert_as_expected(case, tensors, "float32", outputs, gradients)
+
+
+@both_variants
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_16_bit_products_lose_nothing(rng, kernels, dtype, deterministic):
+    """Tensor cores have fewer digits than a float, and sums must not show it."""
+    case = Case("", image=(9, 8), channels=18, filters=70, groups=2, padding="same", use_bias=False)
+    tensors = draw(case, rng, dtype)
+    # What is given as floats has its gradient given back as such.
+    for name in ("kernel", "offsets", "mask"):
+        tensors[name] = tensors[name].astype("float32")
+    _, gradients = compute(kernels, case, tensors, deterministic=deterministic)
+    _, wanted = expected(case, tensors)
+    for name in ("kernel", "offsets", "mask"):
+        assert relative_error(gradients[name], wanted[name]) < 2e-6, name
 
 
 DEPTHWISE = Case(
@@ -253,14 +280,20 @@ def test_nan_offsets_give_nan_there_and_nowhere_else(rng, kernels, groups, deter
 
 @both_variants
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_bad_pixels_stay_where_they_are_read(rng, kernels, bad, deterministic):
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_bad_pixels_stay_where_they_are_read(rng, kernels, dtype, bad, deterministic):
     case = Case("", image=(5, 6), channels=2, filters=2, kernel_size=(1, 2), padding="same")
-    tensors = draw(case, rng, "float64", generic=True)
+    tensors = draw(case, rng, dtype)
+    # Between pixels, in float16 too: at a pixel, others have a weight of 0.
+    tensors["offsets"] = np.floor(tensors["offsets"]) + rng.choice([0.25, 0.5], tensors["offsets"].shape)
+    tensors["offsets"] = tensors["offsets"].astype(dtype)
     for row, column in ((0, 0), (0, 5), (4, 0), (4, 5), (2, 2)):
         tensors["inputs"][:, row, column] = bad
     outputs, gradients = compute(kernels, case, tensors, deterministic=deterministic)
     with np.errstate(invalid="ignore"):
         wanted, wanted_gradients = expected(case, tensors)
-    borders.compare_where_finite(outputs, wanted, "outputs")
+    borders.compare_where_finite(outputs, wanted, "outputs", VALUE_BOUND[dtype])
+    if np.isinf(bad):
+        np.testing.assert_array_equal(np.isinf(outputs), np.isinf(wanted))
     for name in ("inputs", "offsets", "mask"):
-        borders.compare_where_finite(gradients[name], wanted_gradients[name], name)
+        borders.compare_where_finite(gradients[name], wanted_gradients[name], name, GRADIENT_BOUND[dtype])
