@@ -1,12 +1,13 @@
 #!/bin/sh
 # Sets up the environments of the peers, which cannot share one:
 #
-#   benchmarks/environments.sh [NAME ...]      all without a name: onnxruntime openvino tfa torchvision
+#   benchmarks/environments.sh [NAME ...]      without a name: onnxruntime openvino tfa torchvision
 #
 # Each is a venv of that name in $KERAS_DAS_BENCHMARK_ENVS (default benchmarks/.envs), 7 GB in all, most of it
 # torchvision's: its wheels load beside the CUDA build of torch alone. $PYTHON (default python3) must be
-# Python 3.11 for tfa, tensorflow-addons' last release being for TensorFlow 2.15. keras_das itself is measured in
-# the environment that bench_op.py is started from.
+# Python 3.11 for tfa, tensorflow-addons' last release being for TensorFlow 2.15. dcnv4 is there for GPUs: pip compiles
+# it, with nvcc, for the torch that it finds. keras_das itself is measured in the environment that bench_op.py is
+# started from.
 set -eu
 
 envs=${KERAS_DAS_BENCHMARK_ENVS:-$(dirname "$0")/.envs}
@@ -15,16 +16,20 @@ python=${PYTHON:-python3}
 for name in "${@:-onnxruntime openvino tfa torchvision}"; do
   # Unquoted: the default is a list of words.
   for peer in $name; do
+    compiled=
     case $peer in
       onnxruntime) packages='onnxruntime==1.32.0 onnx' ;;
       openvino) packages='openvino==2026.4.1' ;;
       tfa) packages='tensorflow==2.15.1 tensorflow-addons==0.23.0' ;;
       torchvision) packages='torchvision==0.29.2' ;;
+      dcnv4) packages='torch setuptools wheel ninja' compiled='DCNv4==1.0.0.post2' ;;
       *) echo "environments.sh: no peer is called '$peer'" >&2; exit 2 ;;
     esac
-    echo "$envs/$peer: $packages"
+    echo "$envs/$peer: $packages $compiled"
     "$python" -m venv "$envs/$peer"
     # shellcheck disable=SC2086
     "$envs/$peer/bin/python" -m pip install --quiet $packages
+    # With the packages above, not in an environment of its own.
+    test -z "$compiled" || "$envs/$peer/bin/python" -m pip install --quiet --no-build-isolation "$compiled"
   done
 done

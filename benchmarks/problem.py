@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-OPERATIONS = ("depthwise", "dense")
+# "aggregation" is what DCNv4 computes: "depthwise" with a kernel of ones, which no gradient is asked for.
+OPERATIONS = ("depthwise", "dense", "aggregation")
 MODES = ("forward", "forward_backward")
 # A gate's deformable convolution after each stage of a ResNet-50: eight images at 224x224, one at 640x640.
 SHAPES = (
@@ -20,8 +21,12 @@ SHAPES = (
     "1x40x40x205",
     "1x20x20x410",
 )
-# The same for a training step of 64 images, on a GPU.
-GPU_SHAPES = ("64x56x56x51", "64x28x28x102", "64x14x14x205", "64x7x7x410")
+# The same for a training step of 64 images, on a GPU. DCNv4 takes channels by eights.
+GPU_SHAPES = {
+    "depthwise": ("64x56x56x51", "64x28x28x102", "64x14x14x205", "64x7x7x410"),
+    "dense": ("64x56x56x51", "64x28x28x102", "64x14x14x205", "64x7x7x410"),
+    "aggregation": ("64x56x56x56", "64x28x28x104", "64x14x14x208", "64x7x7x416"),
+}
 TAPS = 9
 
 
@@ -50,6 +55,8 @@ class Problem:
             "mask": generator.random((n, h, w, TAPS)),
             "grad_output": generator.standard_normal((n, h, w, self.filters)),
         }
+        if self.operation == "aggregation":
+            arrays["kernel"] = np.ones(kernel_shape)
         object.__setattr__(self, "arrays", {name: a.astype(np.float32) for name, a in arrays.items()})
 
     @property
@@ -59,7 +66,13 @@ class Problem:
 
     @property
     def depthwise(self) -> bool:
-        return self.operation == "depthwise"
+        return self.operation != "dense"
+
+    @property
+    def differentiated(self) -> tuple[str, ...]:
+        """The arguments whose gradients "forward_backward" returns."""
+        kernel = () if self.operation == "aggregation" else ("kernel",)
+        return ("inputs", *kernel, "offsets", "mask")
 
     @property
     def channels(self) -> int:

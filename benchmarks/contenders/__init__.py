@@ -6,10 +6,12 @@ A module has `VERSIONS`, names of the distributions whose versions are reported,
 
 `run()` computes once and returns when the result is there; it alone is timed. `collect(run())` gives the
 result as NumPy arrays in keras_das' layout: the output and, for mode "forward_backward", then the gradients
-for inputs, kernel, offsets and mask. Layouts are changed ahead of `run` or in `collect`, never in `run`.
+for `problem.differentiated`. Layouts are changed ahead of `run` or in `collect`, never in `run`.
 """
 
 from dataclasses import dataclass, field
+
+from problem import MODES, OPERATIONS
 
 
 @dataclass(frozen=True)
@@ -20,13 +22,18 @@ class Contender:
     description: str
     # Where it runs: "" is the environment that the benchmark is started from, else see environments.sh.
     environment: str = ""
-    modes: tuple[str, ...] = ("forward", "forward_backward")
+    modes: tuple[str, ...] = MODES
+    operations: tuple[str, ...] = OPERATIONS
     options: dict = field(default_factory=dict)
 
     @property
     def native(self) -> bool:
         """Whether it is what the others are compared with."""
         return self.options.get("implementation") == "native"
+
+    def can(self, operation: str, mode: str) -> bool:
+        """Whether it computes that."""
+        return operation in self.operations and mode in self.modes
 
 
 def _ours(implementation: str, how: str) -> Contender:
@@ -41,7 +48,7 @@ def _gather(how: str, taps_at_once: bool) -> Contender:
 
 
 FORWARD = ("forward",)
-# Those that run on a GPU. torchvision's environment then needs a build of torch for CUDA.
+# Those that run on a GPU. The environments of torchvision and DCNv4 then need a build of torch for CUDA.
 ON_GPU = (
     "native-eager",
     "native-graph",
@@ -50,6 +57,7 @@ ON_GPU = (
     "reference-xla",
     "gather-taps-xla",
     "torchvision",
+    "dcnv4",
 )
 
 CONTENDERS = {
@@ -64,6 +72,7 @@ CONTENDERS = {
     "gather-taps-xla": _gather("xla", taps_at_once=False),
     "tfa": Contender("addons", "tensorflow-addons' resampler, graph", environment="tfa"),
     "torchvision": Contender("torchvision_op", "torchvision, deform_conv2d", environment="torchvision"),
+    "dcnv4": Contender("dcnv4_op", "DCNv4's operation", "dcnv4", operations=("aggregation",)),
     "onnxruntime": Contender("onnxruntime_op", "onnxruntime, DeformConv", "onnxruntime", FORWARD),
     "openvino": Contender("openvino_op", "OpenVINO, DeformableConvolution", "openvino", FORWARD),
 }

@@ -26,8 +26,9 @@ def prepare(problem, mode, how, convolve):
         with tf.GradientTape() as tape:
             tape.watch(arguments)
             output = convolve(*arguments)
+        sources = [arguments[ARGUMENTS.index(name)] for name in problem.differentiated]
         # Without the output TensorFlow prunes most of the forward pass: the operation is linear in its input.
-        return [output, *tape.gradient(output, arguments, upstream)]
+        return [output, *tape.gradient(output, sources, upstream)]
 
     if mode == "forward":
         run = functools.partial(COMPILE[how](forward), *arguments)

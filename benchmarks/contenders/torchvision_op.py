@@ -22,20 +22,26 @@ def prepare(problem, mode, threads):
         with torch.inference_mode():
             return [deform_conv2d(inputs, offsets, kernel, padding=1, mask=mask)]
 
-    leaves = [tensor.clone().requires_grad_() for tensor in (inputs, kernel, offsets, mask)]
+    tensors = {"inputs": inputs, "kernel": kernel, "offsets": offsets, "mask": mask}
+    leaves = {
+        name: tensor.clone().requires_grad_(name in problem.differentiated)
+        for name, tensor in tensors.items()
+    }
 
     def forward_backward():
-        inputs, kernel, offsets, mask = leaves
-        output = deform_conv2d(inputs, offsets, kernel, padding=1, mask=mask)
-        return [output, *torch.autograd.grad(output, leaves, upstream)]
+        output = deform_conv2d(
+            leaves["inputs"], leaves["offsets"], leaves["kernel"], padding=1, mask=leaves["mask"]
+        )
+        sources = [leaves[name] for name in problem.differentiated]
+        return [output, *torch.autograd.grad(output, sources, upstream)]
 
-    return (forward if mode == "forward" else forward_backward), _collect
+    def collect(results):
+        names = ("output", *problem.differentiated)[: len(results)]
+        return [_in_our_layout(name, result) for name, result in zip(names, results, strict=True)]
+
+    return (forward if mode == "forward" else forward_backward), collect
 
 
-def _collect(results):
-    arrays = [result.detach().cpu().numpy() for result in results]
-    is_kernel = [place == 2 for place in range(len(arrays))]
-    return [
-        array.transpose(2, 3, 1, 0) if kernel else channels_last(array)
-        for array, kernel in zip(arrays, is_kernel, strict=True)
-    ]
+def _in_our_layout(name, result):
+    array = result.detach().cpu().numpy()
+    return array.transpose(2, 3, 1, 0) if name == "kernel" else channels_last(array)

@@ -1,0 +1,48 @@
+"""bench_op.py's problems and contenders."""
+
+import itertools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import bench_op
+import numpy as np
+from contenders import dcnv4_op
+
+FOLDER = pathlib.Path(bench_op.__file__).parent
+
+
+def test_from_start_to_tables(tmp_path):
+    """A contender's results are held against the oracle before it is timed; one that is missing is named."""
+    output = tmp_path / "op.json"
+    command = [
+        *(sys.executable, str(FOLDER / "bench_op.py"), "--op", "dense,aggregation", "--shapes", "2x5x6x8"),
+        *("--contenders", "reference-graph,dcnv4", "--repetitions", "1", "--no-memory"),
+        *("--output", str(output)),
+    ]
+    # Without a compiler it does not measure what the machine can do, which takes its time.
+    environment = {**os.environ, "CC": "no-compiler", "KERAS_DAS_BENCHMARK_ENVS": str(tmp_path)}
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    found = json.loads(output.read_text())
+    assert found["missing"].keys() == {"dcnv4"}
+    assert "benchmarks/environments.sh dcnv4" in found["missing"]["dcnv4"]
+    timed = {(cell["op"], cell["mode"]) for cell in found["cells"] if cell["milliseconds"] > 0}
+    assert timed == set(itertools.product(("dense", "aggregation"), ("forward", "forward_backward")))
+    assert "### aggregation, forward and backward, batch 2" in printed
+
+
+def test_offsets_and_masks_as_dcnv4_has_them(rng):
+    offsets, mask = rng.normal(size=(2, 3, 4, 18)), rng.normal(size=(2, 3, 4, 9))
+    packed = dcnv4_op.pack(offsets, mask)
+    assert packed.shape == (2, 3, 4, 32)
+    for row in range(3):
+        for column in range(3):
+            ours, theirs = row * 3 + column, column * 3 + row
+            np.testing.assert_array_equal(packed[..., 2 * theirs], offsets[..., 2 * ours + 1])  # x
+            np.testing.assert_array_equal(packed[..., 2 * theirs + 1], offsets[..., 2 * ours])
+            np.testing.assert_array_equal(packed[..., 18 + theirs], mask[..., ours])
+    np.testing.assert_array_equal(packed[..., 27:], 0)
+    for before, after in zip((offsets, mask), dcnv4_op.unpack(packed), strict=True):
+        np.testing.assert_array_equal(before, after)
