@@ -39,15 +39,15 @@ def mobilenet(**kwargs):
     return keras.applications.MobileNetV2(**{**arguments, **kwargs})
 
 
-def plain_cnn(data_format="channels_last", size=32, dtype=None):
+def plain_cnn(data_format="channels_last", size=32, dtype=None, convolution=keras.layers.Conv2D):
     """A residual network in two stages, at 1/4 and 1/8 of the image."""
     common = {"padding": "same", "data_format": data_format, "dtype": dtype}
     shape = (size, size, 3) if data_format == "channels_last" else (3, size, size)
     image = keras.Input(shape, name="image")
-    x = keras.layers.Conv2D(8, 3, strides=4, name="stem", **common)(image)
+    x = convolution(8, 3, strides=4, name="stem", **common)(image)
     for i, strides in enumerate((1, 2)):
-        shortcut = keras.layers.Conv2D(8, 1, strides=strides, name=f"shortcut_{i}", **common)(x)
-        x = keras.layers.Conv2D(8, 3, strides=strides, name=f"conv_{i}", **common)(x)
+        shortcut = convolution(8, 1, strides=strides, name=f"shortcut_{i}", **common)(x)
+        x = convolution(8, 3, strides=strides, name=f"conv_{i}", **common)(x)
         x = keras.layers.Add(name=f"add_{i}", dtype=dtype)([x, shortcut])
         x = keras.layers.ReLU(name=f"relu_{i}", dtype=dtype)(x)
     x = keras.layers.GlobalAveragePooling2D(data_format=data_format, dtype=dtype, name="pool")(x)

@@ -149,6 +149,9 @@ def test_at_rest_it_is_a_convolution(rng, groups, filters, strides, dilation, pa
     ids=str,
 )
 def test_batch_chunks_change_no_bit(rng, case, dtype, implementation):
+    """But for TensorFlow's matrix product, whose last bits depend on the row on CPUs without AVX-512."""
+    is_product = implementation == "reference" and case.groups == 1
+    last_bit = {"float32": 1e-6, "bfloat16": 2.0**-7}[dtype] if is_product else 0.0
     tensors = draw(case, rng, dtype)
     compute = runner(case, implementation=implementation)
     whole, whole_gradients = compute(tensors)
@@ -158,9 +161,9 @@ def test_batch_chunks_change_no_bit(rng, case, dtype, implementation):
             for name, tensor in tensors.items()
         }
         alone, gradients = compute(parts)
-        np.testing.assert_array_equal(whole[number], alone[0])
+        assert relative_error(whole[number], alone[0]) <= last_bit
         for name in ("inputs", "offsets", "mask"):
-            np.testing.assert_array_equal(whole_gradients[name][number], gradients[name][0], name)
+            assert relative_error(whole_gradients[name][number], gradients[name][0]) <= last_bit, name
 
 
 @pytest.mark.parametrize("mode", ["eager", "xla"])
