@@ -17,6 +17,9 @@ DEMO_MODEL := runs/demo/model.keras
 help: ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
+# TensorFlow's fast convolutions for CPUs, which it takes unasked on those with AVX-512 alone.
+demo demo-none demo-detect: export TF_ENABLE_ONEDNN_OPTS ?= 1
+
 demo: $(VENV)/.demo $(VENV)/.kernels ## Train a ResNet-50 with DAS gates on aerial photographs, save it, export it, draw figures
 	$(RUN) examples/classify.py $(DEMO) --attention das --identity-init on --output runs/demo --export runs/demo/saved_model
 

@@ -50,19 +50,15 @@ class Block {
     count_ = threads;
     while (static_cast<int>(threads_.size()) < threads) add_thread();
     for (int i = 0; i < threads; ++i) threads_[i]->state = kReady, threads_[i]->shuffles = 0;
+    const int warps = threads / kWarp;
     for (int done = 0; done < threads;) {
-      const int before = done;
       bool moved = false;
-      for (int i = 0; i < threads; ++i) {
-        Thread& thread = *threads_[backwards ? threads - 1 - i : i];
-        if (thread.state != kReady) continue;
-        moved = true;
-        resume(&thread);
-        done += thread.state == kDone;
+      // A warp runs as far as it comes, and then the next one: apart as far as they may be.
+      for (int i = 0; i < warps; ++i) {
+        while (run_warp((backwards ? warps - 1 - i : i) * kWarp, &done)) moved = true;
       }
-      for (int warp = 0; warp < threads / kWarp; ++warp) release(warp * kWarp, kWarp, kAtWarp);
       release(0, threads, kAtBlock);
-      if (!moved && done == before) std::abort();  // some wait for others that have ended: a deadlock on a GPU too
+      if (!moved) std::abort();  // some wait for others that have ended: a deadlock on a GPU too
     }
   }
 
@@ -102,6 +98,20 @@ class Block {
     thread.start.uc_stack.ss_size = kStackBytes;
     thread.start.uc_link = nullptr;
     makecontext(&thread.start, live, 0);
+  }
+
+  // Runs a warp's threads to their next barrier. Returns whether there was one to run.
+  bool run_warp(int first, int* done) {
+    bool moved = false;
+    for (int i = 0; i < kWarp; ++i) {
+      Thread& thread = *threads_[first + (backwards ? kWarp - 1 - i : i)];
+      if (thread.state != kReady) continue;
+      moved = true;
+      resume(&thread);
+      *done += thread.state == kDone;
+    }
+    release(first, kWarp, kAtWarp);
+    return moved;
   }
 
   // A thread's whole life: one block after another.

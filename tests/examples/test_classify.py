@@ -54,17 +54,16 @@ def rows(path: Path) -> list[dict[str, str]]:
 # Real training
 
 
-@pytest.mark.parametrize("attention", ["none", "das"])
-def test_trees_are_told_from_the_ground(attention: str, tmp_path: Path) -> None:
-    """ResNet-18 from scratch on 32x32 photographs; always answering the larger class scores 0.51."""
+def test_trees_are_told_from_the_ground(tmp_path: Path) -> None:
+    """ResNet-20 from scratch on 32x32 photographs; always answering the larger class scores 0.51."""
     output = tmp_path / "run"
     results = train(
-        *["--data", "trees", "--backbone", "resnet18", "--image-size", "32", "--attention", attention],
+        *["--data", "trees", "--backbone", "resnet20", "--image-size", "32", "--attention", "das"],
         *["--epochs", "4", "--batch-size", "32", "--progress", "none", "--output", str(output)],
     )
     assert results["test_accuracy"] >= 0.85
-    assert results["gates"] == (4 if attention == "das" else 0)
-    assert (results["gate_parameters"] > 0) == (attention == "das")
+    assert results["gates"] == 3
+    assert results["gate_parameters"] > 0
 
     confusion = np.array(results["confusion_matrix"])
     assert confusion.sum() == results["images"]["test"]
@@ -73,7 +72,7 @@ def test_trees_are_told_from_the_ground(attention: str, tmp_path: Path) -> None:
     assert [len(values) for values in results["history"].values()] == [4] * 5
     with Image.open(output / "confusion_matrix.png") as image:
         assert image.format == "PNG"
-    assert (output / "gates.png").is_file() == (attention == "das")
+    assert (output / "gates.png").is_file()
     assert list((output / "logs" / "train").glob("events.out.tfevents.*"))
     assert not (output / "backup").exists()
 

@@ -1,9 +1,11 @@
-"""The gate's depthwise convolution in XLA programs, against TensorFlow's own op outside them."""
+"""The gate's depthwise convolution: in XLA programs, against TensorFlow's outside them; without images."""
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
+from keras_das.layers import depthwise
 from keras_das.layers.depthwise import DepthwiseConv2D
 from keras_das.ops import native
 
@@ -40,6 +42,23 @@ def test_image_smaller_than_kernel(rng):
     layer = DepthwiseConv2D(5, padding="same", use_bias=False)
     images = tf.cast(rng.normal(size=(2, 1, 2, 3)), "float32")
     np.testing.assert_allclose(tf.function(layer, jit_compile=True)(images), layer(images), rtol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "graph"])
+@pytest.mark.parametrize("batch", [0, 3])
+def test_an_empty_batch_has_no_gradient_whatever_comes_in(batch, compiled):
+    def gradient(images, upstream):
+        kernel = tf.ones((3, 3, 2))
+        with tf.GradientTape() as tape:
+            tape.watch(kernel)
+            guarded = depthwise._without_gradient_of_nothing(kernel, keras.ops.shape(images)[0])
+        return tape.gradient(guarded, kernel, upstream)
+
+    if compiled:
+        of_any_batch = [tf.TensorSpec((None, 4, 4, 2)), tf.TensorSpec((3, 3, 2))]
+        gradient = tf.function(gradient, input_signature=of_any_batch)
+    upstream = tf.fill((3, 3, 2), 7.0 if batch else np.nan)
+    np.testing.assert_array_equal(gradient(tf.ones((batch, 4, 4, 2)), upstream), 7 if batch else 0)
 
 
 def test_elsewhere_it_is_keras_own(monkeypatch):
