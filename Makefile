@@ -18,7 +18,7 @@ help: ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 # TensorFlow's fast convolutions for CPUs, which it takes unasked on those with AVX-512 alone.
-demo demo-none demo-detect: export TF_ENABLE_ONEDNN_OPTS ?= 1
+demo demo-none demo-detect suite: export TF_ENABLE_ONEDNN_OPTS ?= 1
 
 demo: $(VENV)/.demo $(VENV)/.kernels ## Train a ResNet-50 with DAS gates on aerial photographs, save it, export it, draw figures
 	$(RUN) examples/classify.py $(DEMO) --attention das --identity-init on --output runs/demo --export runs/demo/saved_model
@@ -47,7 +47,7 @@ lint: $(VENV)/.test
 	$(RUN) -m mypy
 
 suite: $(VENV)/.test $(VENV)/.all-kernels
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile $(TESTS)
 
 sanitize: $(VENV)/.test ## The kernels' random cases under the address, undefined-behaviour and thread sanitizers
 	$(RUN) -m tests.ops.sanitize
