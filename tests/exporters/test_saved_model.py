@@ -18,9 +18,10 @@ NAMES = ["ant", "bee", "cat", "dog", "elk", "fox", "gnu"]
 
 def classifier(classes=7, size=(24, 32), data_format="channels_last"):
     shape = (*size, 3) if data_format == "channels_last" else (3, *size)
+    # Of Conv2D with channels first TensorFlow has one on some CPUs only.
+    convolution = keras.layers.Conv2D if data_format == "channels_last" else keras_das.DeformableConv2D
     layers = [
-        # Not Conv2D, of which TensorFlow has one for channels first on some CPUs only.
-        keras_das.DeformableConv2D(4, 3, 2, data_format=data_format),
+        convolution(4, 3, 2, data_format=data_format),
         keras_das.DASLayer(data_format=data_format),
         keras.layers.GlobalAveragePooling2D(data_format=data_format),
         keras.layers.Dense(classes, "softmax"),

@@ -28,7 +28,7 @@ MACHINE = PRELUDE + "print(json.dumps(run()))"
 
 def test_two_machines_train_as_two_devices(tmp_path, rng):
     words = ["--data", write_coco(tmp_path, rng, 14), "--backbone", "resnet18", "--attention", "das"]
-    words += ["--image-size", "128", "--batch-size", "4", "--head-layers", "1", "--epochs", "2"]
+    words += ["--image-size", "128", "--batch-size", "4", "--head-layers", "1", "--epochs", "1"]
     words += ["--learning-rate", "1e-4", "--progress", "none"]
     expected = machines.result(machines.begin(tmp_path, DEVICES, *words, "--output", "devices"))
     start = functools.partial(machines.begin, tmp_path, MACHINE, *words)
