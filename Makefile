@@ -46,8 +46,9 @@ lint: $(VENV)/.test
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
+# In the order of the folders: the trainings of examples come first, and none is left to one process at the end.
 suite: $(VENV)/.test $(VENV)/.all-kernels
-	$(RUN) -m pytest -n 2 --dist loadfile $(TESTS)
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 sanitize: $(VENV)/.test ## The kernels' random cases under the address, undefined-behaviour and thread sanitizers
 	$(RUN) -m tests.ops.sanitize
