@@ -87,7 +87,8 @@ def test_two_machines_train_as_one_even_if_one_is_killed(start: Callable[..., su
     finally:
         first.kill()  # it would wait for the other, or fail
         first.communicate()
-    assert_same(machines.results_of_both(start_both("--resume", "both/backup")), expected)
+    resume = functools.partial(start_both, "--resume", "both/backup")
+    assert_same(machines.results_of_both(resume), expected)
 
 
 def test_a_batch_must_divide_evenly(monkeypatch: pytest.MonkeyPatch) -> None:

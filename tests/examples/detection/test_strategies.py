@@ -32,7 +32,7 @@ def test_two_machines_train_as_two_devices(tmp_path, rng):
     words += ["--learning-rate", "1e-4", "--progress", "none"]
     expected = machines.result(machines.begin(tmp_path, DEVICES, *words, "--output", "devices"))
     start = functools.partial(machines.begin, tmp_path, MACHINE, *words)
-    found = machines.results_of_both(machines.start_both(start))
+    found = machines.results_of_both(functools.partial(machines.start_both, start))
     assert found["images"] == expected["images"]
     for name in ("loss", "bbox_regression_loss", "cls_logits_loss"):
         np.testing.assert_allclose(found["history"][name], expected["history"][name], rtol=1e-4)
