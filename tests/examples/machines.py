@@ -59,8 +59,8 @@ def start_both(
 def results_of_both(start: Callable[[], list[subprocess.Popen]]) -> dict:
     """What the first of two machines found.
 
-    Once in some 30 runs TensorFlow (2.21) ends one of the processes with SIGSEGV soon after the start: then,
-    and only then, both are started once more.
+    TensorFlow (2.21) has been seen to end one of the processes with SIGSEGV, rarely: then, and only then,
+    both are started once more.
     """
     processes, printed = _run_both(start)
     if any(process.returncode == -signal.SIGSEGV for process in processes):
