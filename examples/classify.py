@@ -273,11 +273,13 @@ def _check_class_count(path: Path, source: keras.Model, model: keras.Model) -> N
 
 def compile_model(model: keras.Model, config: Config, train_count: int) -> None:
     """Set optimizer, loss and accuracy for runs over `train_count` images an epoch."""
-    optimizer = training.make_optimizer(config, max(1, train_count // config.batch_size))
+    steps = max(1, train_count // config.batch_size)
+    optimizer = training.make_optimizer(config, steps, model.trainable_variables)
     model.compile(
         optimizer,
         keras.losses.CategoricalCrossentropy(label_smoothing=config.label_smoothing),
-        metrics=["accuracy"],
+        # By its name alone, it would make its variables while the first step is traced; see `make_optimizer`.
+        metrics=[keras.metrics.CategoricalAccuracy("accuracy")],
         jit_compile={"auto": "auto", "on": True, "off": False}[config.jit],
     )
 

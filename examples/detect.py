@@ -146,7 +146,8 @@ def train(config: Config) -> dict[str, Any]:
     with training.dtype_policy(config.mixed_precision):
         with strategy.scope():
             detector = build_detector(config, len(found.class_names))
-            detectors.compile_model(detector, training.make_optimizer(config, steps))
+            optimizer = training.make_optimizer(config, steps, detector.model.trainable_variables)
+            detectors.compile_model(detector, optimizer)
         backup = Path(config.resume or output / "backup")
         if chief:
             training.prepare_backup(backup, bool(config.resume), _identity(config, found))
