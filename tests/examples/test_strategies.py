@@ -4,7 +4,6 @@ import functools
 import signal
 import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from examples.common import UserError
 from examples.training import make_strategy
 
 from . import machines
+from .conftest import COLOURS, write_images
 
 # Batch norm's statistics are each replica's own, so the network has none.
 PRELUDE = """
@@ -53,14 +53,23 @@ print(json.dumps(run()))
 """
 
 
-@pytest.fixture
-def start(image_folder: Callable[..., Path], tmp_path: Path) -> Callable[..., subprocess.Popen]:
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.Popen]:
     """Starts a run of three epochs of four steps in a process of its own."""
-    words = ["--data", f"folder:{image_folder()}", "--backbone", "resnet18", "--image-size", "16"]
+    folder = tmp_path_factory.mktemp("runs")
+    for name in ("red", "green"):
+        write_images(folder / "images" / name, 20, COLOURS[name])
+    words = ["--data", f"folder:{folder / 'images'}", "--backbone", "resnet18", "--image-size", "16"]
     words += ["--batch-size", "6", "--epochs", "3", "--progress", "none", "--attention", "das"]
     return lambda script, *more, **environment: machines.begin(
-        tmp_path, PRELUDE + script, *words, *more, **environment
+        folder, PRELUDE + script, *words, *more, **environment
     )
+
+
+@pytest.fixture(scope="module")
+def one_and_two(start: Callable[..., subprocess.Popen]) -> list[dict]:
+    """The run on one device, and on two."""
+    return machines.result(start(DEVICES))
 
 
 def assert_same(found: dict, expected: dict) -> None:
@@ -71,13 +80,14 @@ def assert_same(found: dict, expected: dict) -> None:
     assert found["confusion_matrix"] == expected["confusion_matrix"]
 
 
-def test_two_devices_train_as_one(start: Callable[..., subprocess.Popen]) -> None:
-    one, two = machines.result(start(DEVICES))
+def test_two_devices_train_as_one(one_and_two: list[dict]) -> None:
+    one, two = one_and_two
     assert_same(two, one)
 
 
-def test_two_machines_train_as_one_even_if_one_is_killed(start: Callable[..., subprocess.Popen]) -> None:
-    expected = machines.result(start(MACHINE, "--output", "alone"))
+def test_two_machines_train_as_one_even_if_one_is_killed(
+    start: Callable[..., subprocess.Popen], one_and_two: list[dict]
+) -> None:
     start_both = functools.partial(machines.start_both, functools.partial(start, MACHINE))
     step = np.random.default_rng().integers(5, 12)  # after the first of three epochs of four steps
     first, killed = start_both(KILL_AFTER=str(step))
@@ -88,7 +98,7 @@ def test_two_machines_train_as_one_even_if_one_is_killed(start: Callable[..., su
         first.kill()  # it would wait for the other, or fail
         first.communicate()
     resume = functools.partial(start_both, "--resume", "both/backup")
-    assert_same(machines.results_of_both(resume), expected)
+    assert_same(machines.results_of_both(resume), one_and_two[0])
 
 
 def test_a_batch_must_divide_evenly(monkeypatch: pytest.MonkeyPatch) -> None:

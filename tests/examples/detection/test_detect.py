@@ -12,20 +12,30 @@ from PIL import Image
 
 from examples import detect
 from examples.detection import detectors
+from tests.conftest import SESSION_SEED
 
 SMALL = ["--image-size", "128", "--batch-size", "4", "--head-layers", "1", "--progress", "none"]
 
 
-@pytest.fixture
-def small(monkeypatch):
-    monkeypatch.setattr(detectors, "_FILTERS", [64, 8, 8, 8])
-    monkeypatch.setitem(detectors.RESNETS, "resnet18", ("basic_block", [1, 1, 1, 1]))
+@pytest.fixture(scope="module")
+def small():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(detectors, "_FILTERS", [64, 8, 8, 8])
+        patch.setitem(detectors.RESNETS, "resnet18", ("basic_block", [1, 1, 1, 1]))
+        yield
 
 
-@pytest.fixture
-def coco_folder(tmp_path, rng):
+@pytest.fixture(scope="module")
+def coco_folder(tmp_path_factory):
     """Twenty images of a bright square on noise, two of them without any."""
-    return write_coco(tmp_path, rng, 20)
+    return write_coco(tmp_path_factory.mktemp("coco"), np.random.default_rng(SESSION_SEED), 20)
+
+
+@pytest.fixture(scope="module")
+def whole_run(small, coco_folder, tmp_path_factory):
+    """A run of two epochs that nothing interrupts: its folder, and what it returned."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    return output, train_two_epochs(coco_folder, output, "--export", str(output / "saved"))
 
 
 def write_coco(tmp_path, rng, count):
@@ -51,14 +61,12 @@ def config_of(*words):
     return detect.INTERFACE.parse([*SMALL, *words])[0]
 
 
-@pytest.mark.usefixtures("small")
-def test_run(coco_folder, tmp_path):
-    output = tmp_path / "run"
-    results = detect.train(
-        config_of(
-            "--data", coco_folder, "--output", str(output), "--export", str(output / "saved"), "--epochs", "2"
-        )
-    )
+def train_two_epochs(data, output, *words):
+    return detect.train(config_of("--data", data, "--output", str(output), "--epochs", "2", *words))
+
+
+def test_run(coco_folder, whole_run):
+    output, results = whole_run
     assert results == json.loads((output / "results.json").read_text())
     assert results["images"] == {"train": 14, "val": 2, "test": 4}
     assert results["class_names"] == ["square"]
@@ -82,14 +90,7 @@ def test_run(coco_folder, tmp_path):
     np.testing.assert_allclose(served.serve(images)["scores"], expected["scores"], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.usefixtures("small")
-def test_a_killed_run_goes_on_as_if_it_had_not_been(coco_folder, tmp_path, monkeypatch):
-    def run(folder, *words):
-        config = config_of("--data", coco_folder, "--output", str(tmp_path / folder), "--epochs", "2", *words)
-        return detect.train(config)["history"]["loss"]
-
-    whole = run("whole")
-
+def test_a_killed_run_goes_on_as_if_it_had_not_been(coco_folder, whole_run, tmp_path, monkeypatch):
     class Kill(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
             if self.params["steps"] and self.model.optimizer.iterations == 4:  # in the second epoch
@@ -98,12 +99,13 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(coco_folder, tmp_path, monke
     original = detect._pictures
     monkeypatch.setattr(detect, "_pictures", lambda *arguments: Kill())
     with pytest.raises(KeyboardInterrupt):
-        run("killed")
+        train_two_epochs(coco_folder, tmp_path)
     monkeypatch.setattr(detect, "_pictures", original)
-    state = str(tmp_path / "killed" / "backup")
+    state = str(tmp_path / "backup")
     with pytest.raises(detect.UserError, match="holds a run with attention = das, this one has none"):
-        run("killed", "--resume", state, "--attention", "none")
-    np.testing.assert_allclose(run("killed", "--resume", state), whole, rtol=1e-3)
+        train_two_epochs(coco_folder, tmp_path, "--resume", state, "--attention", "none")
+    resumed = train_two_epochs(coco_folder, tmp_path, "--resume", state)
+    np.testing.assert_allclose(resumed["history"]["loss"], whole_run[1]["history"]["loss"], rtol=1e-3)
 
 
 def test_recipe():

@@ -87,19 +87,19 @@ def test_all_scores_start_near_the_prior(library, images):
 
 @pytest.mark.parametrize("library", detectors.LIBRARIES)
 def test_training_lowers_the_loss_and_finds_the_box(library, rng):
-    """Images without boxes, and one box again and again: the predictor must find it, in pixels."""
+    """An image without boxes, and one box again and again: the predictor must find it, in pixels."""
     detector = build(
         library, detectors.attach_das(True, {}), **({"head_layers": 1} if library == "keras_hub" else {})
     )
     for layer in detector.model._flatten_layers():
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.momentum = 0.5  # so that 80 steps are enough for its averages
-    images = rng.uniform(0, 60, size=(4, SIZE, SIZE, 3)).astype("float32")
-    images[:2, 32:96, 16:80] = 250
-    boxes = np.full((4, 2, 4), -1, "float32")
-    boxes[:2, 0] = [16, 32, 80, 96]
-    classes = np.full((4, 2), -1, "float32")
-    classes[:2, 0] = 2
+    images = rng.uniform(0, 60, size=(2, SIZE, SIZE, 3)).astype("float32")
+    images[0, 32:96, 16:80] = 250
+    boxes = np.full((2, 2, 4), -1, "float32")
+    boxes[0, 0] = [16, 32, 80, 96]
+    classes = np.full((2, 2), -1, "float32")
+    classes[0, 0] = 2
     detectors.compile_model(detector, keras.optimizers.Adam(1e-3))
     data = tf.data.Dataset.from_tensors((images, {"boxes": boxes, "classes": classes}))
     history = detector.model.fit(
@@ -108,7 +108,7 @@ def test_training_lowers_the_loss_and_finds_the_box(library, rng):
     assert history["loss"][-1] < 0.2 * history["loss"][0]
     assert np.isfinite(history["loss"]).all()
     found = detector.predictor(SIZE).predict_on_batch(images)
-    assert found["count"].shape == (4,)
+    assert found["count"].shape == (2,)
     assert found["count"][0] >= 1
     best = found["boxes"][0, 0]
     assert int(found["classes"][0, 0]) == 2
