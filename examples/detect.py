@@ -241,9 +241,12 @@ def _fit(
     train_data = batches.training_batches(
         found.splits["train"], config.image_size, config.batch_size, clock, config.augment == "on"
     )
+    train_data = detector.batches(train_data)
     with training.explaining(found, backup):
+        if config.strategy == "none":
+            training.make_loss_variables(detector.model, train_data)
         detector.model.fit(
-            detector.batches(train_data),
+            train_data,
             epochs=config.epochs,
             shuffle=False,  # the pipeline does
             verbose=training.verbosity(config.progress),

@@ -220,6 +220,15 @@ def make_optimizer(
     return optimizer
 
 
+def make_loss_variables(model: keras.Model, batches: tf.data.Dataset) -> None:
+    """What `make_optimizer` does for the optimizer's variables, for those of losses that are several.
+
+    With `tf.distribute`, Keras does so itself.
+    """
+    model.test_step(next(iter(batches)))
+    model.reset_metrics()
+
+
 @contextlib.contextmanager
 def dtype_policy(name: str) -> Iterator[None]:
     """Within it, models are made with this policy; `none` leaves Keras' own."""
