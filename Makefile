@@ -37,7 +37,7 @@ $(DEMO_MODEL):
 	$(MAKE) demo
 
 DEMO := --backbone resnet50 --data trees --image-size 64 --epochs 6 --progress bar $(DEMO_ARGS)
-DEMO_DETECT := --backbone resnet18 --data trees --image-size 256 --head-layers 1 --batch-size 4 --epochs 12 --progress bar $(DEMO_ARGS)
+DEMO_DETECT := --backbone resnet18 --data trees --image-size 256 --head-layers 1 --batch-size 4 --epochs 9 --progress bar $(DEMO_ARGS)
 
 test: lint suite ## Lint, type-check and test
 
