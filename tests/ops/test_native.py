@@ -330,6 +330,7 @@ def test_any_number_of_threads_gives_the_same_bits(rng):
     seed = rng.integers(2**31)
     alone = run_script(THREADS, 1, seed)
     assert alone.count("eager outputs") == alone.count("xla outputs") == 2
+    assert run_script(THREADS, 2, seed) == alone
     assert run_script(THREADS, 5, seed) == alone
     assert run_script(THREADS, 1, seed + 1) != alone
 
