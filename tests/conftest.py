@@ -1,5 +1,6 @@
 """What every test shares: quiet logs, and a fresh but repeatable seed."""
 
+import gc
 import os
 import secrets
 import zlib
@@ -14,6 +15,12 @@ import pytest
 SEED_VARIABLE = "KERAS_DAS_TEST_SEED"
 # In the environment, so that the processes which share the tests' work have the same.
 SESSION_SEED = int(os.environ.setdefault(SEED_VARIABLE, str(secrets.randbits(32))))
+
+
+def pytest_collection_finish():
+    """What is imported stays: the garbage collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_report_header():

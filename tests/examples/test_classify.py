@@ -14,11 +14,13 @@ from PIL import Image
 
 from examples import backbones, classify, figures, training
 from examples.common import UserError
+from tests import processes
 
 from . import tiny
 from .conftest import COLOURS, ROOT, write_images
 
 MakeFolder = Callable[..., Path]
+SCRIPT = str(ROOT / "examples" / "classify.py")
 SMALL = ["--backbone", "resnet18", "--image-size", "16", "--batch-size", "8", "--progress", "none"]
 SMALL += ["--attention", "none", "--optimizer", "sgd", "--learning-rate", "0.02", "--weight-decay", "0.001"]
 
@@ -34,11 +36,8 @@ def train(*words: str) -> dict:
 
 def script(*words: str, prelude: str = "") -> subprocess.CompletedProcess:
     """Run the script in a process of its own, after the Python code `prelude`."""
-    path = ROOT / "examples" / "classify.py"
-    code = f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-    code += f"from tests.examples import tiny\ntiny.install()\n{prelude}\n"
-    code += f"sys.argv = {[str(path), *words]!r}\nrunpy.run_path({str(path)!r}, run_name='__main__')"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    code = f"import runpy\nfrom tests.examples import tiny\ntiny.install()\n{prelude}\n"
+    return processes.python(code + f"runpy.run_path({SCRIPT!r}, run_name='__main__')", *words)
 
 
 @pytest.fixture
@@ -278,7 +277,8 @@ def test_wrong_words(words: list[str]) -> None:
 
 
 def test_the_script_itself_fails_in_one_line(tmp_path: Path) -> None:
-    result = script(*arguments(tmp_path / "nowhere", tmp_path / "run"))
+    command = [sys.executable, SCRIPT, *arguments(tmp_path / "nowhere", tmp_path / "run")]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1] == f"classify: error: data folder not found: {tmp_path / 'nowhere'}"
     assert "Traceback" not in result.stderr

@@ -1,8 +1,6 @@
 """Saved models in a fresh process, where nothing but `keras_das` has been imported."""
 
 import copy
-import subprocess
-import sys
 import textwrap
 
 import keras
@@ -10,13 +8,13 @@ import numpy as np
 import pytest
 
 from keras_das.models import attach_das, registry
+from tests import processes
 from tests.models.backbones import SMALL_GATE, cv_resnet, hub_resnet, images, randomize
 
 
 def run(code, *arguments):
-    """Runs code in a new interpreter."""
-    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True)
+    """Runs code where only TensorFlow and Keras have been imported."""
+    result = processes.python(code, *arguments)
     assert result.returncode == 0, result.stderr
     return result.stdout
 

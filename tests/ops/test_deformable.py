@@ -107,15 +107,26 @@ def conv_value_and_gradients(arguments, upstream, case):
     return outputs, tape.gradient(outputs, arguments, upstream)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("padding", ["valid", "same"])
+PADDINGS = ["valid", "same"]
+WINDOWS = [(1, 1), (2, 1), ((2, 1), 1), (1, 2), (1, (1, 3))]  # TensorFlow takes strides or dilation, not both
+GROUPS = [(1, 6), (2, 6), (4, 4), (4, 8)]
+
+
 @pytest.mark.parametrize(
-    # TensorFlow's convolution takes strides or dilation, not both.
-    ("strides", "dilation"),
-    [(1, 1), (2, 1), ((2, 1), 1), (1, 2), (1, (1, 3))],
+    ("group", "window", "padding", "dtype"),
+    # The dtypes take turns.
+    [
+        (*combination, ["float32", "float64"][sum(place) % 2])
+        for place, combination in zip(
+            itertools.product(*map(range, map(len, (GROUPS, WINDOWS, PADDINGS)))),
+            itertools.product(GROUPS, WINDOWS, PADDINGS),
+            strict=True,
+        )
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize(("groups", "filters"), [(1, 6), (2, 6), (4, 4), (4, 8)])
-def test_at_rest_it_is_a_convolution(rng, groups, filters, strides, dilation, padding, dtype, implementation):
+def test_at_rest_it_is_a_convolution(rng, group, window, padding, dtype, implementation):
+    (groups, filters), (strides, dilation) = group, window
     case = Case(
         "",
         image=(9, 8),

@@ -23,6 +23,7 @@ import tensorflow as tf
 
 from keras_das import cli
 from keras_das.ops import builder, compilers, library
+from tests import processes
 from tests.ops.stand_in import forge, make_target, target_of
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
@@ -693,20 +694,11 @@ except RuntimeError as error:
 
 def run_operation(tmp_path, *modes, **environment):
     """What a process of its own prints: one line on its warnings, one on `implementation="native"`."""
-    hidden = tmp_path / "no_prebuilt.py"
-    hidden.write_text(
+    code = (
         "import pathlib\nfrom keras_das.ops import library\n"
-        'library._PREBUILT = pathlib.Path("/no/such/folder")\n' + textwrap.dedent(OPERATION)
+        'library._PREBUILT = pathlib.Path("/no/such/folder")\n' + OPERATION
     )
-    result = subprocess.run(
-        [sys.executable, str(hidden), *modes],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "KERAS_BACKEND": "tensorflow", **environment},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
+    result = processes.python(code, *modes, folder=tmp_path, **environment)
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()
 

@@ -1,10 +1,6 @@
 """The doors to the kernels under TensorFlow: which calls take them, what they refuse, and that all agree."""
 
-import os
 import re
-import subprocess
-import sys
-import textwrap
 import threading
 
 import keras
@@ -15,6 +11,7 @@ import tensorflow as tf
 import keras_das
 from keras_das.exporters import saved_model
 from keras_das.ops import library, native, reference
+from tests import processes
 from tests.ops import random_cases
 from tests.ops.op_cases import DATA_FORMATS, DTYPES, Case, assert_as_expected, call, draw, split_upstream
 from tests.ops.tf_harness import (
@@ -40,16 +37,8 @@ def no_reference(monkeypatch):
     monkeypatch.setattr(reference, "deformable_conv2d", refuse)
 
 
-def run_script(script, *arguments, **environment):
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
-        env={**os.environ, **environment},
-        cwd=os.path.dirname(os.path.dirname(os.path.dirname(__file__))),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+def run_script(script, *arguments):
+    result = processes.python(script, *arguments)
     assert result.returncode == 0, result.stderr
     return result.stdout
 

@@ -1,0 +1,53 @@
+"""Python code in processes of its own, without the seconds that importing TensorFlow takes.
+
+A server imports it once and runs nothing; each process is a fork of that server. Not for tests of what an
+import does, nor for what TensorFlow reads from the environment while it is imported.
+"""
+
+import faulthandler
+import functools
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import textwrap
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+
+
+def python(
+    code: str, *words: object, folder: Path | None = None, timeout: int = 300, **environment: str
+) -> subprocess.CompletedProcess:
+    """Runs code as `python -c` would, with `words` for `sys.argv`, and more variables in its environment."""
+    code, command = textwrap.dedent(code), ["-c", *map(str, words)]
+    with tempfile.TemporaryDirectory() as printed:
+        files = [Path(printed) / name for name in ("stdout", "stderr")]
+        arguments = (code, command, folder or Path.cwd(), {**os.environ, **environment}, files)
+        process = _forks().Process(target=_run, args=arguments)
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+        output, errors = (file.read_text() for file in files)
+    return subprocess.CompletedProcess(command, process.exitcode, output, errors)
+
+
+@functools.cache
+def _forks() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tensorflow", "keras"])
+    return context
+
+
+def _run(code: str, command: list[str], folder: Path, environment: dict[str, str], files: list[Path]) -> None:
+    for stream, file in zip((sys.stdout, sys.stderr), files, strict=True):
+        with file.open("w") as opened:
+            os.dup2(opened.fileno(), stream.fileno())
+    faulthandler.enable()  # a crash says where it happened
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.argv = command
+    exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
