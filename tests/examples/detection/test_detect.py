@@ -84,10 +84,13 @@ def test_run(coco_folder, whole_run):
     config = config_of("--data", coco_folder)
     again = detect.build_detector(config, 1)
     again.network().load_weights(output / "model.weights.h5")
-    images = np.zeros((1, 128, 128, 3), "float32")
-    served = tf.saved_model.load(output / "saved")
+    images = np.random.default_rng(0).uniform(0, 255, (2, 128, 128, 3)).astype("float32")
     expected = again.predictor(128).predict_on_batch(images)
-    np.testing.assert_allclose(served.serve(images)["scores"], expected["scores"], rtol=1e-4, atol=1e-6)
+    loaded = tf.saved_model.load(output / "saved")
+    served = loaded.serve(images)
+    assert served.keys() == expected.keys()
+    np.testing.assert_array_equal(served["count"], expected["count"])
+    np.testing.assert_allclose(served["scores"], expected["scores"], rtol=1e-4, atol=1e-6)
 
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(coco_folder, whole_run, tmp_path, monkeypatch):
