@@ -15,21 +15,27 @@ import textwrap
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
+_SECONDS = 300
+
 
 def python(
-    code: str, *words: object, folder: Path | None = None, timeout: int = 300, **environment: str
+    code: str, *words: object, folder: Path | None = None, **environment: str
 ) -> subprocess.CompletedProcess:
-    """Runs code as `python -c` would, with `words` for `sys.argv`, and more variables in its environment."""
+    """Runs code as `python -c` would, with `words` for `sys.argv`, and more variables in its environment.
+
+    Raises subprocess.TimeoutExpired, once it has ended the process: a test may expect one that is killed.
+    """
     code, command = textwrap.dedent(code), ["-c", *map(str, words)]
     with tempfile.TemporaryDirectory() as printed:
         files = [Path(printed) / name for name in ("stdout", "stderr")]
         arguments = (code, command, folder or Path.cwd(), {**os.environ, **environment}, files)
         process = _forks().Process(target=_run, args=arguments)
         process.start()
-        process.join(timeout)
+        process.join(_SECONDS)
         if process.exitcode is None:
             process.kill()
             process.join()
+            raise subprocess.TimeoutExpired(command, _SECONDS)
         output, errors = (file.read_text() for file in files)
     return subprocess.CompletedProcess(command, process.exitcode, output, errors)
 

@@ -13,7 +13,6 @@ import tensorflow as tf
 
 import keras_das
 from examples import backbones, classify
-from tests.examples import tiny
 from tests.examples.conftest import COLOURS, write_images
 
 
@@ -63,10 +62,8 @@ def test_one_run_and_its_report(record, tmp_path, monkeypatch, capfd):
         for name in ("red", "green"):
             write_images(tmp_path / "images" / split / name, 20, COLOURS[name])
     data = f"folder:{tmp_path / 'images'}"
-    monkeypatch.setattr(backbones, "resnet18", tiny.resnet18)
-    smaller = {"backbone": "resnet18", "image_size": 16, "epochs": 1, "batch_size": 8}
-    recipe = {**accuracy.EXPERIMENTS["cifar10"].recipe, **smaller}
-    experiments = types.MappingProxyType(
+    recipe = {**accuracy.EXPERIMENTS["cifar10"].recipe, "image_size": 16, "epochs": 1, "batch_size": 8}
+    tiny = types.MappingProxyType(
         {
             "cifar10": accuracy.Experiment(
                 "Tiny", recipe, {"none": {"attention": "none"}, "das": {"attention": "das"}}, "cifar10/none"
@@ -76,7 +73,7 @@ def test_one_run_and_its_report(record, tmp_path, monkeypatch, capfd):
             ),
         }
     )
-    monkeypatch.setattr(accuracy, "EXPERIMENTS", experiments)
+    monkeypatch.setattr(accuracy, "EXPERIMENTS", tiny)
     for experiment, variant in (("cifar10", "none"), ("cifar10", "das"), ("finetune", "das")):
         accuracy.work(experiment, variant, 0, data)
         with record.open("a") as file:
@@ -84,9 +81,9 @@ def test_one_run_and_its_report(record, tmp_path, monkeypatch, capfd):
     plain, das, tuned = accuracy.read_record()
     assert tuned["test_accuracy_before"] == plain["test_accuracy"]  # the identity start changes nothing
     assert das["multiply_adds"] > plain["multiply_adds"] > 0
-    assert [gate["map"] for gate in das["gates"]] == [[8, 8], [4, 4], [4, 4], [4, 4]]
+    assert [gate["map"] for gate in das["gates"]] == [[16, 16], [8, 8], [4, 4]]
     assert all(0 <= gate["taps_outside"] <= 1 and 0 < gate["mean"] < 1 for gate in das["gates"])
-    lines = accuracy_report.lines_of(accuracy.read_record(), experiments)
+    lines = accuracy_report.lines_of(accuracy.read_record(), tiny)
     assert f"| none | {100 * plain['test_accuracy']:.2f}" in "\n".join(lines)
     accuracy_report.draw([plain, das], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000

@@ -1,4 +1,4 @@
-"""Saved models in a fresh process, where nothing but `keras_das` has been imported."""
+"""Saved models in a fresh process, where of the libraries of models only `keras_das` has been imported."""
 
 import copy
 import textwrap

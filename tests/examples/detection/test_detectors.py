@@ -115,9 +115,9 @@ def test_training_lowers_the_loss_and_finds_the_box(library, rng):
     np.testing.assert_allclose(best, [16, 32, 80, 96], atol=12)
 
 
-def test_export_gives_the_same_boxes_without_keras(images, tmp_path):
-    """KerasCV's; KerasHub's is what `test_detect.py` exports."""
-    predictor = build("keras_cv", detectors.attach_das(True, {})).predictor(SIZE)
+@pytest.mark.parametrize("library", detectors.LIBRARIES)
+def test_export_gives_the_same_boxes_without_keras(library, images, tmp_path):
+    predictor = build(library, detectors.attach_das(True, {})).predictor(SIZE)
     for layer in predictor._flatten_layers():
         if getattr(layer, "bias", None) is not None and layer.bias.shape[-1] in (27,):
             layer.bias.assign(tf.zeros_like(layer.bias))  # so that there is something to find
