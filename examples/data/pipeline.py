@@ -19,6 +19,7 @@ from examples.common import RunError, first_line
 
 IN_MEMORY_BYTES = 2**30
 """Decoded images up to this size are kept in memory, larger sets are read anew each epoch."""
+_AT_ONCE = 256  # images that are decoded into memory together
 
 
 class Split(Protocol):
@@ -86,12 +87,17 @@ class FileSplit:
     def load(self) -> ArraySplit:
         """Decode every image now; the first that cannot be read stops with its name."""
         images = np.empty((self.count, self.size, self.size, 3), "uint8")
-
-        def fill(index: int) -> None:
-            images[index] = _read_checked(self.paths[index], self.size)
-
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(fill, range(self.count)))
+        with tf.device("cpu"):
+            paths = tf.data.Dataset.from_tensor_slices(list(self.paths))
+            batches = paths.map(lambda path: read_image(path, self.size), tf.data.AUTOTUNE).batch(_AT_ONCE)
+        loaded = 0
+        try:
+            for batch in batches.as_numpy_iterator():
+                images[loaded : loaded + len(batch)] = batch
+                loaded += len(batch)
+        except tf.errors.OpError:
+            check_files(self.paths[loaded : loaded + _AT_ONCE])
+            raise
         return ArraySplit(images, self.labels)
 
     def check(self) -> None:
@@ -144,6 +150,14 @@ def decode_image(content: tf.Tensor) -> tf.Tensor:
 
 def fit_square(image: tf.Tensor, size: int) -> tf.Tensor:
     """Scale the shorter side of a uint8 image to `size`, with anti-aliasing, and cut out the middle."""
+    image = tf.convert_to_tensor(image)
+    fits = tf.reduce_all(tf.shape(image)[:2] == size)
+    return tf.ensure_shape(
+        tf.cond(fits, lambda: image, lambda: _scale_and_cut(image, size)), (size, size, 3)
+    )
+
+
+def _scale_and_cut(image: tf.Tensor, size: int) -> tf.Tensor:
     shape = tf.shape(image)[:2]
     scaled = tf.cast(tf.math.ceil(size * shape / tf.reduce_min(shape)), tf.int32)
     image = tf.image.resize(image, scaled, "bicubic", antialias=True)

@@ -49,7 +49,8 @@ class Block {
     kernel_ = &kernel;
     count_ = threads;
     while (static_cast<int>(threads_.size()) < threads) add_thread();
-    for (int i = 0; i < threads; ++i) threads_[i]->state = kReady, threads_[i]->shuffles = 0;
+    for (int i = 0; i < threads; ++i) threads_[i]->state = kReady, threads_[i]->shows = threads_[i]->votes = 0;
+    for (bool& yes : yes_) yes = false;
     const int warps = threads / kWarp;
     for (int done = 0; done < threads;) {
       bool moved = false;
@@ -66,26 +67,39 @@ class Block {
 
   void wait_for_warp() { wait(kAtWarp); }
 
-  // `value` of the thread in the same warp whose index differs by `lane_mask`.
+  // Shows `value` to the warp. What comes back gives what a lane showed, until the next call but one.
   template <class A>
-  A exchange(A value, int lane_mask) {
-    const int self = current_, parity = threads_[self]->shuffles++ & 1;
+  auto publish(const A& value) {
+    const int self = current_, parity = threads_[self]->shows++ & 1;
+    static_assert(sizeof value <= sizeof threads_[self]->slot[parity], "there is room for it");
     std::memcpy(threads_[self]->slot[parity], &value, sizeof value);
     wait(kAtWarp);
-    std::memcpy(&value, threads_[self ^ lane_mask]->slot[parity], sizeof value);
-    return value;
+    return [this, first = self - self % kWarp, parity](int lane) {
+      A shown;
+      std::memcpy(&shown, threads_[first + lane]->slot[parity], sizeof shown);
+      return shown;
+    };
+  }
+
+  // Waits for the block, and tells whether any of its threads said yes.
+  bool vote(bool yes) {
+    const int turn = threads_[current_]->votes++ % 3;
+    yes_[(turn + 1) % 3] = false;  // all have read what was there
+    yes_[turn] |= yes;
+    wait_for_block();
+    return yes_[turn];
   }
 
  private:
   enum State { kReady, kAtWarp, kAtBlock, kDone };
   struct Thread {
-    int index = 0, shuffles = 0;
+    int index = 0, shows = 0, votes = 0;
     State state = kReady;
     bool started = false;
     jmp_buf here;
     ucontext_t start;
     std::unique_ptr<unsigned char[]> stack;
-    unsigned char slot[2][8];
+    unsigned char slot[2][32];
   };
 
   void add_thread() {
@@ -150,6 +164,7 @@ class Block {
 
   const std::function<void()>* kernel_ = nullptr;
   int count_ = 0, current_ = 0;
+  bool yes_[3] = {};
   std::vector<std::unique_ptr<Thread>> threads_;
   jmp_buf scheduler_;
 };
@@ -173,10 +188,12 @@ inline void launch(int64_t blocks, int threads, int64_t shared_bytes, const std:
 #define threadIdx cuda_on_host::thread_index
 
 inline void __syncthreads() { cuda_on_host::Block::instance().wait_for_block(); }
+inline bool __syncthreads_or(bool yes) { return cuda_on_host::Block::instance().vote(yes); }
 
 template <class A>
 A __shfl_xor_sync(unsigned, A value, int lane_mask) {
-  return cuda_on_host::Block::instance().exchange(value, lane_mask);
+  const int lane = threadIdx.x % cuda_on_host::kWarp;
+  return cuda_on_host::Block::instance().publish(value)(lane ^ lane_mask);
 }
 
 template <class A>
@@ -186,86 +203,37 @@ A atomicAdd(A* to, A value) {
   return before;
 }
 
-// Matrix products of a warp: 16x16 sums over 8 products each of TF32 numbers. Each thread has the operands whole and 8
-// of the sums, which is no layout of a GPU's; nor may code rely on one.
-namespace nvcuda::wmma {
-
-enum layout_t { mem_row_major, mem_col_major };
-struct row_major;
-struct col_major;
-struct matrix_a;
-struct matrix_b;
-struct accumulator;
-namespace precision {
-struct tf32;
-}
-
-template <class Use, int M, int N, int K, class T, class Layout = void>
-struct fragment {
-  static constexpr int num_elements = 16 * 8;  // matrix_a: (rows, 8); matrix_b: (8, columns)
-  float x[num_elements];
-};
-template <>
-struct fragment<accumulator, 16, 16, 8, float> {
-  static constexpr int num_elements = 8;
-  float x[num_elements];
-};
-using Accumulator = fragment<accumulator, 16, 16, 8, float>;
-
-inline float __float_to_tf32(float value) {
+inline uint32_t bits_of(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
-  if ((bits & 0x7f800000u) != 0x7f800000u) bits += 0x1000u;  // to the nearest, a half away from 0
-  if ((bits & 0x7fffffffu) > 0x7f800000u) bits |= 0x400000u;  // a NaN stays one
-  bits &= ~0x1fffu;
+  return bits;
+}
+inline float from_bits(uint32_t bits) {
+  float value;
   std::memcpy(&value, &bits, 4);
   return value;
 }
 
-// Aborts on what a GPU leaves undefined: addresses and strides that are not aligned, and operands of more digits.
-inline void check_memory(const float* memory, unsigned stride) {
-  if (reinterpret_cast<uintptr_t>(memory) % 32 || stride % 4) std::abort();
-  cuda_on_host::Block::instance().wait_for_warp();
-}
-inline float checked(float operand) {
-  const float rounded = __float_to_tf32(operand);
-  if (std::memcmp(&rounded, &operand, 4)) std::abort();
-  return operand;
-}
-
-inline void load_matrix_sync(fragment<matrix_a, 16, 16, 8, precision::tf32, col_major>& to, const float* from,
-                             unsigned stride) {
-  check_memory(from, stride);
-  for (int i = 0; i < 16 * 8; ++i) to.x[i] = checked(from[i % 8 * stride + i / 8]);
-}
-inline void load_matrix_sync(fragment<matrix_b, 16, 16, 8, precision::tf32, row_major>& to, const float* from,
-                             unsigned stride) {
-  check_memory(from, stride);
-  for (int i = 0; i < 8 * 16; ++i) to.x[i] = checked(from[i / 16 * stride + i % 16]);
-}
-
-inline void fill_fragment(Accumulator& sums, float value) {
-  for (float& sum : sums.x) sum = value;
-}
-
-inline void mma_sync(Accumulator& to, const fragment<matrix_a, 16, 16, 8, precision::tf32, col_major>& left,
-                     const fragment<matrix_b, 16, 16, 8, precision::tf32, row_major>& right, const Accumulator& from) {
-  cuda_on_host::Block::instance().wait_for_warp();
+// A warp's product, 16 rows by 8 columns, shared out among its threads as on a GPU; deformable_conv2d.cu.cc says how.
+// Aborts on what a GPU leaves undefined: operands of more digits than TF32 has.
+inline void multiply_tf32(float (&sums)[4], const float (&left)[4], const float (&right)[2]) {
+  struct Operands {
+    float left[4], right[2];
+  } own;
+  for (int e = 0; e < 4; ++e) own.left[e] = left[e];
+  for (int e = 0; e < 2; ++e) own.right[e] = right[e];
+  for (const float* number = own.left; number < own.left + 6; ++number) {
+    if (bits_of(*number) & 0x1fff) std::abort();
+  }
+  cuda_on_host::Block& block = cuda_on_host::Block::instance();
+  const auto of_lane = block.publish(own);
   const int lane = threadIdx.x % cuda_on_host::kWarp;
-  for (int i = 0; i < 8; ++i) {
-    const int row = lane / 2, column = lane % 2 * 8 + i;
-    to.x[i] = from.x[i];
-    for (int k = 0; k < 8; ++k) to.x[i] += left.x[row * 8 + k] * right.x[k * 16 + column];
+  for (int e = 0; e < 4; ++e) {
+    const int row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
+    for (int k = 0; k < 8; ++k) {
+      sums[e] += of_lane(row % 8 * 4 + k % 4).left[row / 8 + k / 4 * 2] * of_lane(column * 4 + k % 4).right[k / 4];
+    }
   }
 }
-
-inline void store_matrix_sync(float* to, const Accumulator& sums, unsigned stride, layout_t layout) {
-  if (layout != mem_row_major) std::abort();
-  check_memory(to, stride);
-  const int lane = threadIdx.x % cuda_on_host::kWarp;
-  for (int i = 0; i < 8; ++i) to[lane / 2 * stride + lane % 2 * 8 + i] = sums.x[i];
-}
-
-}  // namespace nvcuda::wmma
 
 #endif  // KERAS_DAS_CSRC_CUDA_ON_HOST_H_

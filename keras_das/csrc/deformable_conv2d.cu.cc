@@ -10,7 +10,6 @@
 #define KERAS_DAS_ISA cuda
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
-#include <mma.h>
 #else
 #include "cuda_on_host.h"
 #endif
@@ -27,8 +26,6 @@ namespace keras_das {
 namespace cuda {
 namespace {
 
-namespace wmma = nvcuda::wmma;
-
 // Tensor cores take TF32 from compute capability 8.0 on.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 #define KERAS_DAS_TENSOR_CORES 0
@@ -36,12 +33,37 @@ namespace wmma = nvcuda::wmma;
 #define KERAS_DAS_TENSOR_CORES 1
 #endif
 
+#if defined(__CUDACC__)
+__device__ __forceinline__ uint32_t bits_of(float value) { return __float_as_uint(value); }
+__device__ __forceinline__ float from_bits(uint32_t bits) { return __uint_as_float(bits); }
+#endif
+
+// A TF32 number: the nearest with `half` of its last digit, the next towards 0 with 0. Of finite numbers only.
+__device__ __forceinline__ float to_tf32(float value, uint32_t half) {
+  return from_bits((bits_of(value) + half) & ~uint32_t{0x1fff});
+}
+
+#if defined(__CUDACC__) && KERAS_DAS_TENSOR_CORES
+// Adds a warp's product of TF32 numbers, 16 rows by 8 columns over 8 products each, to `sums`. With g = lane / 4 and
+// t = lane % 4 a lane has, of the left, (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4); of the right, (t, g), (t + 4, g);
+// of the sums, (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
+__device__ __forceinline__ void multiply_tf32(float (&sums)[4], const float (&left)[4], const float (&right)[2]) {
+#if defined(__CUDA_ARCH__)
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(__float_as_uint(left[0])), "r"(__float_as_uint(left[1])), "r"(__float_as_uint(left[2])),
+        "r"(__float_as_uint(left[3])), "r"(__float_as_uint(right[0])), "r"(__float_as_uint(right[1])));
+#endif
+}
+#endif
+
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;        // of a block
 constexpr int kEntries = 256;        // that a block of the forward pass keeps
 constexpr int kGradientEntries = 144;  // that a block of the backward pass keeps, with what their gradients need
 constexpr int kTaps = 9;             // whose kernel gradients a thread adds up in registers
-constexpr int64_t kBlocks = 2048;    // enough to fill a GPU some times over; also where sums are cut into parts
+constexpr int64_t kBlocks = 4096;    // enough to fill a GPU some times over; also where sums are cut into parts
 constexpr int64_t kLeastPixels = 8;  // of such a part
 
 // -------------------------------------------------------------------------------------------------- Numbers and memory
@@ -122,7 +144,7 @@ __device__ __forceinline__ void add_atomically(float* to, const Pack<float, 4>& 
 template <class T, class A>
 struct Field {
   Geometry geometry;
-  int64_t taps;
+  int64_t taps, line;  // `line`: a line of the image, in elements
   const T* inputs;
   const A* offsets;
   const A* mask;
@@ -168,25 +190,44 @@ __device__ Location<A> locate(const Field<T, A>& field, int64_t pixel, int64_t o
   return found;
 }
 
-// A location's upper left corner and which corners are on the image, in one number.
+// Where a location's corners lie in memory. Those off the image have the place of one on it, or that of the first pixel:
+// so all four can be loaded without asking.
+struct Corners {
+  int64_t first;  // of the upper left one, in elements
+  int flags;      // bits 0 to 3: which are on the image; 4 and 5: whether the others lie to the right, and below
+};
+
 template <class A>
-__device__ __forceinline__ int64_t corner_code(const Geometry& g, const Location<A>& at) {
-  return ((at.image * g.height + at.row) * g.width + at.column) * g.channels * 16 + at.on_image;
+__device__ __forceinline__ Corners find_corners(const Geometry& g, const Location<A>& at) {
+  if (!at.on_image) return {0, 0};
+  const int row = at.row < 0 ? 0 : at.row, column = at.column < 0 ? 0 : at.column;
+  const bool right = at.column >= 0 && at.column + 1 < g.width, below = at.row >= 0 && at.row + 1 < g.height;
+  return {((at.image * g.height + row) * g.width + column) * g.channels, at.on_image | right << 4 | below << 5};
 }
 
-// The pixels of the four corners in V channels from `channel` on; 0 for a corner off the image.
+// How far from the upper left corner the others lie: to the right, and below.
+struct Steps {
+  int64_t right, down;
+  __device__ __forceinline__ int64_t to(int corner) const { return (corner & 1 ? right : 0) + (corner & 2 ? down : 0); }
+};
+
+template <class T, class A>
+__device__ __forceinline__ Steps corner_steps(const Field<T, A>& field, int flags) {
+  return {flags & 16 ? field.geometry.channels : 0, flags & 32 ? field.line : 0};
+}
+
+// The pixels of the four corners, the first of which is `at`, in V channels; 0 for a corner off the image.
 template <int V, class T, class A>
-__device__ __forceinline__ void read_corners(const Field<T, A>& field, int64_t code, int64_t channel,
-                                             Pack<A, V> (&pixels)[4]) {
-  const int64_t right = field.geometry.channels, down = right * field.geometry.width;
-  const T* at = field.inputs + (code >> 4) + channel;
+__device__ __forceinline__ void read_corners(const T* at, const Steps& steps, int flags, Pack<A, V> (&pixels)[4]) {
+  Pack<T, V> loaded[4];
+#pragma unroll
+  for (int corner = 0; corner < 4; ++corner) loaded[corner] = load<V>(at + steps.to(corner));
 #pragma unroll
   for (int corner = 0; corner < 4; ++corner) {
-    Pack<T, V> loaded;
-    const bool there = code >> corner & 1;
-    if (there) loaded = load<V>(at + (corner & 1 ? right : 0) + (corner & 2 ? down : 0));
 #pragma unroll
-    for (int v = 0; v < V; ++v) pixels[corner].lane[v] = there ? to_sum(loaded.lane[v]) : A(0);
+    for (int v = 0; v < V; ++v) {
+      pixels[corner].lane[v] = flags >> corner & 1 ? to_sum(loaded[corner].lane[v]) : A(0);
+    }
   }
 }
 
@@ -222,7 +263,7 @@ KERAS_DAS_INLINE constexpr int packs_together(int width, int size) { return widt
 template <class T, class A, int V, bool kDepthwise>
 __global__ void __launch_bounds__(kThreads) sample_pixels(Samples<T, A> a) {
   __shared__ Pack<A, 4> weights[kEntries];
-  __shared__ int64_t codes[kEntries];
+  __shared__ Corners corners[kEntries];
   const Geometry& g = a.field.geometry;
   const int64_t taps = a.field.taps, together = least<int64_t>(taps, kEntries);
   constexpr int kParts = packs_together(V, sizeof(T));
@@ -243,9 +284,10 @@ __global__ void __launch_bounds__(kThreads) sample_pixels(Samples<T, A> a) {
       Pack<A, V> sums[kParts] = {};
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        active[part] = item < items && thread + part * threads < packs;
-        channels[part] = group * depth + (thread + part * threads) * V;
-        if (kDepthwise && active[part] && a.bias) sums[part] = load<V>(a.bias + channels[part]);
+        const int64_t pack = thread + part * threads;
+        active[part] = pack < packs;  // one that is not has the last pack, and keeps the result to itself
+        channels[part] = group * depth + least(pack, packs - 1) * V;
+        if (kDepthwise && a.bias) sums[part] = load<V>(a.bias + channels[part]);
       }
       for (int64_t tap = 0; tap < taps; tap += together) {
         const int n = static_cast<int>(least(together, taps - tap));
@@ -254,34 +296,38 @@ __global__ void __launch_bounds__(kThreads) sample_pixels(Samples<T, A> a) {
           for (int e = threadIdx.x; e < count * n; e += blockDim.x) {
             const Location<A> found = locate(a.field, first + e / n, group, tap + e % n);
             for (int corner = 0; corner < 4; ++corner) weights[e].lane[corner] = found.weights[corner];
-            codes[e] = corner_code(g, found);
+            corners[e] = find_corners(g, found);
           }
           __syncthreads();
         }
         if (item >= items) continue;
+        const A* kernel = a.kernel + tap * g.channels;
+        A* column = a.columns + ((pixel - a.first) * taps + tap) * g.channels;
         for (int t = 0; t < n; ++t) {
           const int e = static_cast<int>(of_tile) * n + t;
           const Pack<A, 4> weight = weights[e];
-          const int64_t code = codes[e];
+          const Corners at = corners[e];
+          const Steps steps = corner_steps(a.field, at.flags);
 #pragma unroll
           for (int part = 0; part < kParts; ++part) {
-            if (!active[part]) continue;
             Pack<A, V> pixels[4];
-            read_corners(a.field, code, channels[part], pixels);
+            read_corners(a.field.inputs + at.first + channels[part], steps, at.flags, pixels);
             const Pack<A, V> sample = interpolate(weight, pixels);
             if (kDepthwise) {
-              const Pack<A, V> kernel = load<V>(a.kernel + (tap + t) * g.channels + channels[part]);
+              const Pack<A, V> of_tap = load<V>(kernel + channels[part]);
 #pragma unroll
-              for (int v = 0; v < V; ++v) sums[part].lane[v] += sample.lane[v] * kernel.lane[v];
-            } else {
-              store(a.columns + ((pixel - a.first) * taps + tap + t) * g.channels + channels[part], sample);
+              for (int v = 0; v < V; ++v) sums[part].lane[v] += sample.lane[v] * of_tap.lane[v];
+            } else if (active[part]) {
+              store(column + channels[part], sample);
             }
           }
+          kernel += g.channels;
+          column += g.channels;
         }
       }
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        if (!kDepthwise || !active[part]) continue;
+        if (!kDepthwise || !active[part] || item >= items) continue;
         Pack<T, V> rounded;
 #pragma unroll
         for (int v = 0; v < V; ++v) rounded.lane[v] = convert_to(sums[part].lane[v], static_cast<const T*>(nullptr));
@@ -326,10 +372,10 @@ __device__ __forceinline__ A sum_over_warp(const A (&values)[4]) {
 // The gradients of offsets and mask, and, as they come by, those of a depthwise kernel and of the inputs. A thread has
 // the same channels all the way.
 template <class T, class A, int V, bool kDepthwise>
-__global__ void __launch_bounds__(kThreads) tap_gradients(Gradients<T, A> a) {
+__global__ void __launch_bounds__(kThreads, 2) tap_gradients(Gradients<T, A> a) {
   __shared__ Pack<A, 4> weights[kGradientEntries];
   __shared__ A fractions_y[kGradientEntries], fractions_x[kGradientEntries], modulations[kGradientEntries];
-  __shared__ int64_t codes[kGradientEntries];
+  __shared__ Corners corners[kGradientEntries];
 #if defined(__CUDACC__)
   extern __shared__ __align__(16) unsigned char dynamic_shared[];
 #else
@@ -340,15 +386,15 @@ __global__ void __launch_bounds__(kThreads) tap_gradients(Gradients<T, A> a) {
   const Geometry& g = a.field.geometry;
   const int64_t taps = a.field.taps, depth = quotient(g.channels, g.offset_groups);
   const int64_t tap_runs = quotient(taps + kTaps - 1, kTaps), works = a.ranges * g.offset_groups * tap_runs;
-  constexpr int kParts = packs_together(V, sizeof(A));
-  const auto in_chunk = [](int part) { return (static_cast<int64_t>(part) * blockDim.x + threadIdx.x) * V; };
+  const int64_t in_chunk = static_cast<int64_t>(threadIdx.x) * V;
+  const bool active = in_chunk < a.channels;
   for (int64_t work = blockIdx.x; work < works; work += gridDim.x) {
     const int64_t groups_done = quotient(work, tap_runs), tap = (work - groups_done * tap_runs) * kTaps;
     const int64_t range = quotient(groups_done, g.offset_groups), group = groups_done - range * g.offset_groups;
-    const int64_t start = group * depth + a.skip;
+    const int64_t channel = group * depth + a.skip + in_chunk;
     const int n = static_cast<int>(least<int64_t>(kTaps, taps - tap)), tile = kGradientEntries / n;
     const int64_t stop = a.first + part_start(a.pixels, a.ranges, range + 1);
-    Pack<A, V> shares[kTaps][kParts] = {};
+    Pack<A, V> shares[kTaps] = {};
     for (int64_t first = a.first + part_start(a.pixels, a.ranges, range); first < stop; first += tile) {
       const int count = static_cast<int>(least<int64_t>(tile, stop - first));
       // No barrier: of the tile before, the last part only has to do with entries that the same thread has here.
@@ -358,40 +404,35 @@ __global__ void __launch_bounds__(kThreads) tap_gradients(Gradients<T, A> a) {
         fractions_y[e] = found.y;
         fractions_x[e] = found.x;
         modulations[e] = found.modulation;
-        codes[e] = corner_code(g, found);
+        corners[e] = find_corners(g, found);
       }
       __syncthreads();
       for (int p = 0; p < count; ++p) {
         const int64_t pixel = first + p;
-        Pack<A, V> upstream[kParts] = {};
-#pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-          if (!kDepthwise || in_chunk(part) >= a.channels) continue;
-          upstream[part] = load<V>(a.grad_output + pixel * g.channels + start + in_chunk(part));
-        }
+        const A* kernel = a.kernel + tap * g.channels + channel;
+        A* column = a.columns + ((pixel - a.first) * taps + tap) * g.channels + channel;
+        Pack<A, V> upstream = {};
+        if (kDepthwise && active) upstream = load<V>(a.grad_output + pixel * g.channels + channel);
 #pragma unroll
         for (int t = 0; t < kTaps; ++t) {
           if (t >= n) break;
           const int e = p * n + t;
-          const Pack<A, 4> weight = weights[e];
-          const int64_t code = codes[e];
           A gains[4] = {};
-#pragma unroll
-          for (int part = 0; part < kParts; ++part) {
-            if (in_chunk(part) >= a.channels) continue;
-            const int64_t channel = start + in_chunk(part);
+          if (active) {
+            const Pack<A, 4> weight = weights[e];
+            const Corners at = corners[e];
+            const Steps steps = corner_steps(a.field, at.flags);
             Pack<A, V> pixels[4], of_sample;
-            read_corners(a.field, code, channel, pixels);
+            read_corners(a.field.inputs + at.first + channel, steps, at.flags, pixels);
             const Pack<A, V> sample = interpolate(weight, pixels);
             if (kDepthwise) {
-              of_sample = load<V>(a.kernel + (tap + t) * g.channels + channel);
+              of_sample = load<V>(kernel);
 #pragma unroll
               for (int v = 0; v < V; ++v) {
-                of_sample.lane[v] *= upstream[part].lane[v];
-                shares[t][part].lane[v] += upstream[part].lane[v] * sample.lane[v];
+                of_sample.lane[v] *= upstream.lane[v];
+                shares[t].lane[v] += upstream.lane[v] * sample.lane[v];
               }
             } else {
-              A* column = a.columns + ((pixel - a.first) * taps + tap + t) * g.channels + channel;
               of_sample = load<V>(column);
               store(column, sample);
             }
@@ -399,15 +440,15 @@ __global__ void __launch_bounds__(kThreads) tap_gradients(Gradients<T, A> a) {
             for (int corner = 0; corner < 4; ++corner) {
 #pragma unroll
               for (int v = 0; v < V; ++v) gains[corner] += pixels[corner].lane[v] * of_sample.lane[v];
-              if (a.grad_inputs == nullptr || !(code >> corner & 1)) continue;
-              A* to = a.grad_inputs + (code >> 4) + channel;
-              to += (corner & 1 ? g.channels : 0) + (corner & 2 ? g.channels * g.width : 0);
+              if (a.grad_inputs == nullptr || !(at.flags >> corner & 1)) continue;
               Pack<A, V> of_corner;
 #pragma unroll
               for (int v = 0; v < V; ++v) of_corner.lane[v] = weight.lane[corner] * of_sample.lane[v];
-              add_atomically(to, of_corner);
+              add_atomically(a.grad_inputs + at.first + channel + steps.to(corner), of_corner);
             }
           }
+          kernel += g.channels;
+          column += g.channels;
           const A sum = sum_over_warp(gains);
           if (lane % 8 == 0) products[(e * warps + warp) * 4 + lane / 8] = sum;
         }
@@ -431,11 +472,8 @@ __global__ void __launch_bounds__(kThreads) tap_gradients(Gradients<T, A> a) {
     }
 #pragma unroll
     for (int t = 0; t < kTaps; ++t) {
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-        if (!kDepthwise || t >= n || in_chunk(part) >= a.channels) continue;
-        store(a.kernel_shares + (range * taps + tap + t) * g.channels + start + in_chunk(part), shares[t][part]);
-      }
+      if (!kDepthwise || t >= n || !active) continue;
+      store(a.kernel_shares + (range * taps + tap + t) * g.channels + channel, shares[t]);
     }
   }
 }
@@ -589,229 +627,277 @@ struct Operands {
   bool add;  // to what `grad_kernel` has
 };
 
-constexpr int kTile = 64, kStep = 16;         // a block's part of the result, and of the sum, at a time
-constexpr int kRow = kTile + 4;               // of a tile in shared memory: no two of 8 rows start in the same bank
-constexpr int kSide = kTile / 16;             // a thread's part of the tile
-static_assert(kThreads == 16 * 16, "a thread for each such part");
+// How a block goes about a product: by tiles of the result, for which it takes in `kStep` terms of the sums at a time.
+constexpr int kStep = 16;
+template <class A>
+constexpr int kTileRows = sizeof(A) == 4 ? 128 : 64;
+template <class A>
+constexpr int kTileColumns = sizeof(A) == 4 ? 128 : 64;
 
-// A thread's share of adding up a tile of the result, by ordinary instructions: `kSide` rows and columns.
-template <class A, Product kProduct, bool kOnTensorCores>
+// A thread's share of a tile, by ordinary instructions: a part of it.
+template <class T, class A, Product kProduct, bool kOnTensorCores>
 struct TileSums {
-  // What a block multiplies at a time: (along the sum, rows) and (along the sum, columns).
+  static constexpr int kRows = kTileRows<A> / 16, kColumns = kTileColumns<A> / 16;  // a thread's
+  static_assert(kThreads == 16 * 16, "a thread for each such part");
+  // What is multiplied in one step: (along the sum, rows) and (along the sum, columns).
   struct alignas(16) Shared {
-    A left[kStep][kRow], right[kStep][kRow];
+    A left[kStep][kTileRows<A> + 4], right[kStep][kTileColumns<A> + 4];
   };
 
-  static __device__ __forceinline__ void put_left(Shared* tiles, int k, int row, A value) {
+  static __device__ __forceinline__ bool put_left(Shared* tiles, int k, int row, A value) {
     tiles->left[k][row] = value;
+    return false;
   }
-  static __device__ __forceinline__ void put_right(Shared* tiles, int k, int column, A value) {
+  static __device__ __forceinline__ bool put_right(Shared* tiles, int k, int column, A value) {
     tiles->right[k][column] = value;
+    return false;
   }
 
-  __device__ __forceinline__ void add(const Shared& tiles) {
+  __device__ __forceinline__ void add(const Shared& tiles, bool) {
 #pragma unroll
     for (int k = 0; k < kStep; ++k) {
-      const Pack<A, kSide> left = load<kSide>(&tiles.left[k][threadIdx.x / 16 * kSide]);
-      const Pack<A, kSide> right = load<kSide>(&tiles.right[k][threadIdx.x % 16 * kSide]);
+      const Pack<A, kRows> left = load<kRows>(&tiles.left[k][row(0)]);
+      const Pack<A, kColumns> right = load<kColumns>(&tiles.right[k][column(0)]);
 #pragma unroll
-      for (int i = 0; i < kSide; ++i) {
+      for (int i = 0; i < kRows; ++i) {
 #pragma unroll
-        for (int j = 0; j < kSide; ++j) sums[i][j] += left.lane[i] * right.lane[j];
+        for (int j = 0; j < kColumns; ++j) sums[i][j] += left.lane[i] * right.lane[j];
       }
     }
   }
 
-  __device__ __forceinline__ void finish(Shared*) {}
+  // The sum at (i, j) belongs to this row and column of the tile.
+  static __device__ __forceinline__ int row(int i) { return threadIdx.x / 16 * kRows + i; }
+  static __device__ __forceinline__ int column(int j) { return threadIdx.x % 16 * kColumns + j; }
+  __device__ __forceinline__ A at(int i, int j) const { return sums[i][j]; }
 
-  A sums[kSide][kSide] = {};
+  A sums[kRows][kColumns] = {};
 };
 
 #if KERAS_DAS_TENSOR_CORES
-// By tensor cores, for the 16-bit types. Their numbers here, TF32, have a float's range and 10 bits after the point:
-// enough for either 16-bit type, so that a kernel's weights and the gradients of outputs go in as they are. A sample has
-// become a float by interpolation. It goes in as two terms, the nearest such number and what is left, and so loses
-// nothing that matters to a float.
-template <Product kProduct>
-struct TileSums<float, kProduct, true> {
-  static constexpr int kTerms = kProduct == Product::kColumnGradients ? 1 : 2;
-  static constexpr int kSquare = 16, kDeep = 8;  // of a tensor core's products
-  static constexpr int kAcross = 2;              // squares side by side that a warp has
-  static constexpr int kWarpsDown = kTile / kSquare;
-  static_assert(kWarpsDown * kTile / (kAcross * kSquare) == kThreads / kWarp, "warps share a tile out");
-  // As above, each number on the left in its terms; and in the end the result, of which threads have no known part.
-  union alignas(32) Shared {
-    struct {
-      float left[kTerms][kStep][kRow], right[kStep][kRow];
-    };
-    float result[kTile][kRow];
+// By tensor cores. Their numbers here, TF32, have a float's range and 10 bits after the point: enough for either 16-bit
+// type, so that a kernel's weights and the gradients of outputs of these go in as they are. A float goes in as two terms,
+// the nearest such number and what is left, and so loses nothing that matters to a float: the product of the two rests,
+// which is left out, is below its last digit.
+template <class T, Product kProduct>
+struct TileSums<T, float, kProduct, true> {
+  static constexpr bool kFloats = sizeof(T) == 4;
+  static constexpr bool kSplitsLeft = kFloats || kProduct != Product::kColumnGradients;  // samples are floats always
+  static constexpr bool kSplitsRight = kFloats;
+  static constexpr bool kSplits = kSplitsLeft || kSplitsRight;
+  // A warp has `kDown` by `kAcross` of the rectangles that tensor cores multiply at a time, of 16 rows and 8 columns.
+  static constexpr int kDeep = 8, kWarpsAcross = 4, kWarpsDown = kThreads / kWarp / kWarpsAcross;
+  static constexpr int kDown = kTileRows<float> / kWarpsDown / 16, kAcross = kTileColumns<float> / kWarpsAcross / 8;
+  static constexpr int kRows = 2 * kDown, kColumns = 2 * kAcross;  // a thread's
+  // An operand that memory has along the sum stays so. Either way the 32 numbers that a warp reads are in 32 banks.
+  template <int kSize, bool kAlong>
+  struct Operand {
+    static constexpr int kRow = kAlong ? kStep + 4 : kSize + 8;
+    float numbers[kAlong ? kSize * kRow : kStep * kRow];
+    static __device__ __forceinline__ int index(int k, int i) { return kAlong ? i * kRow + k : k * kRow + i; }
   };
-  using Products = wmma::fragment<wmma::accumulator, kSquare, kSquare, kDeep, float>;
-  using Left = wmma::fragment<wmma::matrix_a, kSquare, kSquare, kDeep, wmma::precision::tf32, wmma::col_major>;
-  using Right = wmma::fragment<wmma::matrix_b, kSquare, kSquare, kDeep, wmma::precision::tf32, wmma::row_major>;
+  struct alignas(16) Shared {
+    Operand<kTileRows<float>, kProduct != Product::kKernelGradients> left;
+    Operand<kTileColumns<float>, kProduct == Product::kColumnGradients> right;
+  };
 
-  __device__ __forceinline__ TileSums() {
-#pragma unroll
-    for (int square = 0; square < kAcross; ++square) wmma::fill_fragment(totals[square], 0.f);
+  static __device__ __forceinline__ bool put_left(Shared* tiles, int k, int row, float value) {
+    return put(&tiles->left, k, row, value);
+  }
+  static __device__ __forceinline__ bool put_right(Shared* tiles, int k, int column, float value) {
+    return put(&tiles->right, k, column, value);
   }
 
-  static __device__ __forceinline__ void put_left(Shared* tiles, int k, int row, float value) {
-    const float nearest = wmma::__float_to_tf32(value);
-    tiles->left[0][k][row] = nearest;
-    // Nothing is left of an infinity, rather than a NaN.
-    if (kTerms > 1) {
-      tiles->left[kTerms - 1][k][row] = std::isinf(nearest) ? 0.f : wmma::__float_to_tf32(value - nearest);
-    }
-  }
-  static __device__ __forceinline__ void put_right(Shared* tiles, int k, int column, float value) {
-    tiles->right[k][column] = wmma::__float_to_tf32(value);
-  }
-
-  __device__ __forceinline__ void add(const Shared& tiles) {
-    // Tensor cores cut off what does not fit into a sum. So sums there are short, and ordinary ones round.
-    Products products[kAcross];
+  // Tensor cores cut off what does not fit into a sum. So sums there are short, and ordinary ones round.
+  __device__ __forceinline__ void add(const Shared& tiles, bool infinite) {
+    if (kSplits && infinite) return add_ordinarily(tiles);
+    constexpr int kDeeps = kStep / kDeep;
+    const int lane = threadIdx.x % kWarp, across = lane / 4, along = lane % 4;
+    float right[kDeeps][kAcross][2], right_rest[kDeeps][kAcross][2];
 #pragma unroll
-    for (int square = 0; square < kAcross; ++square) wmma::fill_fragment(products[square], 0.f);
+    for (int deep = 0; deep < kDeeps; ++deep) {
 #pragma unroll
-    for (int k = 0; k < kStep; k += kDeep) {
-      Right right[kAcross];
+      for (int j = 0; j < kAcross; ++j) {
 #pragma unroll
-      for (int square = 0; square < kAcross; ++square) {
-        wmma::load_matrix_sync(right[square], &tiles.right[k][first_column() + square * kSquare], kRow);
-      }
-#pragma unroll
-      for (int term = kTerms - 1; term >= 0; --term) {
-        Left left;
-        wmma::load_matrix_sync(left, &tiles.left[term][k][first_row()], kRow);
-#pragma unroll
-        for (int square = 0; square < kAcross; ++square) {
-          wmma::mma_sync(products[square], left, right[square], products[square]);
+        for (int e = 0; e < 2; ++e) {
+          const int k = deep * kDeep + along + 4 * e;
+          const float value = tiles.right.numbers[tiles.right.index(k, first_column() + 8 * j + across)];
+          split<kSplitsRight>(value, &right[deep][j][e], &right_rest[deep][j][e]);
         }
       }
     }
 #pragma unroll
-    for (int square = 0; square < kAcross; ++square) {
+    for (int i = 0; i < kDown; ++i) {
+      float left[kDeeps][4], left_rest[kDeeps][4];
 #pragma unroll
-      for (int i = 0; i < products[square].num_elements; ++i) totals[square].x[i] += products[square].x[i];
+      for (int deep = 0; deep < kDeeps; ++deep) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int k = deep * kDeep + along + e / 2 * 4, row = first_row() + 16 * i + across + e % 2 * 8;
+          split<kSplitsLeft>(tiles.left.numbers[tiles.left.index(k, row)], &left[deep][e], &left_rest[deep][e]);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kAcross; ++j) {
+        float products[4] = {};
+#pragma unroll
+        for (int deep = 0; deep < kDeeps; ++deep) {
+          if (kSplitsRight) multiply_tf32(products, left[deep], right_rest[deep][j]);
+          if (kSplitsLeft) multiply_tf32(products, left_rest[deep], right[deep][j]);
+        }
+#pragma unroll
+        for (int deep = 0; deep < kDeeps; ++deep) multiply_tf32(products, left[deep], right[deep][j]);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) totals[i][j][e] += products[e];
+      }
     }
   }
 
-  // Hands out the result as the ordinary instructions have it.
-  __device__ __forceinline__ void finish(Shared* tiles) {
-    __syncthreads();  // others may still multiply
-#pragma unroll
-    for (int square = 0; square < kAcross; ++square) {
-      float* to = &tiles->result[first_row()][first_column() + square * kSquare];
-      wmma::store_matrix_sync(to, totals[square], kRow, wmma::mem_row_major);
-    }
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < kSide; ++i) {
-      const float* row = &tiles->result[threadIdx.x / 16 * kSide + i][threadIdx.x % 16 * kSide];
-#pragma unroll
-      for (int j = 0; j < kSide; ++j) sums[i][j] = row[j];
-    }
+  static __device__ __forceinline__ int row(int i) {
+    return first_row() + i / 2 * 16 + i % 2 * 8 + threadIdx.x % kWarp / 4;
   }
+  static __device__ __forceinline__ int column(int j) {
+    return first_column() + j / 2 * 8 + threadIdx.x % 4 * 2 + j % 2;
+  }
+  __device__ __forceinline__ float at(int i, int j) const { return totals[i / 2][j / 2][i % 2 * 2 + j % 2]; }
 
-  static __device__ __forceinline__ int first_row() { return threadIdx.x / kWarp % kWarpsDown * kSquare; }
+ private:
+  static __device__ __forceinline__ int first_row() { return threadIdx.x / kWarp / kWarpsAcross * kDown * 16; }
   static __device__ __forceinline__ int first_column() {
-    return threadIdx.x / kWarp / kWarpsDown * kAcross * kSquare;
+    return threadIdx.x / kWarp % kWarpsAcross * kAcross * 8;
   }
 
-  float sums[kSide][kSide];
-  Products totals[kAcross];
+  // Returns whether the number cannot be split: it is infinite, or would be so.
+  template <class Operand>
+  static __device__ __forceinline__ bool put(Operand* operand, int k, int i, float value) {
+    operand->numbers[operand->index(k, i)] = value;
+    return kSplits && !(std::fabs(value) < kLargest);
+  }
+
+  template <bool kSplit>
+  static __device__ __forceinline__ void split(float value, float* nearest, float* rest) {
+    *nearest = kSplit ? to_tf32(value, 1 << 12) : value;
+    *rest = kSplit ? to_tf32(value - *nearest, 0) : 0.f;
+  }
+
+  __device__ void add_ordinarily(const Shared& tiles) {
+#pragma unroll 1
+    for (int k = 0; k < kStep; ++k) {
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+        const float right = tiles.right.numbers[tiles.right.index(k, column(j))];
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          totals[i / 2][j / 2][i % 2 * 2 + j % 2] += tiles.left.numbers[tiles.left.index(k, row(i))] * right;
+        }
+      }
+    }
+  }
+
+  static constexpr float kLargest = 3.4e38f;  // below what TF32 rounds to infinity
+
+  float totals[kDown][kAcross][4] = {};
 };
 #endif
 
 template <class T, class A, Product kProduct>
-__global__ void __launch_bounds__(kThreads, 2) multiply(Operands<T, A> a) {
-  using Sums = TileSums<A, kProduct, sizeof(T) == 2 && KERAS_DAS_TENSOR_CORES>;
-  __shared__ typename Sums::Shared tiles;
+__global__ void __launch_bounds__(kThreads, sizeof(A) == 4 ? 1 : 2) multiply(Operands<T, A> a) {
+  using Sums = TileSums<T, A, kProduct, sizeof(A) == 4 && KERAS_DAS_TENSOR_CORES>;
+  __shared__ typename Sums::Shared tiles[2];  // one is filled while the other is multiplied
   constexpr bool kByPixel = kProduct != Product::kKernelGradients;
+  constexpr int kTall = kTileRows<A>, kWide = kTileColumns<A>;
   const int64_t depth = a.channels / a.groups, filters = a.filters / a.groups, kernel_rows = a.taps * depth;
+  const int64_t line = a.taps * a.channels;  // a pixel's columns
   const int64_t rows = kByPixel ? a.pixels : kernel_rows;
   const int64_t columns = kProduct == Product::kColumnGradients ? kernel_rows : filters;
   const int64_t length = kProduct == Product::kOutput            ? kernel_rows
                          : kProduct == Product::kColumnGradients ? filters
                                                                  : a.pixels;
-  const int64_t row_tiles = quotient(rows + kTile - 1, kTile), column_tiles = quotient(columns + kTile - 1, kTile);
+  const int64_t row_tiles = quotient(rows + kTall - 1, kTall), column_tiles = quotient(columns + kWide - 1, kWide);
   // Which elements of the operands' tiles this thread loads: in the order in which memory has them.
   constexpr bool kLeftAlong = kByPixel, kRightAlong = kProduct == Product::kColumnGradients;
-  constexpr int kLeftMore = kLeftAlong ? kThreads / kStep : kThreads / kTile;
-  constexpr int kRightMore = kRightAlong ? kThreads / kStep : kThreads / kTile;
-  constexpr int kLoads = kTile * kStep / kThreads;
+  constexpr int kLeftMore = kLeftAlong ? kThreads / kStep : kThreads / kTall;
+  constexpr int kRightMore = kRightAlong ? kThreads / kStep : kThreads / kWide;
+  constexpr int kLeftLoads = kTall * kStep / kThreads, kRightLoads = kWide * kStep / kThreads;
   const int thread = threadIdx.x;
-  const int left_k = kLeftAlong ? thread % kStep : thread / kTile;
-  const int left_i = kLeftAlong ? thread / kStep : thread % kTile;
-  const int right_k = kRightAlong ? thread % kStep : thread / kTile;
-  const int right_j = kRightAlong ? thread / kStep : thread % kTile;
+  const int left_k = kLeftAlong ? thread % kStep : thread / kTall;
+  const int left_i = kLeftAlong ? thread / kStep : thread % kTall;
+  const int right_k = kRightAlong ? thread % kStep : thread / kWide;
+  const int right_j = kRightAlong ? thread / kStep : thread % kWide;
+  const int64_t left_step = kLeftMore * (kProduct == Product::kColumnGradients ? a.filters : line);
+  const int64_t right_step = kRightMore * a.filters;
   for (int64_t work = blockIdx.x; work < row_tiles * column_tiles * a.groups * a.parts; work += gridDim.x) {
-    const int64_t by_column = quotient(work, column_tiles), j0 = (work - by_column * column_tiles) * kTile;
-    const int64_t by_row = quotient(by_column, row_tiles), i0 = (by_column - by_row * row_tiles) * kTile;
+    const int64_t by_column = quotient(work, column_tiles), j0 = (work - by_column * column_tiles) * kWide;
+    const int64_t by_row = quotient(by_column, row_tiles), i0 = (by_column - by_row * row_tiles) * kTall;
     const int64_t part = quotient(by_row, a.groups), group = by_row - part * a.groups;
     const int64_t begin = part_start(length, a.parts, part), end = part_start(length, a.parts, part + 1);
     const int64_t filter = group * filters;
     // Where row `q` of the group's kernel lies within a pixel's columns.
     const auto in_columns = [&](int64_t q) {
+      if (a.groups == 1) return q;
       const int64_t tap = quotient(q, depth);
       return tap * a.channels + group * depth + q - tap * depth;
     };
-    A left_values[kLoads], right_values[kLoads];
+    const int64_t i = i0 + left_i, j = j0 + right_j;
+    const int64_t across = kProduct == Product::kKernelGradients ? in_columns(least(i, rows - 1)) : 0;
+    A left_values[kLeftLoads], right_values[kRightLoads];
     const auto fetch = [&](int64_t k0) {
-      const int64_t along = kProduct == Product::kOutput ? in_columns(least(k0 + left_k, length - 1)) : 0;
-      const int64_t across = kProduct == Product::kKernelGradients ? in_columns(least(i0 + left_i, rows - 1)) : 0;
+      const int64_t left = k0 + left_k, right = k0 + right_k;
+      const A* left_from = kProduct == Product::kOutput ? a.columns + i * line + in_columns(least(left, length - 1))
+                           : kProduct == Product::kColumnGradients ? a.grad_output + i * a.filters + filter + left
+                                                                   : a.columns + left * line + across;
+      const A* right_from = kProduct == Product::kOutput            ? a.kernel + right * a.filters + filter + j
+                            : kProduct == Product::kColumnGradients ? a.kernel + j * a.filters + filter + right
+                                                                    : a.grad_output + right * a.filters + filter + j;
+      // How far there is something to load, counted along what changes from one load to the next.
+      const int64_t of_left = i < rows && left < end ? (kLeftAlong ? rows - i : end - left) : 0;
+      const int64_t of_right = j < columns && right < end ? (kRightAlong ? columns - j : end - right) : 0;
+      const int lefts = static_cast<int>(least<int64_t>(of_left, kLeftLoads * kLeftMore));
+      const int rights = static_cast<int>(least<int64_t>(of_right, kRightLoads * kRightMore));
 #pragma unroll
-      for (int n = 0; n < kLoads; ++n) {
-        const int64_t i = i0 + left_i + (kLeftAlong ? n * kLeftMore : 0);
-        const int64_t k = k0 + left_k + (kLeftAlong ? 0 : n * kLeftMore);
-        left_values[n] = 0;
-        if (i >= rows || k >= end) continue;
-        if (kProduct == Product::kOutput) left_values[n] = a.columns[i * a.taps * a.channels + along];
-        if (kProduct == Product::kColumnGradients) left_values[n] = a.grad_output[i * a.filters + filter + k];
-        if (kProduct == Product::kKernelGradients) left_values[n] = a.columns[k * a.taps * a.channels + across];
+      for (int n = 0; n < kLeftLoads; ++n, left_from += left_step) {
+        left_values[n] = n * kLeftMore < lefts ? *left_from : A(0);
       }
 #pragma unroll
-      for (int n = 0; n < kLoads; ++n) {
-        const int64_t j = j0 + right_j + (kRightAlong ? n * kRightMore : 0);
-        const int64_t k = k0 + right_k + (kRightAlong ? 0 : n * kRightMore);
-        right_values[n] = 0;
-        if (j >= columns || k >= end) continue;
-        if (kProduct == Product::kOutput) right_values[n] = a.kernel[k * a.filters + filter + j];
-        if (kProduct == Product::kColumnGradients) right_values[n] = a.kernel[j * a.filters + filter + k];
-        if (kProduct == Product::kKernelGradients) right_values[n] = a.grad_output[k * a.filters + filter + j];
+      for (int n = 0; n < kRightLoads; ++n, right_from += right_step) {
+        right_values[n] = n * kRightMore < rights ? *right_from : A(0);
       }
     };
     Sums tile;
     fetch(begin);
-    for (int64_t k0 = begin; k0 < end; k0 += kStep) {
-      __syncthreads();
+    int turn = 0;
+    for (int64_t k0 = begin; k0 < end; k0 += kStep, turn ^= 1) {
+      bool infinite = false;
 #pragma unroll
-      for (int n = 0; n < kLoads; ++n) {
-        Sums::put_left(&tiles, left_k + (kLeftAlong ? 0 : n * kLeftMore), left_i + (kLeftAlong ? n * kLeftMore : 0),
-                       left_values[n]);
-        Sums::put_right(&tiles, right_k + (kRightAlong ? 0 : n * kRightMore),
-                        right_j + (kRightAlong ? n * kRightMore : 0), right_values[n]);
+      for (int n = 0; n < kLeftLoads; ++n) {
+        const int k = left_k + (kLeftAlong ? 0 : n * kLeftMore), i = left_i + (kLeftAlong ? n * kLeftMore : 0);
+        infinite |= Sums::put_left(&tiles[turn], k, i, left_values[n]);
       }
-      __syncthreads();
-      if (k0 + kStep < end) fetch(k0 + kStep);  // under way while this step is multiplied
-      tile.add(tiles);
-    }
-    tile.finish(&tiles);
 #pragma unroll
-    for (int of_j = 0; of_j < kSide; ++of_j) {
-      const int64_t j = j0 + thread % 16 * kSide + of_j;
-      if (j >= columns) break;
+      for (int n = 0; n < kRightLoads; ++n) {
+        const int k = right_k + (kRightAlong ? 0 : n * kRightMore), j = right_j + (kRightAlong ? n * kRightMore : 0);
+        infinite |= Sums::put_right(&tiles[turn], k, j, right_values[n]);
+      }
+      infinite = __syncthreads_or(infinite);
+      if (k0 + kStep < end) fetch(k0 + kStep);  // under way while this step is multiplied
+      tile.add(tiles[turn], infinite);
+    }
+    __syncthreads();  // others may still multiply what the next tile overwrites
+#pragma unroll
+    for (int of_j = 0; of_j < Sums::kColumns; ++of_j) {
+      const int64_t j = j0 + Sums::column(of_j);
+      if (j >= columns) continue;
       const int64_t at = kProduct == Product::kColumnGradients ? in_columns(j) : filter + j;
       const A start = kProduct == Product::kOutput && a.bias ? a.bias[at] : A(0);
 #pragma unroll
-      for (int of_i = 0; of_i < kSide; ++of_i) {
-        const int64_t i = i0 + thread / 16 * kSide + of_i;
-        if (i >= rows) break;
-        const A sum = start + tile.sums[of_i][of_j];
+      for (int of_i = 0; of_i < Sums::kRows; ++of_i) {
+        const int64_t i = i0 + Sums::row(of_i);
+        if (i >= rows) continue;
+        const A sum = start + tile.at(of_i, of_j);
         if (kProduct == Product::kOutput) {
           a.output[i * a.filters + at] = convert_to(sum, static_cast<const T*>(nullptr));
         } else if (kProduct == Product::kColumnGradients) {
-          a.columns[i * a.taps * a.channels + at] = sum;
+          a.columns[i * line + at] = sum;
         } else {
           A* to = a.grad_kernel + (part * kernel_rows + i) * a.filters + at;
           *to = sum + (a.add ? *to : A(0));
@@ -974,7 +1060,7 @@ void sum_rows(const Device& device, const A* from, int64_t rows, int64_t columns
 
 template <class T, class A>
 Field<T, A> make_field(const Geometry& g, const void* inputs, const void* offsets, const void* mask) {
-  return {g, g.taps(), static_cast<const T*>(inputs), static_cast<const A*>(offsets), static_cast<const A*>(mask)};
+  return {g, g.taps(), g.width * g.channels, static_cast<const T*>(inputs), static_cast<const A*>(offsets), static_cast<const A*>(mask)};
 }
 
 template <bool kDepthwise, class T, class A>
@@ -988,13 +1074,17 @@ void take_samples(const Device& device, Samples<T, A> samples) {
                 samples);
 }
 
+template <class A>
+int64_t count_tiles(int64_t rows, int64_t columns) {
+  return divide_up(rows, kTileRows<A>) * divide_up(columns, kTileColumns<A>);
+}
+
 template <Product kProduct, class T, class A>
 void take_product(const Device& device, const Operands<T, A>& a) {
-  const int64_t filters = divide_up(a.filters / a.groups, kTile);
-  const int64_t kernel_rows = divide_up(a.taps * (a.channels / a.groups), kTile), pixels = divide_up(a.pixels, kTile);
-  const int64_t tiles = kProduct == Product::kOutput            ? pixels * filters
-                        : kProduct == Product::kColumnGradients ? pixels * kernel_rows
-                                                                : kernel_rows * filters;
+  const int64_t filters = a.filters / a.groups, kernel_rows = a.taps * (a.channels / a.groups);
+  const int64_t tiles = kProduct == Product::kOutput            ? count_tiles<A>(a.pixels, filters)
+                        : kProduct == Product::kColumnGradients ? count_tiles<A>(a.pixels, kernel_rows)
+                                                                : count_tiles<A>(kernel_rows, filters);
   device.launch(multiply<T, A, kProduct>, tiles * a.groups * a.parts, a);
 }
 
@@ -1056,11 +1146,10 @@ void take_gradients(const Device& device, Gradients<T, A> a) {
   const Geometry& g = a.field.geometry;
   const int64_t depth = g.channels / g.offset_groups, tap_runs = divide_up(a.field.taps, kTaps);
   const int width = pack_width<A>(depth, {a.field.inputs, a.kernel, a.grad_output, a.columns, a.grad_inputs});
-  const int parts = packs_together(width, sizeof(A));
-  const int64_t together = int64_t{kThreads} * width * parts;
+  const int64_t together = int64_t{kThreads} * width;
   for (a.skip = 0; a.skip < depth; a.skip += together) {
     a.channels = std::min(together, depth - a.skip);
-    const int warps = static_cast<int>(divide_up(a.channels, width * parts * kWarp));
+    const int warps = static_cast<int>(divide_up(a.channels, width * kWarp));
     device.launch(gradient_kernel<T, A, kDepthwise>(width), a.ranges * g.offset_groups * tap_runs, a, warps * kWarp,
                   int64_t{kGradientEntries} * warps * 4 * int64_t{sizeof(A)});
   }
@@ -1171,7 +1260,7 @@ void dense_backward(const Device& device, const Geometry& g, const BackwardBuffe
   Operands<T, A> operands = make_operands<T, A>(g, buffers.kernel);
   operands.columns = columns.memory;
   const int64_t rows = g.taps() * (g.channels / g.groups), weights = rows * g.filters;
-  const int64_t tiles = divide_up(rows, kTile) * divide_up(g.filters / g.groups, kTile) * g.groups;
+  const int64_t tiles = count_tiles<A>(rows, g.filters / g.groups) * g.groups;
   const int64_t fits = device.workspace_bytes() / (weights * int64_t{sizeof(A)});
   const int64_t parts = clamp(kBlocks / 2 / tiles, 1, clamp(fits, 1, 64));
   A* grad_kernel = static_cast<A*>(buffers.grad_kernel);

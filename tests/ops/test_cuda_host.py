@@ -280,7 +280,7 @@ def test_nan_offsets_give_nan_there_and_nowhere_else(rng, kernels, groups, deter
 
 @both_variants
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("dtype", ["float16", "float64"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_bad_pixels_stay_where_they_are_read(rng, kernels, dtype, bad, deterministic):
     case = Case("", image=(5, 6), channels=2, filters=2, kernel_size=(1, 2), padding="same")
     tensors = draw(case, rng, dtype)
