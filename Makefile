@@ -56,7 +56,7 @@ sanitize: $(VENV)/.test ## The kernels' random cases under the address, undefine
 cuda: $(VENV)/.test ## Compile and link the CUDA kernels, where there is nvcc; needs no GPU
 	$(RUN) -m tests.ops.cuda_build build/cuda
 
-# Matrix products in TF32, which TensorFlow and cuDNN take for float32, are beyond the oracle's bounds.
+# Matrix products in TF32 are beyond the oracle's bounds; see tests/conftest.py, too.
 test-gpu: export NVIDIA_TF32_OVERRIDE := 0
 test-gpu: export TF_FORCE_GPU_ALLOW_GROWTH := true
 test-gpu: $(VENV)/.test ## The kernels on an NVIDIA GPU: the oracle's cases, training, and compute-sanitizer

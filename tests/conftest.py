@@ -34,6 +34,17 @@ def rng(request):
     return np.random.default_rng([SESSION_SEED, zlib.crc32(request.node.nodeid.encode())])
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _without_tf32():
+    """Matrix products in TF32, which TensorFlow takes for float32 on GPUs, are beyond the oracles' bounds."""
+    import keras
+
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        tf.config.experimental.enable_tensor_float_32_execution(False)
+
+
 @pytest.fixture(autouse=True)
 def _seed_keras(request):
     """Initializers and dropout draw the same numbers whichever tests ran before."""

@@ -185,7 +185,8 @@ class OnCuda {
   OnCuda(void* stream, ffi::ScratchAllocator& memory, bool deterministic) {
     call_.stream = stream;
     call_.deterministic = deterministic;
-    call_.allocate = [&memory](int64_t bytes) { return memory.Allocate(bytes, 256).value_or(nullptr); };
+    // XLA refuses to be asked for more than 16, and gives no less.
+    call_.allocate = [&memory](int64_t bytes) { return memory.Allocate(bytes, 16).value_or(nullptr); };
   }
   ffi::Error run(DType dtype, const Geometry& geometry, const ForwardBuffers& buffers) const {
     return to_error(cuda_forward(dtype, geometry, buffers, call_));

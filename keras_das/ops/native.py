@@ -208,7 +208,8 @@ def _tensorflow_places(context: str | None, tensors: Sequence[Tensor]) -> dict[s
     if all(device.device_type == "CPU" for device in tf.config.list_logical_devices()):
         return {"CPU": ""}
     if tensors and context in (None, "eager") and tf.executing_eagerly():
-        devices = [tensor.device for tensor in tensors]
+        # Keras' variables, which `keras.ops.convert_to_tensor` leaves as they are, do not say where they lie.
+        devices = [tf.convert_to_tensor(tensor).device for tensor in tensors]
     else:
         devices = [tf.constant(0.0).device]  # where this place in the program puts things
     places = {}

@@ -181,7 +181,7 @@ def _run_script(script, *arguments):
     result = subprocess.run(
         [sys.executable, "-c", script, *arguments],
         cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *sys.path])},
         capture_output=True,
         text=True,
         check=False,

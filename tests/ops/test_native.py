@@ -221,6 +221,12 @@ def test_other_backends_have_none(monkeypatch):
     assert native.why_not() == "there are no kernels for Keras' torch backend"
 
 
+def test_where_variables_and_arrays_lie(with_cuda):
+    value = np.ones((2, 2), "float32")
+    for tensor in (keras.Variable(value), tf.Variable(value), tf.constant(value), value):
+        assert native.why_not("eager", [tensor]) == ""
+
+
 @pytest.mark.parametrize("mode", ["graph", "xla"])
 def test_graphs_go_where_the_gpu_is(rng, mode, with_gpu):
     arguments, _ = split_upstream(tensors_of(draw(DEPTHWISE, rng)))
