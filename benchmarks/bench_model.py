@@ -6,8 +6,9 @@
 
 Training steps and inference, with XLA and without, the gates' convolution from the fused kernels and from
 the reference. The models run in turn, each in a process of its own; a figure is the median of the
-repetitions. All gated models start from the same weights, and their first results are compared. `report.py`
-writes the tables into RESULTS.md.
+repetitions. On a GPU one model is done before the next is started: processes that share one slow each other
+down even while they wait. All gated models start from the same weights, and their first results are
+compared. `report.py` writes the tables into RESULTS.md.
 """
 
 import datetime
@@ -46,8 +47,13 @@ def main():
         "machine": machine.describe(),
         "versions": {},
         "missing": {},
-        "cells": [cell for mode in options.mode for cell in time_mode(mode, options)],
+        "cells": [],
     }
+    turns = [options.models] if options.device == "cpu" else [[name] for name in options.models]
+    with tempfile.TemporaryDirectory() as folder:
+        for mode in options.mode:
+            for names in turns:
+                document["cells"] += time_models(names, mode, options, folder)
     for cell in document["cells"]:
         document["versions"][cell["contender"]] = cell.pop("versions", {})
     report.print_model(document)
@@ -69,29 +75,27 @@ def parse_arguments():
     return options
 
 
-def time_mode(mode, options) -> list[dict]:
+def time_models(names, mode, options, folder) -> list[dict]:
     """One cell for each model; processes are started afresh, so that memory is this mode's."""
     cells, workers = {}, []
-    with tempfile.TemporaryDirectory() as folder:
-        for name in options.models:
-            gates, _, how = name.partition("-")
-            cells[name] = {
-                "contender": name,
-                "base": f"none-{how}",
-                "mode": mode,
-                "description": MODELS[name],
-            }
-            try:
-                worker = Worker(name, "model_worker.py", options.threads, settings=DEVICES[options.device])
-                workers.append(worker)
-                names = ("batch", "image_size", "device", "policy")
-                arguments = {"mode": mode, **{name: getattr(options, name) for name in names}}
-                cells[name] |= worker.ask("load", **arguments)
-                path = os.path.join(folder, f"{'none' if gates == 'none' else 'gated'}.npz")
-                compare(worker, path, BOUND[options.policy])
-            except Failed as failure:
-                cells[name]["failed"] = str(failure)
-                print(f"without {name}: {failure}", flush=True)
+    for name in names:
+        gates, _, how = name.partition("-")
+        cells[name] = {
+            "contender": name,
+            "base": f"none-{how}",
+            "mode": mode,
+            "description": MODELS[name],
+        }
+        try:
+            worker = Worker(name, "model_worker.py", options.threads, settings=DEVICES[options.device])
+            workers.append(worker)
+            arguments = {key: getattr(options, key) for key in ("batch", "image_size", "device", "policy")}
+            cells[name] |= worker.ask("load", mode=mode, **arguments)
+            path = os.path.join(folder, f"{mode}-{'none' if gates == 'none' else 'gated'}.npz")
+            compare(worker, path, BOUND[options.policy])
+        except Failed as failure:
+            cells[name]["failed"] = str(failure)
+            print(f"without {name}: {failure}", flush=True)
     ready = [worker for worker in workers if "failed" not in cells[worker.name]]
     load = OtherLoad(ready)
     figures, failures = interleave(ready, options.repetitions)

@@ -5,7 +5,9 @@
     python benchmarks/bench_op.py --contenders native-eager,gather-taps-xla --output /tmp/op.json
     python benchmarks/bench_op.py --device gpu                      # batches of 64, on the first NVIDIA GPU
 
-Contenders run in turn, each in a process of its own; a figure is the median of the repetitions. First each
+Contenders run in turn, each in a process of its own; a figure is the median of the repetitions. On a GPU one
+contender is done with everything before the next is started: processes that share one slow each other down
+even while they wait. First each
 contender's results are compared with float64 NumPy loops on a small problem, and then, on each problem that
 is timed, with one another's. The peers' environments come from benchmarks/environments.sh; one that is
 missing is reported. `report.py` writes the tables into RESULTS.md.
@@ -55,16 +57,20 @@ def main():
         "cells": [],
         "memory": [],
     }
+    problems = [(o, mode, shape) for o in options.op for mode in options.mode for shape in options.shapes[o]]
+    # Kernels are measured by the others, not the others by them.
+    contenders = sorted(options.contenders, key=lambda name: CONTENDERS[name].native)
     with tempfile.TemporaryDirectory() as folder:
-        workers = start(options, document, folder)
-        if options.device == "gpu":
-            document["rates"] = measure_gpu(workers) or document["rates"]
-        for operation in options.op:
-            for mode in options.mode:
-                for shape in options.shapes[operation]:
-                    document["cells"] += time_cell(workers, operation, mode, shape, options, folder)
-    for worker in workers:
-        worker.close()
+        expected = {operation: write_expected(operation, folder) for operation in options.op}
+        for names in [[name] for name in contenders] if options.alone else [contenders]:
+            workers = start(names, options, document, expected)
+            if options.device == "gpu":
+                document["rates"] = measure_gpu(workers) or document["rates"]
+            for problem in problems:
+                document["cells"] += time_cell(workers, *problem, options, folder)
+            for worker in workers:
+                worker.close()
+    document["cells"].sort(key=lambda cell: problems.index((cell["op"], cell["mode"], cell["shape"])))
     if options.device == "cpu":
         document["rates"] = machine.better(document["rates"], machine.measure_rates(options.threads))
     document["memory"] = measure_memory(options)
@@ -82,6 +88,8 @@ def parse_arguments():
     add("--op", type=comma_separated(OPERATIONS), help=op_help)
     add("--mode", type=comma_separated(MODES), default=MODES, help=",".join(MODES))
     add("--device", choices=list(DEVICES), default="cpu")
+    alone_help = "one contender after another, as on a GPU, rather than all in turn"
+    add("--alone", action="store_true", help=alone_help)
     add("--shapes", type=lambda text: text.split(","), help="of the inputs: NxHxWxC,...")
     add("--contenders", type=comma_separated(CONTENDERS), help=",".join(CONTENDERS))
     memory_help = f"whose memory to measure: {','.join(here)}"
@@ -89,6 +97,7 @@ def parse_arguments():
     add("--no-memory", dest="memory", action="store_const", const=[], help="measure no memory")
     options = parser.parse_args()
     gpu = options.device == "gpu"
+    options.alone |= gpu
     options.op = options.op or [name for name in OPERATIONS if gpu or name != "aggregation"]
     shapes = GPU_SHAPES if gpu else dict.fromkeys(OPERATIONS, SHAPES)
     options.shapes = {name: options.shapes or shapes[name] for name in options.op}
@@ -106,11 +115,10 @@ def measure_gpu(workers) -> dict | None:
     return None
 
 
-def start(options, document, folder) -> list[Worker]:
+def start(names, options, document, expected) -> list[Worker]:
     """A worker for each contender that can be reached and that computes what the oracle does."""
-    expected = {operation: write_expected(operation, folder) for operation in options.op}
     workers = []
-    for name in options.contenders:
+    for name in names:
         try:
             workers.append(start_one(name, options, document, expected))
         except Failed as failure:
@@ -158,21 +166,21 @@ def check(worker, path, bound, of):
 
 
 def time_cell(workers, operation, mode, shape, options, folder) -> list[dict]:
-    """One problem for every contender that can do it."""
+    """One problem for every contender that can do it; what the first computes, the others must."""
     ready, failures = [], {}
-    path = os.path.join(folder, "expected.npz")
-    able = [worker for worker in workers if CONTENDERS[worker.name].can(operation, mode)]
-    # Kernels are measured by the others, not the others by them.
-    for worker in sorted(able, key=lambda worker: CONTENDERS[worker.name].native):
+    path = os.path.join(folder, f"{operation}-{mode}-{shape}.npz")
+    for worker in [worker for worker in workers if CONTENDERS[worker.name].can(operation, mode)]:
         try:
             worker.ask("prepare", operation=operation, shape=shape, mode=mode)
-            if ready:
-                check(worker, path, BOUND, ready[0].name)
+            if os.path.exists(path):
+                check(worker, path, BOUND, "the first contender")
             else:
                 worker.ask("save", path=path)
             ready.append(worker)
         except Failed as failure:
             failures[worker.name] = str(failure)
+    if not options.alone:  # else the contenders to come need it
+        pathlib.Path(path).unlink(missing_ok=True)
     load = OtherLoad(ready)
     figures, failed = interleave(ready, options.repetitions)
     cell = {"op": operation, "mode": mode, "shape": shape, "other_load": load.cores()}

@@ -152,9 +152,7 @@ def fit_square(image: tf.Tensor, size: int) -> tf.Tensor:
     """Scale the shorter side of a uint8 image to `size`, with anti-aliasing, and cut out the middle."""
     image = tf.convert_to_tensor(image)
     fits = tf.reduce_all(tf.shape(image)[:2] == size)
-    return tf.ensure_shape(
-        tf.cond(fits, lambda: image, lambda: _scale_and_cut(image, size)), (size, size, 3)
-    )
+    return tf.ensure_shape(tf.cond(fits, lambda: image, lambda: _scale_and_cut(image, size)), (size, size, 3))
 
 
 def _scale_and_cut(image: tf.Tensor, size: int) -> tf.Tensor:

@@ -9,18 +9,20 @@ import sys
 
 import bench_op
 import numpy as np
+import pytest
 from contenders import dcnv4_op
 
 FOLDER = pathlib.Path(bench_op.__file__).parent
 
 
-def test_from_start_to_tables(tmp_path):
+@pytest.mark.parametrize("how", ["in turn", "alone"])
+def test_from_start_to_tables(tmp_path, how):
     """A contender's results are held against the oracle before it is timed; one that is missing is named."""
     output = tmp_path / "op.json"
     command = [
         *(sys.executable, str(FOLDER / "bench_op.py"), "--op", "dense,aggregation", "--shapes", "2x5x6x8"),
-        *("--contenders", "reference-graph,dcnv4", "--repetitions", "1", "--no-memory"),
-        *("--output", str(output)),
+        *("--contenders", "reference-graph,dcnv4,reference-eager", "--repetitions", "1", "--no-memory"),
+        *("--output", str(output), *(["--alone"] if how == "alone" else [])),
     ]
     # Without a compiler it does not measure what the machine can do, which takes its time.
     environment = {**os.environ, "CC": "no-compiler", "KERAS_DAS_BENCHMARK_ENVS": str(tmp_path)}
@@ -28,8 +30,12 @@ def test_from_start_to_tables(tmp_path):
     found = json.loads(output.read_text())
     assert found["missing"].keys() == {"dcnv4"}
     assert "benchmarks/environments.sh dcnv4" in found["missing"]["dcnv4"]
-    timed = {(cell["op"], cell["mode"]) for cell in found["cells"] if cell["milliseconds"] > 0}
-    assert timed == set(itertools.product(("dense", "aggregation"), ("forward", "forward_backward")))
+    timed = [
+        (cell["op"], cell["mode"], cell["contender"]) for cell in found["cells"] if cell["milliseconds"] > 0
+    ]
+    contenders = ("reference-graph", "reference-eager")
+    operations, modes = ("dense", "aggregation"), ("forward", "forward_backward")
+    assert timed == list(itertools.product(operations, modes, contenders))
     assert "### aggregation, forward and backward, batch 2" in printed
 
 
