@@ -61,13 +61,15 @@ test-gpu: export NVIDIA_TF32_OVERRIDE := 0
 test-gpu: export TF_FORCE_GPU_ALLOW_GROWTH := true
 test-gpu: $(VENV)/.test ## The kernels on an NVIDIA GPU: the oracle's cases, training, and compute-sanitizer
 	$(RUN) -c 'import sys, tensorflow as tf; sys.exit(not tf.config.list_physical_devices("GPU") and "TensorFlow sees no GPU")'
+	$(RUN) -m tests.gpu.plain build build/plain_cuda.so
+	$(RUN) -m tests.gpu.plain run build/plain_cuda.so
+	for tool in memcheck racecheck synccheck initcheck; do \
+		compute-sanitizer --tool $$tool --error-exitcode 9 \
+			$(RUN) -m tests.gpu.plain run build/plain_cuda.so --count 40 || exit 1; \
+	done
 	$(RUN) -m keras_das build --framework tensorflow --cuda
 	$(RUN) -m pytest tests/gpu
 	TF_DETERMINISTIC_OPS=1 $(RUN) -m pytest tests/ops tests/layers # they compare bits
-	for tool in memcheck racecheck; do \
-		compute-sanitizer --tool $$tool --target-processes all --error-exitcode 9 \
-			$(RUN) -m tests.ops.random_cases eager --count 40 || exit 1; \
-	done
 
 test-torch: $(VENV)-torch/.test ## The op on Keras' torch backend, in an environment without TensorFlow
 	KERAS_BACKEND=torch $(VENV)-torch/bin/python -m pytest tests/ops/test_backends.py

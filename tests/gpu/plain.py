@@ -1,0 +1,150 @@
+"""The CUDA kernels on a GPU without any framework: quick to start, also under compute-sanitizer.
+
+    python -m tests.gpu.plain build LIBRARY
+    python -m tests.gpu.plain run LIBRARY [--count 500] [--seed 0]
+
+Every problem is held against the oracle, by turns with atomic sums and repeatable ones, with much working
+memory and with little, in many blocks and in few, aligned and not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import itertools
+import pathlib
+import subprocess
+import tempfile
+
+import numpy as np
+
+from keras_das.ops import compilers, library
+from tests.ops.op_cases import CASES, DTYPES, Case, assert_as_expected, draw, split_upstream
+from tests.ops.plain_kernels import CudaKernelsOnHost, KernelError
+from tests.ops.random_cases import random_case
+
+HERE = pathlib.Path(__file__).parent
+SOURCES = pathlib.Path(library.__file__).parents[1] / "csrc"
+
+
+def build(path: pathlib.Path, nvcc: compilers.Nvcc, architectures: tuple[str, ...]) -> None:
+    """Builds the library at `path`: the CUDA kernels, what plain_kernels.py calls, and device_call.cc."""
+    common = [nvcc.command, "-std=c++17", "-O3", "-Xcompiler=-fPIC", f"-I{SOURCES}"]
+    cuda = ["-x", "cu", f'-DKERAS_DAS_CUDA="{",".join(architectures)}"']
+    units = {
+        SOURCES / "deformable_conv2d.cu.cc": [*cuda, *compilers.architecture_flags(architectures)],
+        HERE / "device_call.cc": [],
+        SOURCES / "c_api.cc": [],
+        SOURCES / "deformable_conv2d.cc": [],
+        SOURCES / "parallel.cc": [],
+        SOURCES / "kernels.cc": ["-DKERAS_DAS_ISA=baseline"],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        objects = [f"{folder}/{source.name}.o" for source in units]
+        for (source, flags), made in zip(units.items(), objects, strict=True):
+            subprocess.run([*common, *flags, "-c", str(source), "-o", made], check=True)
+        subprocess.run([nvcc.command, "-shared", "-cudart=static", *objects, "-o", str(path)], check=True)
+
+
+class CudaKernelsOnGpu(CudaKernelsOnHost):
+    """The kernels of a library that `build` has made."""
+
+    def run(self, direction, dtype, geometry, buffers, threads):
+        blocks, sizes, starts = zip(*(self._block_of(pointer) for pointer in buffers), strict=True)
+        count, message = len(buffers), ctypes.create_string_buffer(1000)
+        numbers = ctypes.c_int64 * count
+        settings = (ctypes.c_int64 * 3)(int(self.deterministic), self.workspace_bytes, self.most_blocks)
+        function = self.library.keras_das_on_gpu
+        function.restype = ctypes.c_int64
+        self.taken[direction] = function(
+            int(direction == "backward"),
+            dtype,
+            geometry,
+            count,
+            (ctypes.c_void_p * count)(*blocks),
+            numbers(*sizes),
+            numbers(*starts),
+            settings,
+            message,
+            ctypes.c_int64(1000),
+        )
+        if message.value:
+            raise KernelError(message.value.decode())
+
+    def _block_of(self, pointer):
+        """The address and bytes of the block that a tensor was placed in, and where in it that begins."""
+        if pointer is None:
+            return None, 0, 0
+        for whole, start, _ in self._placed:
+            if whole.ctypes.data + start * whole.itemsize == pointer:
+                return whole.ctypes.data, whole.nbytes, start * whole.itemsize
+        raise AssertionError("a tensor that was not placed")
+
+
+def wide_case(rng):
+    """A geometry with enough channels for several to be loaded at once, and for several tiles of results."""
+
+    def pick(*choices):
+        return choices[rng.integers(len(choices))]
+
+    offset_groups = pick(1, 1, 2, 4)
+    channels = offset_groups * pick(8, 16, 24, 51, 64, 65)
+    groups = pick(1, 1, 2) if channels % 2 == 0 else 1
+    filters = groups * pick(8, 33, 64, 140)
+    if rng.random() < 0.5:
+        groups = filters = channels
+    return Case(
+        "wide",
+        image=(int(rng.integers(5, 20)), int(rng.integers(5, 20))),
+        channels=channels,
+        filters=filters,
+        groups=groups,
+        kernel_size=pick((3, 3), (3, 3), (1, 1), (5, 5), (2, 3)),
+        padding="same",
+        strides=pick(1, 1, 2),
+        offset_groups=offset_groups,
+        modulated=bool(rng.random() < 0.8),
+        use_bias=bool(rng.random() < 0.5),
+    )
+
+
+def run(path: pathlib.Path, count: int, seed: int) -> None:
+    """Named cases, and `count` random ones, a quarter of them wide."""
+    kernels, rng = CudaKernelsOnGpu(path), np.random.default_rng(seed)
+    named = [case for case in CASES if case.batch]
+    drawn = [wide_case(rng) if number % 4 == 0 else random_case(rng) for number in range(count)]
+    settings = itertools.cycle(
+        itertools.product((False, True), (64 << 20, 20_000), (1 << 20, 7), (0, 0, 1))  # 24 of them
+    )
+    dtypes = itertools.cycle([*DTYPES, DTYPES[0]])  # 5, so that every dtype meets every setting
+    for case, dtype, setting in zip([*named, *drawn], dtypes, settings, strict=False):
+        kernels.deterministic, kernels.workspace_bytes, kernels.most_blocks, kernels.shift = setting
+        tensors = draw(case, rng, dtype)
+        results = kernels.value_and_gradients(*split_upstream(tensors), **case.options)
+        try:
+            assert_as_expected(case, tensors, dtype, *results)
+        except AssertionError as error:
+            raise AssertionError(f"{case!r}, {setting}: {error}") from error
+    print(f"{len(named) + count} problems agree with the oracle")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("do", choices=["build", "run"])
+    parser.add_argument("library", type=pathlib.Path)
+    parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    path = options.library.absolute()
+    if options.do == "build":
+        nvcc = compilers.find_nvcc()
+        build(path, nvcc, compilers.architectures(nvcc, None))
+    else:
+        run(path, options.count, options.seed)
+
+
+if __name__ == "__main__":
+    main()
