@@ -255,10 +255,6 @@ struct Samples {
   A* columns;             // else; it begins with pixel `first`
 };
 
-// Packs of channels that a thread takes through a tap: where channels do not fill wide packs, two, which share the
-// reading of where the tap reads and with which weights.
-KERAS_DAS_INLINE constexpr int packs_together(int width, int size) { return width <= 2 && width * size < 16 ? 2 : 1; }
-
 // A depthwise convolution, or the columns of another one.
 template <class T, class A, int V, bool kDepthwise>
 __global__ void __launch_bounds__(kThreads) sample_pixels(Samples<T, A> a) {
@@ -266,7 +262,9 @@ __global__ void __launch_bounds__(kThreads) sample_pixels(Samples<T, A> a) {
   __shared__ Corners corners[kEntries];
   const Geometry& g = a.field.geometry;
   const int64_t taps = a.field.taps, together = least<int64_t>(taps, kEntries);
-  constexpr int kParts = packs_together(V, sizeof(T));
+  // Packs of channels that a thread takes through a tap: where channels do not fill wide packs, two, which share the
+  // reading of where the tap reads and with which weights.
+  constexpr int kParts = V <= 2 && V * sizeof(T) < 16 ? 2 : 1;
   const int64_t depth = quotient(g.channels, g.offset_groups), packs = depth / V;
   const int64_t threads = (packs + kParts - 1) / kParts;  // for a pixel
   const int64_t works = quotient(a.pixels + a.tile - 1, a.tile) * g.offset_groups;
@@ -634,7 +632,7 @@ constexpr int kTileRows = sizeof(A) == 4 ? 128 : 64;
 template <class A>
 constexpr int kTileColumns = sizeof(A) == 4 ? 128 : 64;
 
-// A thread's share of a tile, by ordinary instructions: a part of it.
+// A thread's share of a tile, by ordinary instructions: rows and columns that lie together.
 template <class T, class A, Product kProduct, bool kOnTensorCores>
 struct TileSums {
   static constexpr int kRows = kTileRows<A> / 16, kColumns = kTileColumns<A> / 16;  // a thread's
@@ -669,7 +667,7 @@ struct TileSums {
   // The sum at (i, j) belongs to this row and column of the tile.
   static __device__ __forceinline__ int row(int i) { return threadIdx.x / 16 * kRows + i; }
   static __device__ __forceinline__ int column(int j) { return threadIdx.x % 16 * kColumns + j; }
-  __device__ __forceinline__ A at(int i, int j) const { return sums[i][j]; }
+  __device__ __forceinline__ A& at(int i, int j) { return sums[i][j]; }
 
   A sums[kRows][kColumns] = {};
 };
@@ -759,7 +757,7 @@ struct TileSums<T, float, kProduct, true> {
   static __device__ __forceinline__ int column(int j) {
     return first_column() + j / 2 * 8 + threadIdx.x % 4 * 2 + j % 2;
   }
-  __device__ __forceinline__ float at(int i, int j) const { return totals[i / 2][j / 2][i % 2 * 2 + j % 2]; }
+  __device__ __forceinline__ float& at(int i, int j) { return totals[i / 2][j / 2][i % 2 * 2 + j % 2]; }
 
  private:
   static __device__ __forceinline__ int first_row() { return threadIdx.x / kWarp / kWarpsAcross * kDown * 16; }
@@ -787,9 +785,7 @@ struct TileSums<T, float, kProduct, true> {
       for (int j = 0; j < kColumns; ++j) {
         const float right = tiles.right.numbers[tiles.right.index(k, column(j))];
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-          totals[i / 2][j / 2][i % 2 * 2 + j % 2] += tiles.left.numbers[tiles.left.index(k, row(i))] * right;
-        }
+        for (int i = 0; i < kRows; ++i) at(i, j) += tiles.left.numbers[tiles.left.index(k, row(i))] * right;
       }
     }
   }
