@@ -209,7 +209,8 @@ def _tensorflow_places(context: str | None, tensors: Sequence[Tensor]) -> dict[s
         return {"CPU": ""}
     if tensors and context in (None, "eager") and tf.executing_eagerly():
         # Keras' variables, which `keras.ops.convert_to_tensor` leaves as they are, do not say where they lie.
-        devices = [tf.convert_to_tensor(tensor).device for tensor in tensors]
+        asked = [tensor.value if isinstance(tensor, keras.Variable) else tensor for tensor in tensors]
+        devices = [tensor.device for tensor in asked]
     else:
         devices = [tf.constant(0.0).device]  # where this place in the program puts things
     places = {}
