@@ -61,11 +61,11 @@ test-gpu: export NVIDIA_TF32_OVERRIDE := 0
 test-gpu: export TF_FORCE_GPU_ALLOW_GROWTH := true
 test-gpu: $(VENV)/.test ## The kernels on an NVIDIA GPU: the oracle's cases, training, and compute-sanitizer
 	$(RUN) -c 'import sys, tensorflow as tf; sys.exit(not tf.config.list_physical_devices("GPU") and "TensorFlow sees no GPU")'
-	$(RUN) -m tests.gpu.plain build build/plain_cuda.so
-	$(RUN) -m tests.gpu.plain run build/plain_cuda.so
+	$(RUN) -m tests.ops.cuda_on_gpu build build/cuda_on_gpu.so
+	$(RUN) -m tests.ops.cuda_on_gpu run build/cuda_on_gpu.so
 	for tool in memcheck racecheck synccheck initcheck; do \
 		compute-sanitizer --tool $$tool --error-exitcode 9 \
-			$(RUN) -m tests.gpu.plain run build/plain_cuda.so --count 40 || exit 1; \
+			$(RUN) -m tests.ops.cuda_on_gpu run build/cuda_on_gpu.so --count 40 || exit 1; \
 	done
 	$(RUN) -m keras_das build --framework tensorflow --cuda
 	$(RUN) -m pytest tests/gpu

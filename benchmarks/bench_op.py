@@ -5,15 +5,15 @@
     python benchmarks/bench_op.py --contenders native-eager,gather-taps-xla --output /tmp/op.json
     python benchmarks/bench_op.py --device gpu                      # batches of 64, on the first NVIDIA GPU
 
-Contenders run in turn, each in a process of its own; a figure is the median of the repetitions. On a GPU one
-contender is done with everything before the next is started: processes that share one slow each other down
-even while they wait. First each
+Contenders run in turn, each in a process of its own; a figure is the median of the repetitions. First each
 contender's results are compared with float64 NumPy loops on a small problem, and then, on each problem that
 is timed, with one another's. The peers' environments come from benchmarks/environments.sh; one that is
 missing is reported. `report.py` writes the tables into RESULTS.md.
 
-On a GPU, calls are put in its queue by batches, and a batch's time is shared among them. The floor is then
-that of the bytes moved, at the speed at which the GPU copies; memory is not measured.
+On a GPU one contender is done with everything before the next is started: processes that share a GPU slow
+each other down even while they wait. Calls are put in its queue by batches, and a batch's time is shared
+among them. The floor is then that of the bytes moved, at the speed at which the GPU copies; memory is not
+measured.
 """
 
 import datetime

@@ -149,13 +149,15 @@ def decode_image(content: tf.Tensor) -> tf.Tensor:
 
 
 def fit_square(image: tf.Tensor, size: int) -> tf.Tensor:
-    """Scale the shorter side of a uint8 image to `size`, with anti-aliasing, and cut out the middle."""
+    """A uint8 image as `scale_and_cut` makes it; one that has the size already is left as it is."""
     image = tf.convert_to_tensor(image)
     fits = tf.reduce_all(tf.shape(image)[:2] == size)
-    return tf.ensure_shape(tf.cond(fits, lambda: image, lambda: _scale_and_cut(image, size)), (size, size, 3))
+    image = tf.cond(fits, lambda: image, lambda: scale_and_cut(image, size))
+    return tf.ensure_shape(image, (size, size, 3))
 
 
-def _scale_and_cut(image: tf.Tensor, size: int) -> tf.Tensor:
+def scale_and_cut(image: tf.Tensor, size: int) -> tf.Tensor:
+    """Scale the shorter side of a uint8 image to `size`, with anti-aliasing, and cut out the middle."""
     shape = tf.shape(image)[:2]
     scaled = tf.cast(tf.math.ceil(size * shape / tf.reduce_min(shape)), tf.int32)
     image = tf.image.resize(image, scaled, "bicubic", antialias=True)
@@ -166,14 +168,14 @@ def _scale_and_cut(image: tf.Tensor, size: int) -> tf.Tensor:
 def check_files(paths: Sequence[str]) -> None:
     """Decode every image and keep none; the first that cannot be read stops with its name."""
     with ThreadPoolExecutor() as pool:
-        for _ in pool.map(lambda path: _read_checked(path, 8), paths):
+        for _ in pool.map(_check_file, paths):
             pass
 
 
-def _read_checked(path: str, size: int) -> np.ndarray:
+def _check_file(path: str) -> None:
     try:
         with tf.device("cpu"):
-            return read_image(tf.constant(path), size).numpy()
+            decode_image(tf.io.read_file(path))
     except tf.errors.OpError as error:
         raise RunError(f"cannot read image: {path}: {first_line(error)}") from error
 

@@ -52,8 +52,8 @@ __device__ __forceinline__ void multiply_tf32(float (&sums)[4], const float (&le
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(__float_as_uint(left[0])), "r"(__float_as_uint(left[1])), "r"(__float_as_uint(left[2])),
-        "r"(__float_as_uint(left[3])), "r"(__float_as_uint(right[0])), "r"(__float_as_uint(right[1])));
+      : "r"(bits_of(left[0])), "r"(bits_of(left[1])), "r"(bits_of(left[2])), "r"(bits_of(left[3])),
+        "r"(bits_of(right[0])), "r"(bits_of(right[1])));
 #endif
 }
 #endif

@@ -10,6 +10,8 @@ from examples.data.pipeline import (
     Split,
     StreamSplit,
     evaluation_batches,
+    fit_square,
+    scale_and_cut,
     training_batches,
 )
 
@@ -95,3 +97,10 @@ def test_incomplete_batches() -> None:
     assert read(training_batches(split, CLASSES, 100, clock_at(0), []))[0].shape[0] == COUNT
     images, _ = read(evaluation_batches(split, CLASSES, 4))
     assert images[:, 0, 0, 0].tolist() == list(range(COUNT))
+
+
+@pytest.mark.parametrize("size", [16, 17, 40])
+def test_an_image_that_fits_is_the_one_that_scaling_would_give(size: int) -> None:
+    pixels = np.random.default_rng(size).integers(0, 256, (size, size, 3), dtype="uint8")
+    np.testing.assert_array_equal(fit_square(pixels, size), pixels)
+    np.testing.assert_array_equal(scale_and_cut(pixels, size), pixels)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 from keras_das.ops import builder, compilers, library
-from tests.gpu import plain
+from tests.ops import cuda_on_gpu
 
 OLDEST, NEWEST = "sm_75", "sm_90"  # of those that are supported, the two between which code differs
 LOADED = """
@@ -49,7 +49,7 @@ def main():
         name: builder.build(library.target(name).for_gpus(chosen), folder, report=_report)
         for name in library.FRAMEWORKS
     }
-    plain.build(folder / "plain_cuda.so", nvcc, chosen)
+    cuda_on_gpu.build(folder / "cuda_on_gpu.so", nvcc, chosen)
     environment = {**os.environ, library.CACHE_VARIABLE: str(folder), "CUDA_VISIBLE_DEVICES": "-1"}
     python = [sys.executable, "-c", LOADED, str(files["tensorflow"]), ",".join(chosen)]
     for command in (

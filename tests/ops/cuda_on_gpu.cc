@@ -1,5 +1,5 @@
-// The CUDA kernels on a GPU behind a plain C function: what plain.py calls, without any framework. Host tensors go to the
-// GPU with what lies around them, and come back.
+// The CUDA kernels on a GPU behind a plain C function: what cuda_on_gpu.py calls, without any framework. Host tensors
+// go to the GPU with what lies around them, and come back.
 #include <cuda_runtime.h>
 
 #include <cstring>

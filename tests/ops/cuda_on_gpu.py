@@ -1,17 +1,16 @@
 """The CUDA kernels on a GPU without any framework: quick to start, also under compute-sanitizer.
 
-    python -m tests.gpu.plain build LIBRARY
-    python -m tests.gpu.plain run LIBRARY [--count 500] [--seed 0]
+    python -m tests.ops.cuda_on_gpu build LIBRARY
+    python -m tests.ops.cuda_on_gpu run LIBRARY [--count 500] [--seed 0]
 
-Every problem is held against the oracle, by turns with atomic sums and repeatable ones, with much working
-memory and with little, in many blocks and in few, aligned and not.
+Every problem is held against the oracle; by lot with atomic sums or repeatable ones, with much working memory
+or little, in many blocks or few, aligned or not.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
-import itertools
 import pathlib
 import subprocess
 import tempfile
@@ -25,15 +24,21 @@ from tests.ops.random_cases import random_case
 
 HERE = pathlib.Path(__file__).parent
 SOURCES = pathlib.Path(library.__file__).parents[1] / "csrc"
+SETTINGS = {
+    "deterministic": (False, True),
+    "workspace_bytes": (64 << 20, 64 << 20, 20_000),
+    "most_blocks": (1 << 20, 1 << 20, 7),
+    "shift": (0, 0, 0, 1),
+}
 
 
 def build(path: pathlib.Path, nvcc: compilers.Nvcc, architectures: tuple[str, ...]) -> None:
-    """Builds the library at `path`: the CUDA kernels, what plain_kernels.py calls, and device_call.cc."""
+    """Builds the library at `path`: the CUDA kernels, what plain_kernels.py calls, and cuda_on_gpu.cc."""
     common = [nvcc.command, "-std=c++17", "-O3", "-Xcompiler=-fPIC", f"-I{SOURCES}"]
     cuda = ["-x", "cu", f'-DKERAS_DAS_CUDA="{",".join(architectures)}"']
     units = {
         SOURCES / "deformable_conv2d.cu.cc": [*cuda, *compilers.architecture_flags(architectures)],
-        HERE / "device_call.cc": [],
+        HERE / "cuda_on_gpu.cc": [],
         SOURCES / "c_api.cc": [],
         SOURCES / "deformable_conv2d.cc": [],
         SOURCES / "parallel.cc": [],
@@ -82,16 +87,17 @@ class CudaKernelsOnGpu(CudaKernelsOnHost):
         raise AssertionError("a tensor that was not placed")
 
 
+def pick(rng, choices):
+    """One of them."""
+    return choices[rng.integers(len(choices))]
+
+
 def wide_case(rng):
     """A geometry with enough channels for several to be loaded at once, and for several tiles of results."""
-
-    def pick(*choices):
-        return choices[rng.integers(len(choices))]
-
-    offset_groups = pick(1, 1, 2, 4)
-    channels = offset_groups * pick(8, 16, 24, 51, 64, 65)
-    groups = pick(1, 1, 2) if channels % 2 == 0 else 1
-    filters = groups * pick(8, 33, 64, 140)
+    offset_groups = pick(rng, (1, 1, 2, 4))
+    channels = offset_groups * pick(rng, (8, 16, 24, 51, 64, 65))
+    groups = pick(rng, (1, 1, 2)) if channels % 2 == 0 else 1
+    filters = groups * pick(rng, (8, 33, 64, 140))
     if rng.random() < 0.5:
         groups = filters = channels
     return Case(
@@ -100,9 +106,9 @@ def wide_case(rng):
         channels=channels,
         filters=filters,
         groups=groups,
-        kernel_size=pick((3, 3), (3, 3), (1, 1), (5, 5), (2, 3)),
+        kernel_size=pick(rng, [(3, 3), (3, 3), (1, 1), (5, 5), (2, 3)]),
         padding="same",
-        strides=pick(1, 1, 2),
+        strides=pick(rng, (1, 1, 2)),
         offset_groups=offset_groups,
         modulated=bool(rng.random() < 0.8),
         use_bias=bool(rng.random() < 0.5),
@@ -114,18 +120,16 @@ def run(path: pathlib.Path, count: int, seed: int) -> None:
     kernels, rng = CudaKernelsOnGpu(path), np.random.default_rng(seed)
     named = [case for case in CASES if case.batch]
     drawn = [wide_case(rng) if number % 4 == 0 else random_case(rng) for number in range(count)]
-    settings = itertools.cycle(
-        itertools.product((False, True), (64 << 20, 20_000), (1 << 20, 7), (0, 0, 1))  # 24 of them
-    )
-    dtypes = itertools.cycle([*DTYPES, DTYPES[0]])  # 5, so that every dtype meets every setting
-    for case, dtype, setting in zip([*named, *drawn], dtypes, settings, strict=False):
-        kernels.deterministic, kernels.workspace_bytes, kernels.most_blocks, kernels.shift = setting
+    for case in [*named, *drawn]:
+        dtype, settings = pick(rng, DTYPES), {name: pick(rng, choices) for name, choices in SETTINGS.items()}
+        for name, value in settings.items():
+            setattr(kernels, name, value)
         tensors = draw(case, rng, dtype)
         results = kernels.value_and_gradients(*split_upstream(tensors), **case.options)
         try:
             assert_as_expected(case, tensors, dtype, *results)
         except AssertionError as error:
-            raise AssertionError(f"{case!r}, {setting}: {error}") from error
+            raise AssertionError(f"{case!r}, {settings}: {error}") from error
     print(f"{len(named) + count} problems agree with the oracle")
 
 
