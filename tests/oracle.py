@@ -253,7 +253,10 @@ def das_gate(
     weights,
     dilation_rate=1,
     offset_groups=1,
+    norm_axes=(1, 2, 3),
+    gain=1.0,
     gate_scale=1.0,
+    offset_scale=1.0,
     instance_epsilon=1e-5,
     layer_epsilon=1e-5,
 ):
@@ -267,7 +270,7 @@ def das_gate(
     mask_kernel* (kh, kw, C', groups * taps), mask_bias*: what predicts the mask, before its sigmoid;
     deform_kernel (kh, kw, 1, C') separable or (kh, kw, C', C) dense, deform_bias*;
     pointwise* (1, 1, C', C), pointwise_bias*: missing in the dense form; layer_scale*, layer_center* (C,).
-    The gate is gate_scale * sigmoid(...).
+    The layer norm averages over norm_axes. The gate is gate_scale * sigmoid(gain * ...).
     """
     get = weights.get
     reduced = conv2d(inputs, weights["reduce_depthwise"])
@@ -278,6 +281,7 @@ def das_gate(
     context = gelu(centred)
 
     offsets = conv2d(context, weights["offsets_kernel"], get("offsets_bias"), dilation_rate=dilation_rate)
+    offsets = offset_scale * offsets
     mask = None
     if "mask_kernel" in weights:
         logits = conv2d(context, weights["mask_kernel"], get("mask_bias"), dilation_rate=dilation_rate)
@@ -294,6 +298,7 @@ def das_gate(
     )
     if "pointwise" in weights:
         attention = conv2d(attention, weights["pointwise"], get("pointwise_bias"))
-    attention = normalize(attention, -1, get("layer_scale", 1.0), get("layer_center", 0.0), layer_epsilon)
-    gate = gate_scale * sigmoid(attention)
+    layer_scale, layer_center = get("layer_scale", 1.0), get("layer_center", 0.0)
+    attention = normalize(attention, norm_axes, layer_scale, layer_center, layer_epsilon)
+    gate = gate_scale * sigmoid(gain * attention)
     return inputs * gate, gate

@@ -1,11 +1,12 @@
 """`DASLayer`: the deformable attention gate."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
 from keras import constraints, initializers, ops, regularizers
 
+from keras_das.layers.arguments import standardize_choice, standardize_factor, standardize_positive
 from keras_das.layers.deformable_conv2d import DeformableConv2D, Identifier, Shape, Tensor
 from keras_das.layers.depthwise import DepthwiseConv2D
 from keras_das.ops.deformable import standardize_count, standardize_implementation
@@ -13,8 +14,10 @@ from keras_das.ops.geometry import standardize_data_format, standardize_pair
 
 # Those of PyTorch's norms. Keras' own 1e-3 would flatten feature maps of small variance.
 _EPSILON = 1e-5
-# More channels C' than these make the quadratic form of the folded layer norm dearer than the norm itself.
+# More channels C' than these make the quadratic form of the folded norm dearer than the norm itself.
 _FOLDED_WIDTH = 128
+# What a configuration without these entries means: the layer as it was before they existed.
+_FORMER_DEFAULTS = {"norm": "channels", "identity_gain": 1.0, "offset_scale": 1.0}
 
 
 @keras.saving.register_keras_serializable("keras_das")
@@ -37,9 +40,19 @@ class DASLayer(keras.layers.Layer):
         modulated: Whether to predict the masks m_k; without them they are 1.
         deformable: `"separable"`: a depthwise deformable convolution, then a pointwise one from C' to C.
             `"dense"`: one deformable convolution from C' to C, with `9 alpha C^2` weights.
+        norm: What the layer norm of equation 3 averages over. `"image"`: rows, columns and channels of each
+            image, so that the gate can keep or drop a place as a whole. `"channels"`: the channels of each
+            pixel. Both have a scale and a shift for each channel. Defaults to `"image"`.
         identity_init: `True`: the gate is `2 * sigmoid`, with a norm whose scale starts at 0, so that it
             starts at exactly 1 and the layer changes nothing until training moves it. `False`: the paper's
-            gate.
+            gate. Defaults to `False`.
+        identity_gain: Factor before the sigmoid with `identity_init=True`. The scale and the shift of the
+            norm start at 0 there, and an optimizer such as Adam moves them by about its learning rate a
+            step, so that the gate leaves 1 this many times as fast. Without `identity_init` it has no
+            effect. Defaults to `4.0`.
+        offset_scale: Factor on the predicted offsets. Below 1 the offsets learn more slowly than the other
+            weights: Adam's steps shrink by this factor, those of SGD by its square. With 0 they stay 0.
+            Defaults to `1.0`.
         data_format: `"channels_last"`, `"channels_first"` or `None` for Keras' default.
         implementation: `"auto"`, `"native"` or `"reference"`; see `keras_das.ops.deformable_conv2d`.
         kernel_initializer: Initializer of the convolutions' kernels.
@@ -82,7 +95,10 @@ class DASLayer(keras.layers.Layer):
         offset_groups: int = 1,
         modulated: bool = True,
         deformable: str = "separable",
+        norm: str = "image",
         identity_init: bool = False,
+        identity_gain: float = 4.0,
+        offset_scale: float = 1.0,
         data_format: str | None = None,
         implementation: str = "auto",
         kernel_initializer: Identifier = "glorot_uniform",
@@ -96,19 +112,16 @@ class DASLayer(keras.layers.Layer):
     ):
         """Checks and keeps the arguments; the weights are made by `build`."""
         super().__init__(activity_regularizer=activity_regularizer, **kwargs)
-        if isinstance(reduction, bool) or not isinstance(reduction, int | float) or not reduction > 0:
-            raise ValueError(f"`reduction` must be a positive number. Received: reduction={reduction!r}")
-        if deformable not in ("separable", "dense"):
-            raise ValueError(
-                f'`deformable` must be "separable" or "dense". Received: deformable={deformable!r}'
-            )
-        self.reduction = reduction
+        self.reduction = standardize_positive(reduction, "reduction")
         self.kernel_size = standardize_pair(kernel_size, "kernel_size")
         self.dilation_rate = standardize_pair(dilation_rate, "dilation_rate")
         self.offset_groups = standardize_count(offset_groups, "offset_groups")
         self.modulated = modulated
-        self.deformable = deformable
+        self.deformable = standardize_choice(deformable, "deformable", ("separable", "dense"))
+        self.norm = standardize_choice(norm, "norm", ("image", "channels"))
         self.identity_init = identity_init
+        self.identity_gain = standardize_positive(identity_gain, "identity_gain")
+        self.offset_scale = standardize_factor(offset_scale, "offset_scale")
         self.data_format = standardize_data_format(data_format)
         self.implementation = standardize_implementation(implementation)
         self.kernel_initializer = initializers.get(kernel_initializer)
@@ -179,6 +192,7 @@ class DASLayer(keras.layers.Layer):
             groups=width if separable else 1,
             offset_groups=self.offset_groups,
             modulated=self.modulated,
+            offset_scale=self.offset_scale,
             use_bias=not separable,
             kernel_initializer=_fresh(self.kernel_initializer),
             offset_initializer=_fresh(self.offset_initializer),
@@ -199,12 +213,15 @@ class DASLayer(keras.layers.Layer):
                 dtype=self.dtype_policy,
                 **weighted,
             )
-        self.layer_norm = keras.layers.LayerNormalization(
-            axis=-1,
+        norm, axes = keras.layers.LayerNormalization, {"axis": -1}
+        if self.norm == "image":
+            norm, axes = keras.layers.GroupNormalization, {"axis": -1, "groups": 1}
+        self.layer_norm = norm(
             epsilon=_EPSILON,
             gamma_initializer="zeros" if self.identity_init else "ones",
             name="layer_norm",
             dtype=self.dtype_policy,
+            **axes,
         )
 
     def _gate_layers(self) -> list[keras.layers.Layer]:
@@ -242,32 +259,65 @@ class DASLayer(keras.layers.Layer):
         return ops.gelu(self.instance_norm(self.reduce(self.depthwise(x))), approximate=False)
 
     def _expand_and_normalize(self, x: Tensor) -> Tensor:
-        """`layer_norm(expand(x))`, with as few passes over the C channels as can be.
+        """The argument of the sigmoid: the norm of `x W`, with as few passes over the C channels as possible.
 
-        The mean of `x W` is 0 if each row of W has mean 0, and subtracting the rows' means is the same as
-        subtracting the mean of `x W`. Its variance is then the quadratic form `x (W W^T / C) x^T`, which
-        needs x's C' channels alone; the norm as a whole is folded into the product where these are few.
+        The mean over channels of `x W` is 0 if each row of W has mean 0, and subtracting the rows' means from
+        W is the same as subtracting that mean from `x W`. The variance is then a quadratic form of the C'
+        channels of x, with the matrix `W W^T / C`. Where these are few, the norm is folded into the product.
         """
-        if self.expand is None:
-            return self.layer_norm(x)
-        if self.expand.quantization_mode is not None:
-            return self.layer_norm(self.expand(x))
         dtype = keras.backend.result_type(x.dtype, "float32")
-        gamma, beta = (ops.cast(weight, dtype) for weight in (self.layer_norm.gamma, self.layer_norm.beta))
+        scale, shift = (ops.cast(weight, dtype) for weight in (self.layer_norm.gamma, self.layer_norm.beta))
+        if self.identity_init:
+            scale, shift = scale * self.identity_gain, shift * self.identity_gain
+        if self.expand is None or self.expand.quantization_mode is not None:
+            x = ops.cast(x if self.expand is None else self.expand(x), dtype)
+            x = self._normalize(x - ops.mean(x, axis=self._norm_axes(), keepdims=True), scale)
+            return x + ops.cast(shift, self.compute_dtype)
         kernel = ops.cast(self.expand.kernel, dtype)
+        if self.norm == "image":
+            return self._image_norm_of_product(ops.cast(x, dtype), kernel, scale, shift)
         kernel = kernel - ops.mean(kernel, axis=1, keepdims=True)
-        width, channels = kernel.shape
-        if width <= min(_FOLDED_WIDTH, channels / 2):
+        if self._folds(kernel):
             x = ops.cast(x, dtype)
-            covariance = ops.matmul(kernel, ops.transpose(kernel)) / channels
-            variance = ops.sum(ops.matmul(x, covariance) * x, axis=-1, keepdims=True)
-            variance = ops.maximum(variance, 0)  # which rounding may pass
-            x = self._product(x * ops.rsqrt(variance + _EPSILON), kernel * gamma)
+            variance = ops.sum(ops.matmul(x, _gram(kernel)) * x, axis=-1, keepdims=True)
+            x = self._product(x * _inverse_deviation(variance), kernel * scale)
         else:
-            x = ops.cast(self._product(x, kernel), dtype)
-            variance = ops.mean(ops.square(x), axis=-1, keepdims=True)
-            x = ops.cast(x * ops.rsqrt(variance + _EPSILON) * gamma, self.compute_dtype)
-        return x + ops.cast(beta, self.compute_dtype)
+            x = self._normalize(ops.cast(self._product(x, kernel), dtype), scale)
+        return x + ops.cast(shift, self.compute_dtype)
+
+    def _image_norm_of_product(self, x: Tensor, kernel: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """The norm of `x W` over each image.
+
+        `x W` is split into that of x's deviation from its mean over places, and that of this mean, which is
+        one vector an image. Their squares add up, and neither suffers from a large common offset.
+        """
+        place = ops.mean(x, axis=(1, 2), keepdims=True)
+        x = x - place
+        common = ops.matmul(place, kernel - ops.mean(kernel, axis=1, keepdims=True))
+        variance = ops.mean(ops.square(common), axis=-1, keepdims=True)
+        if self._folds(kernel):
+            spread = ops.sum(ops.matmul(x, _gram(kernel)) * x, axis=-1, keepdims=True)
+            scaling = _inverse_deviation(variance + ops.mean(spread, axis=(1, 2), keepdims=True))
+            x = self._product(x * scaling, kernel * scale)
+        else:
+            x = ops.cast(self._product(x, kernel), x.dtype)
+            spread = ops.mean(ops.square(x), axis=(1, 2, 3), keepdims=True)
+            scaling = _inverse_deviation(variance + spread)
+            x = ops.cast(x * (scaling * scale), self.compute_dtype)
+        return x + ops.cast(common * scaling * scale + shift, self.compute_dtype)
+
+    def _normalize(self, x: Tensor, scale: Tensor) -> Tensor:
+        """Brings x, whose mean is 0, to the scale's deviation."""
+        variance = ops.mean(ops.square(x), axis=self._norm_axes(), keepdims=True)
+        return ops.cast(x * (_inverse_deviation(variance) * scale), self.compute_dtype)
+
+    def _norm_axes(self) -> tuple[int, ...]:
+        return (1, 2, 3) if self.norm == "image" else (3,)
+
+    @staticmethod
+    def _folds(kernel: Tensor) -> bool:
+        width, channels = kernel.shape
+        return width <= min(_FOLDED_WIDTH, channels / 2)
 
     def _product(self, x: Tensor, kernel: Tensor) -> Tensor:
         return ops.matmul(ops.cast(x, self.compute_dtype), ops.cast(kernel, self.compute_dtype))
@@ -306,7 +356,10 @@ class DASLayer(keras.layers.Layer):
             "offset_groups": self.offset_groups,
             "modulated": self.modulated,
             "deformable": self.deformable,
+            "norm": self.norm,
             "identity_init": self.identity_init,
+            "identity_gain": self.identity_gain,
+            "offset_scale": self.offset_scale,
             "data_format": self.data_format,
             "implementation": self.implementation,
             "kernel_initializer": initializers.serialize(self.kernel_initializer),
@@ -318,6 +371,20 @@ class DASLayer(keras.layers.Layer):
             "offset_constraint": constraints.serialize(self.offset_constraint),
         }
         return {**super().get_config(), **config}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "DASLayer":
+        """Makes a layer of `get_config`'s result, also of one that an earlier version saved."""
+        return super().from_config({**_FORMER_DEFAULTS, **config})
+
+
+def _gram(kernel: Tensor) -> Tensor:
+    """`W W^T / C`: with it, the mean over channels of the square of `x W` is a quadratic form of x."""
+    return ops.matmul(kernel, ops.transpose(kernel)) / kernel.shape[1]
+
+
+def _inverse_deviation(variance: Tensor) -> Tensor:
+    return ops.rsqrt(ops.maximum(variance, 0) + _EPSILON)  # rounding may take a variance below 0
 
 
 def _fresh(initializer: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 import keras
 from keras import activations, constraints, initializers, ops, regularizers
 
+from keras_das.layers.arguments import standardize_factor
 from keras_das.ops import deformable_conv2d
 from keras_das.ops.deformable import standardize_count, standardize_implementation
 from keras_das.ops.geometry import (
@@ -56,6 +57,9 @@ class DeformableConv2D(keras.layers.Layer):
         bias_constraint: Constraint on the bias.
         offset_constraint: Constraint on the predictor's kernel.
         implementation: `"auto"`, `"native"` or `"reference"`; see `keras_das.ops.deformable_conv2d`.
+        offset_scale: Factor on the predicted offsets. Below 1 the offsets learn more slowly than the other
+            weights: Adam's steps shrink by this factor, those of SGD by its square. With 0 they stay 0.
+            Defaults to `1.0`.
         **kwargs: `name`, `dtype`, `trainable`, as for every Keras layer.
 
     Input shape:
@@ -103,6 +107,7 @@ class DeformableConv2D(keras.layers.Layer):
         bias_constraint: Identifier = None,
         offset_constraint: Identifier = None,
         implementation: str = "auto",
+        offset_scale: float = 1.0,
         **kwargs: Any,
     ):
         """Checks and keeps the arguments; the weights are made by `build`."""
@@ -116,6 +121,7 @@ class DeformableConv2D(keras.layers.Layer):
         self.groups = standardize_count(groups, "groups")
         self.offset_groups = standardize_count(offset_groups, "offset_groups")
         self.modulated = modulated
+        self.offset_scale = standardize_factor(offset_scale, "offset_scale")
         self.activation = activations.get(activation)
         self.use_bias = use_bias
         self.kernel_initializer = initializers.get(kernel_initializer)
@@ -247,6 +253,8 @@ class DeformableConv2D(keras.layers.Layer):
         predictions = predictions + ops.cast(self.offset_bias, inputs.dtype)
         count = self.offset_groups * self.taps * 2
         offsets = ops.reshape(predictions[:, :count], (*grid, count))
+        if self.offset_scale != 1:
+            offsets = offsets * ops.cast(self.offset_scale, offsets.dtype)
         if not self.modulated:
             return offsets, None
         return offsets, ops.reshape(ops.sigmoid(predictions[:, count:]), (*grid, count // 2))
@@ -283,6 +291,7 @@ class DeformableConv2D(keras.layers.Layer):
             "groups": self.groups,
             "offset_groups": self.offset_groups,
             "modulated": self.modulated,
+            "offset_scale": self.offset_scale,
             "activation": activations.serialize(self.activation),
             "use_bias": self.use_bias,
             "kernel_initializer": initializers.serialize(self.kernel_initializer),

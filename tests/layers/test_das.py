@@ -1,5 +1,7 @@
 """DASLayer: the suite over its arguments, the paper's equations by the oracle, and the identity start."""
 
+import pathlib
+
 import keras
 import numpy as np
 import pytest
@@ -16,6 +18,9 @@ CONFIGURATIONS = {
     "grouped": {"reduction": 0.4, "offset_groups": 2, "dilation_rate": 2},
     "wide": {"reduction": 0.8},
     "plain": {"modulated": False, "kernel_size": (1, 3)},
+    "channels": {"norm": "channels"},
+    "channels wide": {"norm": "channels", "reduction": 0.8, "identity_init": True, "identity_gain": 1.5},
+    "channels dense": {"norm": "channels", "deformable": "dense", "offset_scale": 0.5},
     "regularized": {
         "kernel_initializer": keras.initializers.HeNormal(seed=1),
         "offset_initializer": "random_normal",
@@ -26,6 +31,7 @@ CONFIGURATIONS = {
         "offset_constraint": "unit_norm",
     },
 }
+DATA = pathlib.Path(__file__).parents[1] / "data"
 IMAGES = suite.random_images((2, 7, 6, 10))
 
 
@@ -126,11 +132,71 @@ def test_equations_by_the_oracle(name, dtype, bound, rng):
         _oracle_weights(layer),
         dilation_rate=layer.dilation_rate,
         offset_groups=layer.offset_groups,
+        offset_scale=layer.offset_scale,
+        norm_axes={"image": (1, 2, 3), "channels": -1}[layer.norm],
+        gain=layer.identity_gain if layer.identity_init else 1,
         gate_scale=2 if layer.identity_init else 1,
     )
     for found, wanted in ((layer(images), expected), (layer.gate(images), gate)):
         error = np.abs(np.asarray(found, "float64") - wanted).max() / np.abs(wanted).max()
         assert error <= bound, error
+
+
+@pytest.mark.parametrize("norm", ["image", "channels"])
+@pytest.mark.parametrize("form", [{}, {"reduction": 0.8}, {"deformable": "dense"}], ids=str)
+def test_a_large_common_offset_loses_no_digits(norm, form, rng):
+    """What all of the norm's inputs share is subtracted before they are squared."""
+    layer = keras_das.DASLayer(norm=norm, **form)
+    images = rng.normal(size=(2, 9, 8, 10)).astype("float32")
+    layer.build(images.shape)
+    suite.randomize_weights(layer)
+    # GELU is the identity up there: deviations of some 0.3 on top of 1000.
+    layer.instance_norm.beta.assign(layer.instance_norm.beta + 1000)
+    layer.deform.offset_kernel.assign(0 * layer.deform.offset_kernel)
+    _, gate = oracle.das_gate(
+        images, _oracle_weights(layer), norm_axes={"image": (1, 2, 3), "channels": -1}[norm]
+    )
+    assert np.abs(np.asarray(layer.gate(images), "float64") - gate).max() < 2e-3
+
+
+def test_the_image_norm_weighs_places_against_each_other(rng):
+    """A gate under the image norm differs between places as a whole; under the channel norm it cannot."""
+    images = rng.normal(size=(1, 9, 8, 10)) * np.linspace(0, 3, 8)[:, None]
+    deviations = {}
+    for norm in ("image", "channels"):
+        layer = keras_das.DASLayer(norm=norm)
+        layer.build(images.shape)
+        suite.randomize_weights(layer, scale=0.1)
+        before = np.log(layer.gate(images) / (1 - layer.gate(images)))  # the argument of the sigmoid
+        deviations[norm] = before.mean(-1).std()
+    assert deviations["image"] > 3 * deviations["channels"]
+
+
+def test_offset_scale_zero_freezes_the_offsets(rng):
+    layer = keras_das.DASLayer(offset_scale=0)
+    layer.build(IMAGES.shape)
+    suite.randomize_weights(layer)
+    offsets, mask = layer.predict_offsets(IMAGES)
+    assert not np.asarray(offsets).any()
+    assert np.asarray(mask).std() > 0
+
+
+def test_configurations_of_earlier_versions_keep_their_meaning():
+    config = keras_das.DASLayer().get_config()
+    for entry in ("norm", "identity_gain", "offset_scale"):
+        del config[entry]
+    layer = keras_das.DASLayer.from_config(config)
+    assert (layer.norm, layer.identity_gain, layer.offset_scale) == ("channels", 1, 1)
+    del (deform := keras_das.DeformableConv2D(4, 3).get_config())["offset_scale"]
+    assert keras_das.DeformableConv2D.from_config(deform).offset_scale == 1
+
+
+def test_files_of_earlier_versions():
+    """A model that version 0.1.0 saved gives the outputs that it computed, to rounding."""
+    expected = np.load(DATA / "expected_0_1.npz")
+    model = keras.saving.load_model(DATA / "model_0_1.keras")
+    np.testing.assert_allclose(model.predict(expected["images"], verbose=0), expected["outputs"], atol=1e-5)
+    assert {layer.norm for layer in model.layers if isinstance(layer, keras_das.DASLayer)} == {"channels"}
 
 
 @pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
@@ -252,6 +318,10 @@ def test_the_samples_follow_the_offsets():
         ({"dilation_rate": (1, 2, 3)}, ["`dilation_rate`", "(1, 2, 3)"]),
         ({"offset_groups": -1}, ["`offset_groups`", "offset_groups=-1"]),
         ({"deformable": "depthwise"}, ["`deformable`", "'depthwise'"]),
+        ({"norm": "layer"}, ["`norm`", "'layer'", '"image" or "channels"']),
+        ({"identity_gain": 0}, ["`identity_gain`", "identity_gain=0"]),
+        ({"identity_gain": float("inf")}, ["`identity_gain`", "inf"]),
+        ({"offset_scale": -1}, ["`offset_scale`", "offset_scale=-1"]),
         ({"data_format": "first"}, ["`data_format`", "'first'"]),
         ({"implementation": "cuda"}, ["`implementation`", "'cuda'"]),
     ],
