@@ -24,6 +24,12 @@ def describe() -> dict:
     }
 
 
+def kind() -> str:
+    """The processor, and whether it has AVX-512: on one kind, a run on one thread is repeated to the digit."""
+    wide = "avx512f" in _first_value("/proc/cpuinfo", "flags").split()
+    return f"{describe()['processor']}, {'with' if wide else 'without'} AVX-512"
+
+
 def measure_rates(threads: int) -> dict | str:
     """Bytes copied and multiply-adds done a second on that many threads, or why that is not known."""
     compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)

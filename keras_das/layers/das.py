@@ -247,19 +247,21 @@ class DASLayer(keras.layers.Layer):
         """
         if not self.built:
             self.build(tuple(inputs.shape))
-        inputs = self._channels_last(inputs)
-        x = self.deform(self._deformable_input(inputs))
-        gate = ops.sigmoid(self._expand_and_normalize(x))
+        gate = ops.sigmoid(self._logits(self._channels_last(inputs)))
         if self.identity_init:
             gate = 2 * gate
         return ops.transpose(gate, (0, 3, 1, 2)) if self.data_format == "channels_first" else gate
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """The argument of the sigmoid in equation 3, channels last."""
+        return self._expand_and_normalize(self.deform(self._deformable_input(x)))
 
     def _deformable_input(self, x: Tensor) -> Tensor:
         """X_c of equation 1, channels last."""
         return ops.gelu(self.instance_norm(self.reduce(self.depthwise(x))), approximate=False)
 
     def _expand_and_normalize(self, x: Tensor) -> Tensor:
-        """The argument of the sigmoid: the norm of `x W`, with as few passes over the C channels as possible.
+        """The norm of `x W`, with as few passes over the C channels as possible.
 
         The mean over channels of `x W` is 0 if each row of W has mean 0, and subtracting the rows' means from
         W is the same as subtracting that mean from `x W`. The variance is then a quadratic form of the C'

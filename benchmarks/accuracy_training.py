@@ -1,0 +1,133 @@
+"""One training of accuracy.py, and what it reports."""
+
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import accuracy_gates
+from accuracy_tasks import Recipe, Split, Task, Trunk
+
+
+class Batches(keras.utils.PyDataset):
+    """Batches of a split in an order, with crops and flips, that the seed and the epoch decide."""
+
+    def __init__(self, split: Split, recipe: Recipe, seed: int) -> None:
+        super().__init__()
+        self.split, self.recipe, self.seed, self.epoch = split, recipe, seed, 0
+        self.on_epoch_end()
+
+    def __len__(self) -> int:
+        return len(self.split.labels) // self.recipe.batch_size
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        size = self.recipe.batch_size
+        chosen = self.order[index * size : (index + 1) * size]
+        images = self.split.images[chosen]
+        if self.recipe.crop:
+            images = _random_crops(images, self.recipe.crop, self.rng)
+        return images.astype("float32"), self.split.labels[chosen]
+
+    def on_epoch_end(self) -> None:
+        self.rng = np.random.default_rng([self.seed, self.epoch])
+        self.order = self.rng.permutation(len(self.split.labels))
+        self.epoch += 1
+
+
+def _random_crops(images: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Crops at random places; every other one is flipped, on average."""
+    spare = images.shape[1] - size
+    cropped = np.empty((len(images), size, size, 3), images.dtype)
+    for image, out in zip(images, cropped, strict=True):
+        top, left = rng.integers(spare + 1, size=2)
+        out[:] = image[top : top + size, left : left + size][:, :: rng.choice((-1, 1))]
+    return cropped
+
+
+def centre(images: np.ndarray, size: int | None) -> np.ndarray:
+    """The images' centres, as the network sees them outside training."""
+    margin = 0 if size is None else (images.shape[1] - size) // 2
+    return images[:, margin : images.shape[1] - margin, margin : images.shape[2] - margin]
+
+
+class _Clock(keras.callbacks.Callback):
+    """The median time of a step, those of the first epoch left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[float] = []
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        self.began = time.perf_counter()
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self.steps.append(time.perf_counter() - self.began)
+
+
+def train(
+    task: Task,
+    attach: Callable[[Trunk], keras.Model],
+    seed: int,
+    data: pathlib.Path | None,
+    weights: pathlib.Path | None,
+) -> dict[str, Any]:
+    """Trains one model, and returns its figures."""
+    keras.utils.set_random_seed(seed)
+    recipe = task.recipe
+    training, test = task.load(data)
+    size = recipe.crop or training.images.shape[1]
+    trunk = task.trunk(size, weights)
+    if recipe.frozen:
+        trunk.model.trainable = False
+        for layer in trunk.model.layers:
+            layer.trainable = False
+    classes = int(training.labels.max()) + 1
+    # Made before the attention, so that with one seed all variants start from the same head.
+    head = keras.layers.Dense(
+        classes, name="classes", kernel_initializer=keras.initializers.GlorotUniform(seed)
+    )
+    model = _classifier(attach(trunk), head)
+    batches, clock = Batches(training, recipe, seed), _Clock()
+    _compile(model, recipe, len(batches))
+    history = model.fit(batches, epochs=recipe.epochs, verbose=2, callbacks=[clock]).history
+    images = centre(test.images, recipe.crop)
+    logits = model.predict(images, batch_size=recipe.batch_size, verbose=0)
+    return {
+        "test_accuracy": float(np.mean(logits.argmax(-1) == test.labels)),
+        "parameters": model.count_params(),
+        "multiply_adds": accuracy_gates.multiply_adds(model),
+        "seconds_per_step": float(np.median(clock.steps[len(batches) :])),
+        "gates": accuracy_gates.describe(model, images, test.boxes),
+        "history": {name: [round(value, 5) for value in values] for name, values in history.items()},
+    }
+
+
+def _classifier(features: keras.Model, head: keras.layers.Layer) -> keras.Model:
+    x = keras.layers.GlobalAveragePooling2D(name="pool")(features.output)
+    return keras.Model(features.input, head(x), name="classifier")
+
+
+def _compile(model: keras.Model, recipe: Recipe, steps: int) -> None:
+    warmup = int(recipe.warmup_epochs * steps)
+    rate = keras.optimizers.schedules.CosineDecay(
+        0.0 if warmup else recipe.learning_rate,
+        recipe.epochs * steps - warmup,
+        warmup_target=recipe.learning_rate if warmup else None,
+        warmup_steps=warmup,
+    )
+    if recipe.optimizer == "sgd":
+        optimizer = keras.optimizers.SGD(rate, momentum=0.9, weight_decay=recipe.weight_decay)
+    else:
+        optimizer = keras.optimizers.AdamW(rate, weight_decay=recipe.weight_decay)
+
+    def loss(labels: Any, logits: Any) -> Any:
+        targets = tf.one_hot(tf.cast(tf.reshape(labels, [-1]), tf.int32), logits.shape[-1])
+        return keras.losses.categorical_crossentropy(
+            targets, logits, from_logits=True, label_smoothing=recipe.label_smoothing
+        )
+
+    model.compile(optimizer, loss, metrics=["sparse_categorical_accuracy"], jit_compile=False)

@@ -1,0 +1,86 @@
+"""Clutter: a digit among fragments of other digits, after the cluttered translated digits of Mnih et al., 2014.
+
+The digits are scikit-learn's (1,797 of 8x8 pixels). Those of the test images are in no training image.
+
+    Reference: Mnih et al., 2014, arXiv 1406.6247, section 4.1.2
+"""
+
+import dataclasses
+
+import numpy as np
+from scipy import ndimage
+
+SIZE = 64
+_FRAGMENT = (0.35, 0.65)  # a fragment's sides over those of the digit that it is cut from
+_TURN = 30.0  # degrees
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """Images with the digit that each shows, and the box around it."""
+
+    images: np.ndarray  # (N, 64, 64, 3), uint8
+    labels: np.ndarray  # (N,)
+    boxes: np.ndarray  # (N, 1, 4): top, left, bottom, right in pixels
+
+
+def load(train: int, test: int, fragments: int, scale: tuple[float, float]) -> tuple[Images, Images]:
+    """The same training and test images at every call.
+
+    Args:
+        train: Number of training images.
+        test: Number of test images.
+        fragments: Fragments in each image.
+        scale: Least and largest factor between the digits' 8x8 pixels and what an image shows.
+    """
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.target))
+    split = len(order) * 2 // 3
+    parts = ((order[:split], train, 1), (order[split:], test, 2))
+    return tuple(
+        _draw(digits.images[chosen] / 16, digits.target[chosen], count, fragments, scale, seed)
+        for chosen, count, seed in parts
+    )
+
+
+def _draw(digits, targets, count, fragments, scale, seed) -> Images:
+    rng = np.random.default_rng(seed)
+    images = np.zeros((count, SIZE, SIZE))
+    labels, boxes = np.zeros(count, "int64"), np.zeros((count, 1, 4))
+    for index in range(count):
+        for digit in digits[rng.integers(len(digits), size=fragments)]:
+            _place(images[index], _cut(_transform(digit, scale, rng), rng), rng)
+        chosen = rng.integers(len(digits))
+        labels[index] = targets[chosen]
+        boxes[index, 0] = _place(images[index], _transform(digits[chosen], scale, rng), rng)
+    grey = (255 * images).astype("uint8")
+    return Images(np.repeat(grey[..., None], 3, axis=-1), labels, boxes)
+
+
+def _transform(digit: np.ndarray, scale: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
+    """The digit turned and enlarged, without the empty rows and columns around it."""
+    factor, angle = rng.uniform(*scale), np.deg2rad(rng.uniform(-_TURN, _TURN))
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) / factor
+    side = int(np.ceil(8 * 1.5 * factor))
+    offset = np.array([3.5, 3.5]) - turn @ np.full(2, (side - 1) / 2)
+    enlarged = ndimage.affine_transform(digit, turn, offset, (side, side), order=1)
+    rows, columns = (np.flatnonzero(enlarged.max(axis) > 0.1) for axis in (1, 0))
+    return enlarged[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def _cut(patch: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A random part of a digit."""
+    size = np.ceil(rng.uniform(*_FRAGMENT, size=2) * patch.shape).astype(int)
+    top, left = (rng.integers(whole - part + 1) for whole, part in zip(patch.shape, size, strict=True))
+    return patch[top : top + size[0], left : left + size[1]]
+
+
+def _place(image: np.ndarray, patch: np.ndarray, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """Draws the patch at a random place, brighter pixels over darker ones, and returns its box."""
+    height, width = patch.shape
+    top, left = rng.integers(SIZE - height + 1), rng.integers(SIZE - width + 1)
+    region = image[top : top + height, left : left + width]
+    np.maximum(region, patch, out=region)
+    return top, left, top + height, left + width
