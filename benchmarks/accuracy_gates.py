@@ -1,6 +1,5 @@
 """What a trained gate does, and what attention costs in multiply-adds."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -9,6 +8,7 @@ import numpy as np
 from scipy import stats
 
 import attention
+from accuracy_tasks import Split
 
 Tensor = Any
 _IMAGES = 256  # what gates are described on
@@ -20,7 +20,8 @@ def describe(model: keras.Model, images: np.ndarray, boxes: np.ndarray | None) -
     chosen = np.random.default_rng(0).permutation(len(images))[:_IMAGES]
     found = keras_das.visualize.gate_inputs(model, images[chosen].astype("float32"))
     inside = None if boxes is None else (boxes[chosen], images.shape[1:3])
-    return [_describe_gate(gate, x, inside) for gate, x in found]
+    gates = keras_das.DASLayer.call  # a control may do something else with the layers of a gate
+    return [_describe_gate(gate, x, inside) for gate, x in found if type(gate).call is gates]
 
 
 def _describe_gate(gate: keras_das.DASLayer, x: Tensor, inside: Any) -> dict[str, Any]:
@@ -42,19 +43,14 @@ def _describe_gate(gate: keras_das.DASLayer, x: Tensor, inside: Any) -> dict[str
     return described
 
 
-def cam_areas(
-    model: keras.Model, layers: Sequence[str], images: np.ndarray, labels: np.ndarray, boxes: np.ndarray
-) -> dict[str, float]:
-    """For each layer, how well Grad-CAM for the true class tells the pixels in a box from the others."""
+def cam_area(model: keras.Model, layer: str, images: np.ndarray, test: Split) -> float:
+    """How well Grad-CAM for the true class tells the pixels in a box from the others."""
     chosen = np.random.default_rng(0).permutation(len(images))[:_CAM_IMAGES]
-    areas = {}
-    for layer in layers:
-        maps = [
-            keras_das.visualize.grad_cam(model, images[i].astype("float32"), layer, int(labels[i]))
-            for i in chosen
-        ]
-        areas[layer] = area_under_curve(np.stack(maps), boxes[chosen], images.shape[1:3])
-    return areas
+    maps = [
+        keras_das.visualize.grad_cam(model, images[i].astype("float32"), layer, int(test.labels[i]))
+        for i in chosen
+    ]
+    return area_under_curve(np.stack(maps), test.boxes[chosen], images.shape[1:3])
 
 
 def area_under_curve(maps: np.ndarray, boxes: np.ndarray, size: tuple[int, int]) -> float:

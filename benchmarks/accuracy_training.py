@@ -90,18 +90,24 @@ def train(
     head = keras.layers.Dense(
         classes, name="classes", kernel_initializer=keras.initializers.GlorotUniform(seed)
     )
-    model = _classifier(attach(trunk), head)
+    features = attach(trunk)
+    model = _classifier(features, head)
     batches, clock = Batches(training, recipe, seed), _Clock()
     _compile(model, recipe, len(batches))
     history = model.fit(batches, epochs=recipe.epochs, verbose=2, callbacks=[clock]).history
     images = centre(test.images, recipe.crop)
     logits = model.predict(images, batch_size=recipe.batch_size, verbose=0)
+    cam = {}
+    if test.boxes is not None:
+        last = features.output._keras_history.operation.name
+        cam = {"cam_auc": accuracy_gates.cam_area(model, last, images, test)}
     return {
         "test_accuracy": float(np.mean(logits.argmax(-1) == test.labels)),
         "parameters": model.count_params(),
         "multiply_adds": accuracy_gates.multiply_adds(model),
-        "seconds_per_step": float(np.median(clock.steps[len(batches) :])),
+        "seconds_per_step": float(np.median(clock.steps[len(batches) :] or clock.steps)),
         "gates": accuracy_gates.describe(model, images, test.boxes),
+        **cam,
         "history": {name: [round(value, 5) for value in values] for name, values in history.items()},
     }
 
