@@ -47,6 +47,9 @@ class Config:
     attention: str = "das"
     identity_init: str = "auto"
     das: dict[str, Any] = dataclasses.field(default_factory=dict)
+    train: str = "all"
+    gate_rate: float = 1.0
+    freeze_batch_norm: bool = False
     # Keras's 0.99 is for long runs: over a few hundred steps its averages would not forget where they began.
     norm_momentum: float = 0.9
     dropout: float = 0.0
@@ -67,6 +70,7 @@ class Config:
     resume: str | None = None
     export: str | None = None
     progress: str = "auto"
+    baseline: str | None = None
 
 
 # The paper (arXiv 2311.12091) follows the comparisons before it: SGD at a rate of 0.1 with momentum 0.9 and
@@ -127,6 +131,7 @@ CHOICES: dict[str, Collection[str]] = {
     "augment": ("auto", "none", "flip", "aerial", "crop", "zoom"),
     "attention": ATTENTIONS.keys(),
     "identity_init": ("auto", "on", "off"),
+    "train": ("all", "gates"),
     "optimizer": ("adamw", "sgd"),
     "schedule": ("cosine", "steps", "constant"),
     "mixed_precision": ("none", "mixed_float16", "mixed_bfloat16"),
@@ -150,6 +155,7 @@ def train(config: Config) -> dict[str, Any]:
     with training.dtype_policy(config.mixed_precision):
         with strategy.scope():
             model = build_model(config, dataset.class_names)
+            _freeze(model, config)
             compile_model(model, config, dataset.splits["train"].count)
         backup = Path(config.resume or output / "backup")
         if chief:
@@ -159,13 +165,14 @@ def train(config: Config) -> dict[str, Any]:
         if config.weights != "none" and not config.resume:
             start = _evaluate(model, dataset, config)
             before["test_accuracy_before"] = scores(start)["test_accuracy"]
-        timer = _fit(model, dataset, config, output, backup, chief)
+        timer, monitor = _fit(model, dataset, config, output, backup, chief)
         print("evaluating on the test split", flush=True)
         confusion = _evaluate(model, dataset, config)
     results = {
         **_describe_run(config, model, dataset),
         **before,
         **timer.figures(),
+        "gate_statistics": {name: [gate._asdict() for gate in of] for name, of in monitor.history.items()},
         **scores(confusion),
         "confusion_matrix": confusion.tolist(),
     }
@@ -188,6 +195,7 @@ def _identity(config: Config, dataset: pipeline.Dataset) -> dict[str, Any]:
         "small_stem",
         "attention",
         "das",
+        "train",
         "data",
         "image_size",
         "batch_size",
@@ -237,6 +245,18 @@ def _classifier(
     return keras.Model(inputs, outputs, name="classifier")
 
 
+def _freeze(model: keras.Model, config: Config) -> None:
+    """Freezes what `config` wants frozen."""
+    if config.train == "gates":
+        if not list(_gates(model)):
+            raise UserError("--train gates needs gates: --attention das")
+        keras_das.freeze_trunk(model)
+    if config.freeze_batch_norm:
+        for layer in model._flatten_layers():
+            if isinstance(layer, keras.layers.BatchNormalization):
+                layer.trainable = False
+
+
 def _holds(path: Path, model: keras.Model) -> bool:
     """Whether a `.keras` file holds a model with as many weights as `model`; others are not looked into."""
     if path.suffix != ".keras" or not path.is_file():
@@ -274,7 +294,7 @@ def _check_class_count(path: Path, source: keras.Model, model: keras.Model) -> N
 def compile_model(model: keras.Model, config: Config, train_count: int) -> None:
     """Set optimizer, loss and accuracy for runs over `train_count` images an epoch."""
     steps = max(1, train_count // config.batch_size)
-    optimizer = training.make_optimizer(config, steps, model.trainable_variables)
+    optimizer = training.make_optimizer(config, steps, model.trainable_variables, list(_gates(model)))
     model.compile(
         optimizer,
         keras.losses.CategoricalCrossentropy(label_smoothing=config.label_smoothing),
@@ -316,10 +336,11 @@ def augmentation(name: str, data_name: str = "") -> list[keras.Layer]:
 
 def _fit(
     model: keras.Model, dataset: pipeline.Dataset, config: Config, output: Path, backup: Path, chief: bool
-) -> training.StepTimer:
+) -> tuple[training.StepTimer, keras_das.visualize.GateMonitor]:
     records: list[keras.callbacks.Callback] = []
     if chief:
         records = training.make_records(output, bool(config.resume))
+    monitor = keras_das.visualize.GateMonitor(_examples(dataset, 16)[0], output / "logs" if chief else None)
     clock, timer = pipeline.EpochClock(config.seed), training.StepTimer()
     classes, splits = len(dataset.class_names), dataset.splits
     layers = augmentation(config.augment, config.data)
@@ -336,10 +357,11 @@ def _fit(
                 timer,
                 # Before the backup: a kill between the two leaves a row too many, which is trimmed later.
                 *records,
+                *([monitor] if list(_gates(model)) else []),
                 training.Backup(backup, writes=chief),
             ],
         )
-    return timer
+    return timer, monitor
 
 
 # The results
@@ -460,6 +482,10 @@ HELP = {
     "weights": "none (train from scratch), imagenet or preset (fine-tune), or a .weights.h5 or .keras file; "
     "attention can be attached to a .keras file of the model without",
     "attention": "DAS gates after each stage, or none",
+    "train": "all weights, or the gates and the head alone, on a trunk that keeps its weights",
+    "gate_rate": "the gates' learning rate over that of the other weights",
+    "freeze_batch_norm": "keep the statistics, scales and shifts of the trunk's batch normalization",
+    "baseline": "folder of another run, whose test accuracy is printed beside this one's",
     "identity_init": "whether gates start at exactly 1; auto: only on trained weights",
     "norm_momentum": "momentum of batch normalisation's moving averages",
     "optimizer": "AdamW, or SGD with momentum 0.9",
@@ -494,6 +520,9 @@ def _report(config: Config) -> None:
         f"(balanced {results['test_balanced_accuracy']:.4f}), "
         f"trained in {results['train_seconds']:.0f} s; results in {output}"
     )
+    if config.baseline:
+        other = json.loads((Path(config.baseline) / "results.json").read_text())
+        print(f"test accuracy {other['test_accuracy']:.4f} of {config.baseline}, for comparison")
 
 
 def main(arguments: list[str] | None = None) -> int:

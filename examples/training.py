@@ -184,39 +184,53 @@ STEP_EPOCHS, STEP_FACTOR = (0.3, 0.6, 0.9), 0.1
 """Schedule `steps`: at these shares of all epochs (30, 60 and 90 of 100) the rate is multiplied by this."""
 
 
-def learning_rate(config: Any, steps: int) -> keras.optimizers.schedules.LearningRateSchedule | float:
-    """The rate by step, for epochs of `steps` steps; `config` is that of an example."""
+def learning_rate(
+    config: Any, rate: float, steps: int
+) -> keras.optimizers.schedules.LearningRateSchedule | float:
+    """A rate by step, for epochs of `steps` steps; `config` is that of an example."""
     if config.schedule == "constant":
-        return config.learning_rate
+        return rate
     if config.schedule == "steps":
         boundaries = [round(share * config.epochs * steps) for share in STEP_EPOCHS]
-        values = [config.learning_rate * STEP_FACTOR**i for i in range(len(boundaries) + 1)]
+        values = [rate * STEP_FACTOR**i for i in range(len(boundaries) + 1)]
         return keras.optimizers.schedules.PiecewiseConstantDecay(boundaries, values)
     warmup = min(round(config.warmup_epochs * steps), config.epochs * steps - 1)
     if not warmup:
-        return keras.optimizers.schedules.CosineDecay(config.learning_rate, config.epochs * steps)
+        return keras.optimizers.schedules.CosineDecay(rate, config.epochs * steps)
     return keras.optimizers.schedules.CosineDecay(
-        0.0, config.epochs * steps - warmup, warmup_target=config.learning_rate, warmup_steps=warmup
+        0.0, config.epochs * steps - warmup, warmup_target=rate, warmup_steps=warmup
     )
 
 
 def make_optimizer(
-    config: Any, steps: int, variables: Sequence[keras.Variable]
+    config: Any, steps: int, variables: Sequence[keras.Variable], gates: Sequence[keras.Layer] = ()
 ) -> keras.optimizers.Optimizer:
     """The optimizer of `variables` by an example's `config`, for epochs of `steps` steps.
 
     Biases and norms do not decay. The optimizer's own variables are made here: TensorFlow traces a step that
     makes variables twice, which for a ResNet-50 is half a minute.
     """
-    rate, clip = learning_rate(config, steps), getattr(config, "clip_norm", None) or None
+    factor = getattr(config, "gate_rate", 1.0)
+    optimizer = _one_optimizer(config, config.learning_rate, steps)
+    if factor != 1 and gates:
+        of_gates = _one_optimizer(config, factor * config.learning_rate, steps)
+        paths = {variable.path for gate in gates for variable in gate.trainable_variables}
+        optimizers = keras.optimizers.OptimizerMap(optimizer, dict.fromkeys(paths, of_gates))
+        optimizer = keras.optimizers.MultiOptimizer(optimizers)
+    optimizer.build(variables)
+    return optimizer
+
+
+def _one_optimizer(config: Any, rate: float, steps: int) -> keras.optimizers.Optimizer:
+    schedule, clip = learning_rate(config, rate, steps), getattr(config, "clip_norm", None) or None
     if config.optimizer == "sgd":
         decay = config.weight_decay or None
-        optimizer = keras.optimizers.SGD(rate, momentum=0.9, weight_decay=decay, global_clipnorm=clip)
+        optimizer = keras.optimizers.SGD(schedule, momentum=0.9, weight_decay=decay, global_clipnorm=clip)
     else:
-        optimizer = keras.optimizers.AdamW(rate, weight_decay=config.weight_decay, global_clipnorm=clip)
+        decay = config.weight_decay
+        optimizer = keras.optimizers.AdamW(schedule, weight_decay=decay, global_clipnorm=clip)
     if config.weight_decay:
         optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
-    optimizer.build(variables)
     return optimizer
 
 

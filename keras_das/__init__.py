@@ -8,6 +8,15 @@ from keras_das import ops, visualize
 from keras_das._version import __version__
 from keras_das.export import export
 from keras_das.layers import DASLayer, DeformableConv2D
-from keras_das.models import attach_das
+from keras_das.models import attach_das, freeze_trunk
 
-__all__ = ["DASLayer", "DeformableConv2D", "__version__", "attach_das", "export", "ops", "visualize"]
+__all__ = [
+    "DASLayer",
+    "DeformableConv2D",
+    "__version__",
+    "attach_das",
+    "export",
+    "freeze_trunk",
+    "ops",
+    "visualize",
+]

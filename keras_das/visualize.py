@@ -35,6 +35,7 @@ Point = tuple[float, float]
 
 _SAMPLING = (DASLayer, DeformableConv2D)
 _DPI = 120
+_IDLE = 0.02  # mean and deviation of a gate that is taken for 1
 
 
 class SamplingPoints(NamedTuple):
@@ -181,6 +182,49 @@ def gate_inputs(model: keras.Model, images: Any) -> list[tuple[DASLayer, Tensor]
     return [(gate, by_gate[id(gate)]) for gate in order]
 
 
+class GateStatistics(NamedTuple):
+    """How a gate's values spread over some images; see `gate_statistics`."""
+
+    name: str
+    mean: float
+    deviation: float
+    deviation_over_place: float
+
+
+def gate_statistics(model: keras.Model, images: Any) -> list[GateStatistics]:
+    """Measures how far each gate of a model selects.
+
+    Args:
+        model: A Keras model.
+        images: A batch of what the model accepts.
+
+    Returns:
+        One `GateStatistics` for each gate, in the order in which the gates run: `name`, the `mean` and the
+        standard `deviation` of all the gate's values, and `deviation_over_place`, the standard deviation over
+        rows and columns of the gate's mean over channels, averaged over the images. Where the last is near
+        0, the gate keeps and drops channels but no places.
+
+    Raises:
+        ValueError: If a gate is called more than once, or not at all.
+
+    Example:
+
+    >>> for gate in keras_das.visualize.gate_statistics(model, images):
+    ...     print(gate.name, round(gate.deviation_over_place, 3))
+    das_p4 0.118
+    das_p5 0.154
+    """
+    return [_statistics(gate, _to_numpy(gate.gate(x))) for gate, x in gate_inputs(model, images)]
+
+
+def _statistics(gate: DASLayer, values: np.ndarray) -> GateStatistics:
+    channels = 3 if gate.data_format == "channels_last" else 1
+    by_place = values.mean(axis=channels).reshape(len(values), -1)
+    return GateStatistics(
+        gate.name, float(values.mean()), float(values.std()), float(by_place.std(axis=1).mean())
+    )
+
+
 def grad_cam(
     model: keras.Model, image: Any, layer: str | keras.layers.Layer, class_index: int | None = None
 ) -> np.ndarray:
@@ -300,7 +344,9 @@ def plot_gates(
 ) -> Any:
     """Draws over each image how much of its feature map each stage's gate keeps (`gate_map`): bright is more.
 
-    A column's colours reach from the least to the greatest value in it, which its title names.
+    The colours reach from 0 to the largest value that the gate can have: 1, or 2 for gates with
+    `identity_init`. A column's title gives the mean of its gate and the deviation over place
+    (`gate_statistics`).
 
     Args:
         model: See `sampling_points`.
@@ -334,22 +380,25 @@ def plot_gates(
     figure = _figure(2.1 * (1 + len(readings[0])), 2.1 * count + 0.4)
     grid = figure.subplots(count, 1 + len(readings[0]), squeeze=False)
     gates = [[_reduced_gate(of.layer, of.inputs, "share") for of in row] for row in readings]
-    ranges = [(float(np.min(column)), float(np.max(column))) for column in zip(*gates, strict=True)]
+    tops = [2 if of.layer.identity_init else 1 for of in readings[0]]
     for number, (row, image) in enumerate(zip(grid, pixels, strict=True)):
         picture = _picture(model, image, None if pictures is None else pictures[number])
         _show_picture(row[0], picture)
         row[0].set_ylabel("" if labels is None else labels[number])
         for column, (axes, reading) in enumerate(zip(row[1:], readings[number], strict=True)):
             _show_picture(axes, picture, gray=True)
-            low, high = ranges[column]
             gate = gates[number][column]
-            _show_map(axes, gate, reading.fields.outputs, cmap="viridis", vmin=low, vmax=high)
+            shown = _show_map(axes, gate, reading.fields.outputs, cmap="viridis", vmin=0, vmax=tops[column])
             if point is not None:
                 _scatter_sizes(axes, reading.at(_check_point(model, image, point)))
             if number == 0:
+                maps = [row[column] for row in gates]
+                spread = np.mean([of.std() for of in maps])
                 axes.set_title(
-                    f"{reading.layer.name}, {gate.shape[0]}x{gate.shape[1]}\n{low:.4f} to {high:.4f}"
+                    f"{reading.layer.name}, {gate.shape[0]}x{gate.shape[1]}\n{np.mean(maps):.2f} ± {spread:.2f}"
                 )
+            if number == count - 1:
+                figure.colorbar(shown, ax=list(grid[:, 1 + column]), orientation="horizontal", shrink=0.8)
     return figure
 
 
@@ -513,6 +562,67 @@ class TensorBoardFigures(keras.callbacks.Callback):
                 f"sampling_points/{name}",
                 plot_sampling_points(self.model, self.images[0], name, point, picture),
             )
+
+
+class GateMonitor(keras.callbacks.Callback):
+    """Measures after each epoch how far a model's gates select, and says at the end which of them do not.
+
+    When training ends, one line names the gates with `identity_init` whose values stayed within 2 % of 1, and
+    what to change.
+
+    Args:
+        images: A batch of what the model accepts, on which the gates are measured.
+        log_dir: TensorBoard's folder for the figures, or `None`. It needs TensorFlow and the package
+            tensorboard. Defaults to `None`.
+
+    Attributes:
+        history: A list for each gate's name, with one `GateStatistics` for each epoch.
+
+    Example:
+
+    >>> monitor = keras_das.visualize.GateMonitor(images[:32])
+    >>> model.fit(images, targets, callbacks=[monitor])
+    >>> monitor.history["das_p5"][-1].deviation_over_place
+    0.154
+    """
+
+    def __init__(self, images: Any, log_dir: str | os.PathLike | None = None):
+        """Keeps the arguments."""
+        super().__init__()
+        if log_dir is not None:
+            import_extra("tensorboard", "viz")
+        self.images, self.log_dir = images, log_dir
+        self.history: dict[str, list[GateStatistics]] = {}
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        """Measures the gates."""
+        measured = gate_statistics(self.model, self.images)
+        for gate in measured:
+            self.history.setdefault(gate.name, []).append(gate)
+        if self.log_dir is not None:
+            _write_scalars(str(self.log_dir), measured, epoch)
+
+    def on_train_end(self, logs: dict | None = None) -> None:
+        """Names the gates that hardly moved."""
+        gates = {gate.name: gate for gate in _of_kind(self.model, (DASLayer,)) if gate.identity_init}
+        latest = [measured[-1] for name, measured in self.history.items() if name in gates]
+        idle = [gate.name for gate in latest if abs(gate.mean - 1) + gate.deviation < _IDLE]
+        if idle:
+            print(
+                f"Gates within {_IDLE:.0%} of 1: {', '.join(idle)}. They select next to nothing. Train longer, "
+                "raise the gates' learning rate or `identity_gain`, or use `identity_init=False`."
+            )
+
+
+def _write_scalars(log_dir: str, measured: Sequence[GateStatistics], epoch: int) -> None:
+    import tensorflow as tf
+
+    writer = tf.summary.create_file_writer(log_dir)
+    with writer.as_default():
+        for gate in measured:
+            for field in gate._fields[1:]:
+                tf.summary.scalar(f"{gate.name}/{field}", getattr(gate, field), step=epoch)
+    writer.close()
 
 
 # What the layers read

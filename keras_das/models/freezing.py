@@ -1,0 +1,52 @@
+"""`freeze_trunk`: train gates and head on a trained network that keeps its weights."""
+
+from typing import Any
+
+import keras
+
+from keras_das.layers import DASLayer
+from keras_das.models.graph import sort_nodes
+
+
+def freeze_trunk(model: keras.Model) -> None:
+    """Freezes the layers that a model's gates depend on, so that gates and head alone are trained.
+
+    A layer is part of the trunk if the input of a gate is computed from it. Gates stay trainable, and so do the
+    layers after the last gate, such as a classifier's head or a detector's feature pyramid. Frozen batch
+    normalization runs in inference mode: its statistics stay as they are, too.
+
+    Call this before `model.compile`. Set `model.trainable = True` to train all layers again.
+
+    Args:
+        model: A functional or sequential model with gates, or a model that contains one, such as a KerasHub
+            or KerasCV classifier or detector on a gated backbone.
+
+    Raises:
+        ValueError: If the model has no gates in a graph of layers.
+
+    Example:
+
+    >>> model = keras_das.attach_das(keras.applications.MobileNetV2())
+    >>> keras_das.freeze_trunk(model)
+    >>> model.compile(keras.optimizers.Adam(1e-3), "sparse_categorical_crossentropy")
+    """
+    if not isinstance(model, keras.Model):
+        raise ValueError(f"`model` must be a Keras model. Received: model={model!r}")
+    graphs = [layer for layer in model._flatten_layers() if isinstance(layer, keras.Function)]
+    nodes = [node for graph in graphs for node in sort_nodes(graph.outputs) if _has_gates(node.operation)]
+    if not nodes:
+        raise ValueError(
+            "`model` must have gates in a graph of layers; see `keras_das.attach_das`. "
+            f"Received: model={model} of class {type(model).__name__}"
+        )
+    for node in sort_nodes(tensor for node in nodes for tensor in node.input_tensors):
+        if not _has_gates(node.operation):
+            node.operation.trainable = False
+
+
+def _has_gates(operation: Any) -> bool:
+    """Whether a layer is a gate, or a model with gates in it."""
+    if isinstance(operation, DASLayer):
+        return True
+    is_model = isinstance(operation, keras.Model)
+    return is_model and any(isinstance(layer, DASLayer) for layer in operation._flatten_layers())
