@@ -5,9 +5,10 @@
     python benchmarks/accuracy.py run grocery --data FOLDER --weights resnet18_imagenet.npz
     python benchmarks/accuracy.py report               # the tables and the plot, from accuracy.jsonl
 
-Each run is a process of its own on one thread: with one seed, all variants see the same images in the same order
-and start from the same trunk and head, and a rerun on the same kind of machine gives the same figures. A finished
-run is a line of the record. What has its line is not run again, so that an interrupted comparison resumes.
+Each run is a process of its own on one thread: with one seed, all variants see the same images in the same
+order and start from the same trunk and head, and a rerun on the same kind of machine gives the same figures.
+A finished run is a line of the record. What has its line is not run again, so that an interrupted comparison
+resumes.
 """
 
 import argparse
@@ -123,7 +124,7 @@ def main() -> int:
     if options.command == "report":
         import accuracy_report
 
-        accuracy_report.write(read_record())
+        accuracy_report.write(read_record(), {name: task.title for name, task in TASKS.items()})
         return 0
     if options.command == "worker":
         work(options.task, options.variant, options.seed, options.data, options.weights)

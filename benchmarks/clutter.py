@@ -1,4 +1,4 @@
-"""Clutter: a digit among fragments of other digits, after the cluttered translated digits of Mnih et al., 2014.
+"""Clutter: a digit among fragments of other digits, after the cluttered digits of Mnih et al., 2014.
 
 The digits are scikit-learn's (1,797 of 8x8 pixels). Those of the test images are in no training image.
 
@@ -11,7 +11,7 @@ import numpy as np
 from scipy import ndimage
 
 SIZE = 64
-_FRAGMENT = (0.35, 0.65)  # a fragment's sides over those of the digit that it is cut from
+_FRAGMENT = (0.3, 0.5)  # a fragment's sides over those of the digit that it is cut from
 _TURN = 30.0  # degrees
 
 

@@ -25,7 +25,7 @@ def describe() -> dict:
 
 
 def kind() -> str:
-    """The processor, and whether it has AVX-512: on one kind, a run on one thread is repeated to the digit."""
+    """The processor, and whether it has AVX-512. On one kind, runs on one thread repeat to the digit."""
     wide = "avx512f" in _first_value("/proc/cpuinfo", "flags").split()
     return f"{describe()['processor']}, {'with' if wide else 'without'} AVX-512"
 

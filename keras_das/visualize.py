@@ -394,9 +394,8 @@ def plot_gates(
             if number == 0:
                 maps = [row[column] for row in gates]
                 spread = np.mean([of.std() for of in maps])
-                axes.set_title(
-                    f"{reading.layer.name}, {gate.shape[0]}x{gate.shape[1]}\n{np.mean(maps):.2f} ± {spread:.2f}"
-                )
+                size = f"{gate.shape[0]}x{gate.shape[1]}"
+                axes.set_title(f"{reading.layer.name}, {size}\n{np.mean(maps):.2f} ± {spread:.2f}")
             if number == count - 1:
                 figure.colorbar(shown, ax=list(grid[:, 1 + column]), orientation="horizontal", shrink=0.8)
     return figure
@@ -609,8 +608,8 @@ class GateMonitor(keras.callbacks.Callback):
         idle = [gate.name for gate in latest if abs(gate.mean - 1) + gate.deviation < _IDLE]
         if idle:
             print(
-                f"Gates within {_IDLE:.0%} of 1: {', '.join(idle)}. They select next to nothing. Train longer, "
-                "raise the gates' learning rate or `identity_gain`, or use `identity_init=False`."
+                f"Gates within {_IDLE:.0%} of 1: {', '.join(idle)}. They select next to nothing. Train "
+                "longer, raise the gates' learning rate or `identity_gain`, or use `identity_init=False`."
             )
 
 

@@ -1,4 +1,4 @@
-"""`attach_das` and `freeze_trunk`: attention gates for KerasHub, KerasCV, `keras.applications` and any functional CNN."""
+"""Attention gates for KerasHub, KerasCV, `keras.applications` and any functional CNN."""
 
 from keras_das.models.attach import attach_das
 from keras_das.models.freezing import freeze_trunk

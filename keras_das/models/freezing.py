@@ -11,8 +11,8 @@ from keras_das.models.graph import sort_nodes
 def freeze_trunk(model: keras.Model) -> None:
     """Freezes the layers that a model's gates depend on, so that gates and head alone are trained.
 
-    A layer is part of the trunk if the input of a gate is computed from it. Gates stay trainable, and so do the
-    layers after the last gate, such as a classifier's head or a detector's feature pyramid. Frozen batch
+    A layer is part of the trunk if the input of a gate is computed from it. Gates stay trainable, and so do
+    the layers after the last gate, such as a classifier's head or a detector's feature pyramid. Frozen batch
     normalization runs in inference mode: its statistics stay as they are, too.
 
     Call this before `model.compile`. Set `model.trainable = True` to train all layers again.
@@ -39,7 +39,7 @@ def freeze_trunk(model: keras.Model) -> None:
             "`model` must have gates in a graph of layers; see `keras_das.attach_das`. "
             f"Received: model={model} of class {type(model).__name__}"
         )
-    for node in sort_nodes(tensor for node in nodes for tensor in node.input_tensors):
+    for node in sort_nodes(tensor for gated in nodes for tensor in gated.input_tensors):
         if not _has_gates(node.operation):
             node.operation.trainable = False
 

@@ -1,19 +1,19 @@
-"""The comparison of attention modules: what it runs and skips, its statistics, and the variants of DAS."""
+"""The comparison of attention modules: what it runs and skips, its tasks, statistics, and variants."""
 
 import json
-import types
 
 import accuracy
-import accuracy_models
+import accuracy_gates
 import accuracy_report
+import accuracy_tasks
+import accuracy_training
+import accuracy_variants
+import clutter
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 
 import keras_das
-from examples import backbones, classify
-from tests.examples.conftest import COLOURS, write_images
 
 
 @pytest.fixture
@@ -26,26 +26,25 @@ def record(tmp_path, monkeypatch):
 def test_what_is_in_the_record_is_not_run_again(record, monkeypatch, capsys):
     started = []
 
-    def start(key, data, threads):
+    def start(key, arguments):
         started.append(key)
-        experiment, variant, seed = key
-        if variant == "se":
-            return None
-        return json.dumps({"experiment": experiment, "variant": variant, "seed": seed, "test_accuracy": 0.5})
+        task, variant, seed = key
+        line = {"task": task, "variant": variant, "seed": seed, "test_accuracy": 0.5}
+        return None if variant == "SE" else json.dumps(line)
 
     monkeypatch.setattr(accuracy, "_start_worker", start)
-    assert accuracy.run("cifar10", ["none", "se"], [0, 1], "folder:x", jobs=2, threads=1) == 2
+    assert accuracy.run("clutter", ["none", "SE"], [0, 1], 2, []) == 2
     assert len(started) == 4
-    assert "('cifar10', 'se', 0): failed" in capsys.readouterr().out
+    assert "('clutter', 'SE', 0): failed" in capsys.readouterr().out
     started.clear()
-    assert accuracy.run("cifar10", ["none", "das"], [0, 1], "folder:x", jobs=1, threads=1) == 0
-    assert started == [("cifar10", "das", 0), ("cifar10", "das", 1)]
+    assert accuracy.run("clutter", ["none", "DAS"], [0, 1], 1, []) == 0
+    assert started == [("clutter", "DAS", 0), ("clutter", "DAS", 1)]
 
 
+@pytest.mark.slow
 def test_a_worker_that_ends_badly_is_no_result(record):
-    assert accuracy._start_worker(("cifar10", "none", 0), "folder:/no/such/folder", 1) is None
-    log = accuracy._folder("cifar10", "none", 0).with_suffix(".log")
-    assert "data folder not found" in log.read_text()
+    assert accuracy._start_worker(("woof", "none", 0), ["--data", "/no/such/folder"]) is None
+    assert "/no/such/folder" in accuracy._log("woof", "none", 0).read_text()
 
 
 def test_paired_interval():
@@ -57,114 +56,149 @@ def test_paired_interval():
     assert accuracy_report.compare({0: 1.0}, base) is None
 
 
-def test_one_run_and_its_report(record, tmp_path, monkeypatch, capfd):
-    for split in ("train", "test"):
-        for name in ("red", "green"):
-            write_images(tmp_path / "images" / split / name, 20, COLOURS[name])
-    data = f"folder:{tmp_path / 'images'}"
-    recipe = {**accuracy.EXPERIMENTS["cifar10"].recipe, "image_size": 16, "epochs": 1, "batch_size": 8}
-    tiny = types.MappingProxyType(
-        {
-            "cifar10": accuracy.Experiment(
-                "Tiny", recipe, {"none": {"attention": "none"}, "das": {"attention": "das"}}, "cifar10/none"
-            ),
-            "finetune": accuracy.Experiment(
-                "On", {**recipe, "weights": "cifar10/none"}, {"das": {"attention": "das"}}, "cifar10/none"
-            ),
-        }
-    )
-    monkeypatch.setattr(accuracy, "EXPERIMENTS", tiny)
-    for experiment, variant in (("cifar10", "none"), ("cifar10", "das"), ("finetune", "das")):
-        accuracy.work(experiment, variant, 0, data)
-        with record.open("a") as file:
-            file.write(capfd.readouterr().out.splitlines()[-1] + "\n")
-    plain, das, tuned = accuracy.read_record()
-    assert tuned["test_accuracy_before"] == plain["test_accuracy"]  # the identity start changes nothing
-    assert das["multiply_adds"] > plain["multiply_adds"] > 0
-    assert [gate["map"] for gate in das["gates"]] == [[16, 16], [8, 8], [4, 4]]
-    assert all(0 <= gate["taps_outside"] <= 1 and 0 < gate["mean"] < 1 for gate in das["gates"])
-    lines = accuracy_report.lines_of(accuracy.read_record(), tiny)
-    assert f"| none | {100 * plain['test_accuracy']:.2f}" in "\n".join(lines)
-    accuracy_report.draw([plain, das], tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").stat().st_size > 5000
+# Tasks
 
 
-# The variants of DAS
+def test_clutter_hides_a_digit_in_its_box():
+    train, test = clutter.load(train=6, test=4, fragments=0, scale=(1.5, 4.0))
+    again, _ = clutter.load(train=6, test=4, fragments=0, scale=(1.5, 4.0))
+    np.testing.assert_array_equal(train.images, again.images)
+    assert train.images.shape == (6, 64, 64, 3)
+    assert train.images.dtype == np.uint8
+    for image, ((top, left, bottom, right),) in zip(test.images, test.boxes.astype(int), strict=True):
+        assert image[top:bottom, left:right].max() > 100
+        image[top:bottom, left:right] = 0
+        assert not image.any()
+    cluttered, _ = clutter.load(train=6, test=0, fragments=24, scale=(1.2, 2.5))
+    assert (cluttered.images > 0).mean() > 2 * (train.images > 0).mean()
+
+
+def test_area_under_the_curve():
+    boxes = np.array([[[0, 0, 4, 4]]])  # the upper left quarter of 8x8 pixels
+    found = np.zeros((1, 4, 4))
+    found[0, :2, :2] = 1
+    assert accuracy_gates.area_under_curve(found, boxes, (8, 8)) == 1
+    assert accuracy_gates.area_under_curve(-found, boxes, (8, 8)) == 0
+    assert accuracy_gates.area_under_curve(0 * found, boxes, (8, 8)) == 0.5
+    assert accuracy_gates.area_under_curve(np.swapaxes(found, 1, 2)[:, ::-1], boxes, (8, 8)) < 0.5
+
+
+def test_crops_are_of_the_image_and_differ():
+    images = np.random.default_rng(0).integers(256, size=(8, 6, 6, 3), dtype="uint8")
+    crops = accuracy_training._random_crops(images, 4, np.random.default_rng(1))
+    assert crops.shape == (8, 4, 4, 3)
+    places = set()
+    for image, crop in zip(images, crops, strict=True):
+        found = [
+            (top, left, flip)
+            for top in range(3)
+            for left in range(3)
+            for flip in (1, -1)
+            if np.array_equal(crop, image[top : top + 4, left : left + 4][:, ::flip])
+        ]
+        places.update(found)
+        assert found
+    assert len(places) > 3
+
+
+# Variants
 
 
 @pytest.fixture
-def make(rng):
-    accuracy_models.register(classify)
+def trunk():
     keras.utils.set_random_seed(0)
-
-    def build(attention):
-        config = classify.Config(backbone="resnet20", image_size=16, attention=attention, identity_init="off")
-        return classify.build_model(config, ("a", "b"))
-
-    return build
+    inputs = keras.Input((16, 16, 3))
+    x = keras.layers.Conv2D(8, 3, 2, activation="relu", name="a")(inputs)
+    x = keras.layers.Conv2D(12, 3, activation="relu", name="b")(x)
+    return accuracy_tasks.Trunk(keras.Model(inputs, x), ["a", "b"])
 
 
-def test_frozen_offsets_stay_at_zero_and_masks_learn(make, rng):
-    model = make("das_frozen")
-    model.compile("sgd", "categorical_crossentropy", jit_compile=False)
-    images = rng.uniform(0, 255, size=(8, 16, 16, 3))
-    model.fit(images, np.eye(2)[np.arange(8) % 2], epochs=2, verbose=0)
-    for gate in accuracy_models.gates_of(model):
-        kernel = np.array(gate.deform.offset_kernel)
-        assert not kernel[..., :18].any()
-        assert not np.array(gate.deform.offset_bias)[:18].any()
-        assert kernel[..., 18:].all()
+def test_all_variants_follow_the_same_layers_and_start_as_the_network_without(trunk, rng):
+    images = rng.uniform(0, 255, (2, 16, 16, 3)).astype("float32")
+    expected = trunk.model.predict(images, verbose=0)
+    for name, attach in accuracy_variants.VARIANTS.items():
+        model = attach(trunk)
+        if name != "none":
+            added = [
+                layer for layer in model.layers if layer.name not in {of.name for of in trunk.model.layers}
+            ]
+            places = [layer.input._keras_history.operation.name for layer in added]
+            assert [place for place in places if place in trunk.stages] == ["a", "b"], name
+        if "paper's gate" not in name:
+            np.testing.assert_array_equal(model(images), expected, err_msg=name)
 
 
-def test_gates_after_every_block(make):
-    assert len(accuracy_models.gates_of(make("das_blocks"))) == 9
-    assert len(accuracy_models.gates_of(make("das"))) == 3
-
-
-def test_norm_over_space_and_channels(rng):
-    layer = accuracy_models.SpatialNormDAS()
-    x = rng.normal(3, 2, size=(2, 6, 5, 4)).astype("float32")
-    layer.build((None, 6, 5, 20))
-    outputs = np.asarray(layer._expand_and_normalize(x))
-    np.testing.assert_allclose(outputs.mean((1, 2, 3)), 0, atol=1e-5)
-    np.testing.assert_allclose(outputs.std((1, 2, 3)), 1, rtol=1e-3)
-    assert np.abs(outputs.mean(3)).max() > 0.01  # not each pixel by itself
-
-
-def test_a_gate_16_times_as_fast(rng):
-    """One step of SGD, alike but for the gain, takes the sigmoid's argument 16 times as far."""
+def test_the_added_control_and_the_pooled_term(rng):
     x = rng.normal(size=(2, 6, 5, 16)).astype("float32")
-    upstream = rng.normal(size=x.shape).astype("float32")
-    moved = []
-    for kind in (keras_das.DASLayer, accuracy_models.GainedDAS):
-        keras.utils.set_random_seed(3)
-        layer = kind(identity_init=True)
+    for kind in (accuracy_variants.Added, accuracy_variants.Pooled):
+        layer = kind(identity_init=True, name="gate")
         layer.build(x.shape)
-        np.testing.assert_array_equal(layer(x), x)
-        with tf.GradientTape() as tape:
-            loss = tf.reduce_sum(layer(x) * upstream)
-        gradients = tape.gradient(loss, layer.trainable_variables)
-        keras.optimizers.SGD(0.01).apply(gradients, layer.trainable_variables)
-        half = np.asarray(layer.gate(x)).astype("float64") / 2
-        moved.append(np.log(half / (1 - half)))
-    assert np.abs(moved[0]).max() > 0.01
-    np.testing.assert_allclose(moved[1], 16 * moved[0], rtol=1e-3, atol=1e-4)
+        for weight in layer.weights:
+            weight.assign(rng.normal(size=weight.shape))
+        logits = np.asarray(layer._logits(x))
+        expected = x + logits if kind is accuracy_variants.Added else x * 2 / (1 + np.exp(-logits))
+        np.testing.assert_allclose(np.asarray(layer(x)), expected, rtol=1e-4, atol=1e-5)
+    pooled = np.maximum(x.mean((1, 2)) @ layer.squeeze.kernel.numpy() + layer.squeeze.bias.numpy(), 0)
+    pooled = pooled @ layer.excite.kernel.numpy() + layer.excite.bias.numpy()
+    without = np.asarray(keras_das.DASLayer._logits(layer, x))
+    np.testing.assert_allclose(logits, without + pooled[:, None, None], rtol=1e-4, atol=1e-5)
 
 
-def test_all_are_attached_to_the_same_places(make):
-    places = {}
-    for name in ("das", "se", "das_spatial_norm", "das_gained"):
-        features = next(layer for layer in make(name).layers if isinstance(layer, keras.Model))
-        kind = keras_das.DASLayer if name.startswith("das") else accuracy_models.attention.LAYERS[name]
-        places[name] = [
-            layer.input._keras_history.operation.name for layer in features.layers if isinstance(layer, kind)
-        ]
-    assert places["das"] == list(backbones.build("resnet20", 16, False).stages) == places["se"]
-    assert places["das"] == places["das_spatial_norm"] == places["das_gained"]
+def test_bounded_offsets(rng):
+    x = rng.normal(size=(2, 6, 5, 16)).astype("float32")
+    layer = accuracy_variants.Bounded(name="gate")
+    layer.build(x.shape)
+    layer.deform.offset_bias.assign(rng.normal(0, 9, layer.deform.offset_bias.shape))
+    offsets, _ = layer.predict_offsets(x)
+    assert 1.5 < np.abs(offsets).max() <= 2
 
 
-def test_multiply_adds_of_resnet20():
-    model = backbones.build("resnet20", 32, pretrained=False).model
-    # 40.6 M in the literature, with shortcuts that cost nothing; ours are two projections of 0.26 M together.
-    assert accuracy_models.multiply_adds(model) == pytest.approx(40.6e6, rel=0.02)
-    assert model.count_params() == pytest.approx(0.27e6, rel=0.03)
+def test_one_run_and_its_report(trunk, rng, tmp_path):
+    split = accuracy_tasks.Split(
+        rng.integers(256, size=(16, 18, 18, 3), dtype="uint8"),
+        np.arange(16) % 2,
+        np.tile([[[2, 2, 9, 9]]], (16, 1, 1)),
+    )
+    recipe = accuracy_tasks.Recipe(1, 8, "sgd", 0.1, 1e-3, warmup_epochs=0.5, label_smoothing=0.1, crop=16)
+    task = accuracy_tasks.Task("Tiny", lambda data: (split, split), lambda *of: trunk, recipe)
+    lines = []
+    for variant in ("none", "DAS"):
+        for seed in (0, 1):
+            figures = accuracy_training.train(task, accuracy_variants.VARIANTS[variant], seed, None, None)
+            lines.append({"task": "tiny", "variant": variant, "seed": seed, "machine": "here", **figures})
+    plain, _, das, _ = lines
+    assert das["multiply_adds"] > plain["multiply_adds"] > 0
+    assert [gate["map"] for gate in das["gates"]] == [[7, 7], [5, 5]]
+    assert all(0 <= gate["auc"] <= 1 and 0 < gate["mean"] < 2 for gate in das["gates"])
+    text = "\n".join(accuracy_report.lines_of(lines, {"tiny": "Tiny"}))
+    assert "### Tiny" in text
+    assert f"| DAS | {np.mean([100 * line['test_accuracy'] for line in lines[2:]]):.2f} ±" in text
+    assert f"| {das['gates'][0]['name']}, 7x7 |" in text
+
+
+def test_a_frozen_trunk_keeps_its_weights(trunk, rng):
+    split = accuracy_tasks.Split(rng.integers(256, size=(8, 16, 16, 3), dtype="uint8"), np.arange(8) % 2)
+    recipe = accuracy_tasks.Recipe(1, 8, "adamw", 1e-2, 1e-3, frozen=True)
+    task = accuracy_tasks.Task("Tiny", lambda data: (split, split), lambda *of: trunk, recipe)
+    kept = []
+
+    def attach(of):
+        kept.append(accuracy_variants.VARIANTS["DAS"](of))
+        return kept[0]
+
+    before = trunk.model.get_layer("a").get_weights()
+    accuracy_training.train(task, attach, 0, None, None)
+    for old, new in zip(before, kept[0].get_layer("a").get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+    gate = next(layer for layer in kept[0].layers if isinstance(layer, keras_das.DASLayer))
+    assert np.abs(np.asarray(gate.layer_norm.gamma)).max() > 0
+
+
+def test_multiply_adds_of_the_small_resnet():
+    model = accuracy_tasks._small_resnet(64, None).model
+    assert model.count_params() == pytest.approx(0.7e6, rel=0.05)
+    stem = 32 * 32 * 27 * 24
+    first = 32 * 32 * 2 * 9 * 24 * 24
+    inputs = model.input
+    upto = keras.Model(inputs, model.get_layer("stage0_out").output)
+    assert accuracy_gates.multiply_adds(upto) == stem + first

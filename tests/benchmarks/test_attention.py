@@ -44,44 +44,24 @@ def test_se(images, rng):
     layer = built(attention.SE(reduction=8), rng)
     w1, b1, w2, b2 = layer.get_weights()
     assert w1.shape == (32, 4)
-    scale = sigmoid(np.maximum(images.mean((1, 2)) @ w1 + b1, 0) @ w2 + b2)
+    scale = 2 * sigmoid(np.maximum(images.mean((1, 2)) @ w1 + b1, 0) @ w2 + b2)
     np.testing.assert_allclose(layer(images), images * scale[:, None, None], rtol=1e-4, atol=1e-5)
 
 
 def test_cbam(images, rng):
     layer = built(attention.CBAM(reduction=8), rng)
     w1, b1, w2, b2, kernel, bias = layer.get_weights()
-    channel = sigmoid(
+    channel = 2 * sigmoid(
         sum(np.maximum(x @ w1 + b1, 0) @ w2 + b2 for x in (images.mean((1, 2)), images.max((1, 2))))
     )
     refined = images * channel[:, None, None]
-    spatial = sigmoid(convolve(pooled(refined, 3), kernel[..., 0]) + bias)
+    spatial = 2 * sigmoid(convolve(pooled(refined, 3), kernel[..., 0]) + bias)
     np.testing.assert_allclose(layer(images), refined * spatial[..., None], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("channels", "size"), [(16, 3), (64, 3), (256, 5)])
-def test_eca_takes_its_window_from_the_channels(channels, size):
-    layer = attention.ECA()
-    layer.build((None, 4, 4, channels))
-    assert layer.neighbours.kernel.shape[0] == size
-
-
-def test_eca(images, rng):
-    layer = built(attention.ECA(), rng)
-    kernel = layer.get_weights()[0][:, 0, 0]
-    scale = sigmoid(np.stack([np.correlate(x, kernel, "same") for x in images.mean((1, 2))]))
-    np.testing.assert_allclose(layer(images), images * scale[:, None, None], rtol=1e-4, atol=1e-5)
-
-
-def test_triplet(images, rng):
-    layer = built(attention.Triplet(), rng)
-    total = 0
-    for axis in (1, 2, 3):
-        kernel, gamma, beta, mean, variance = layer.branches[axis].get_weights()
-        x = convolve(pooled(images, axis), kernel[..., 0])
-        gate = sigmoid((x - mean) / np.sqrt(variance + 1e-5) * gamma + beta)
-        total = total + images * np.expand_dims(gate, axis)
-    np.testing.assert_allclose(layer(images), total / 3, rtol=1e-4, atol=1e-4)
+def test_both_start_at_one(images):
+    for layer in attention.LAYERS.values():
+        np.testing.assert_array_equal(layer()(images), images)
 
 
 @pytest.mark.parametrize("name", attention.LAYERS)
@@ -90,7 +70,7 @@ def test_saves_and_learns(name, images, tmp_path):
     model = keras.Model(inputs, attention.LAYERS[name]()(inputs))
     model.compile("sgd", "mse")
     before = [np.array(weight) for weight in model.trainable_weights]
-    model.fit(images, np.ones_like(images), verbose=0)
+    model.fit(images, np.ones_like(images), epochs=2, verbose=0)  # the first moves what starts at 0 alone
     after = model.trainable_weights
     assert all(np.any(old != np.array(new)) for old, new in zip(before, after, strict=True))
     model.save(tmp_path / "model.keras")
