@@ -415,6 +415,47 @@ def test_on_jax(tmp_path, rng):
 # Figures
 
 
+def gated_by(values):
+    """A model of one gate with the values (h, w, channels), between 0 and 2."""
+    model = keras.Sequential([keras.Input(values.shape), keras_das.DASLayer(identity_init=True, name="gate")])
+    gate = model.layers[0]
+    gate.gate = lambda x: keras.ops.convert_to_tensor(np.broadcast_to(values, x.shape).astype("float32"))
+    return model
+
+
+def test_gate_statistics(rng):
+    values = rng.uniform(0, 2, (4, 6, 3))
+    (found,) = visualize.gate_statistics(gated_by(values), np.ones((2, 4, 6, 3), "float32"))
+    expected = ("gate", values.mean(), values.std(), values.mean(-1).std())
+    assert found._asdict() == pytest.approx(dict(zip(found._fields, expected, strict=True)))
+    first = keras_das.DASLayer(data_format="channels_first", name="first")
+    model = keras.Sequential([keras.Input((3, 4, 6)), first])
+    first.gate = lambda x: keras.ops.convert_to_tensor(np.moveaxis(values, -1, 0)[None].astype("float32"))
+    (found,) = visualize.gate_statistics(model, np.ones((1, 3, 4, 6), "float32"))
+    assert found.deviation_over_place == pytest.approx(values.mean(-1).std())
+
+
+def _epochs(callback, model, count):
+    callback.set_model(model)
+    for epoch in range(count):
+        callback.on_epoch_end(epoch)
+    callback.on_train_end()
+
+
+def test_monitor(rng, capsys, tmp_path):
+    values = rng.uniform(0.5, 1.5, (4, 6, 3))
+    images = np.ones((2, 4, 6, 3), "float32")
+    model = gated_by(values)
+    monitor = visualize.GateMonitor(images, tmp_path)
+    _epochs(monitor, model, 2)
+    assert [gate.deviation for gate in monitor.history["gate"]] == pytest.approx([values.std()] * 2)
+    assert "of 1" not in capsys.readouterr().out
+    assert list(tmp_path.glob("events*"))
+    idle = gated_by(1 + 0.005 * (values - 1))
+    _epochs(visualize.GateMonitor(images), idle, 1)
+    assert "Gates within 2% of 1: gate." in capsys.readouterr().out
+
+
 def test_plot_gates(rng):
     model = attach_das(plain_cnn())
     images = rng.uniform(0, 255, (2, 32, 32, 3)).astype("float32")
@@ -423,9 +464,10 @@ def test_plot_gates(rng):
     assert [axes.get_ylabel() for axes in grid] == ["a", "", "", "b", "", ""]
     assert [axes.get_title() for axes in grid[:3]] == [
         "",
-        "das_p2, 8x8\n1.0000 to 1.0000",
-        "das_p3, 4x4\n1.0000 to 1.0000",
+        "das_p2, 8x8\n1.00 ± 0.00",
+        "das_p3, 4x4\n1.00 ± 0.00",
     ]
+    assert all(axes.images[1].get_clim() == (0, 2) for axes in grid[1:3])
     np.testing.assert_array_equal(grid[2].images[1].get_array(), np.ones((32, 32)))
     (points,) = grid[5].collections
     found = visualize.sampling_points(model, images[1], "das_p3", (16, 12))

@@ -8,18 +8,19 @@ from keras_das.layers import DASLayer
 from keras_das.models.graph import sort_nodes
 
 
-def freeze_trunk(model: keras.Model) -> None:
+def freeze_trunk(model: keras.Model, freeze: bool = True) -> None:
     """Freezes the layers that a model's gates depend on, so that gates and head alone are trained.
 
     A layer is part of the trunk if the input of a gate is computed from it. Gates stay trainable, and so do
     the layers after the last gate, such as a classifier's head or a detector's feature pyramid. Frozen batch
     normalization runs in inference mode: its statistics stay as they are, too.
 
-    Call this before `model.compile`. Set `model.trainable = True` to train all layers again.
+    Call this before `model.compile`.
 
     Args:
         model: A functional or sequential model with gates, or a model that contains one, such as a KerasHub
             or KerasCV classifier or detector on a gated backbone.
+        freeze: `False` makes the trunk trainable again. Defaults to `True`.
 
     Raises:
         ValueError: If the model has no gates in a graph of layers.
@@ -29,6 +30,9 @@ def freeze_trunk(model: keras.Model) -> None:
     >>> model = keras_das.attach_das(keras.applications.MobileNetV2())
     >>> keras_das.freeze_trunk(model)
     >>> model.compile(keras.optimizers.Adam(1e-3), "sparse_categorical_crossentropy")
+    >>> model.fit(images, labels)
+    >>> keras_das.freeze_trunk(model, False)
+    >>> model.compile(keras.optimizers.Adam(1e-5), "sparse_categorical_crossentropy")
     """
     if not isinstance(model, keras.Model):
         raise ValueError(f"`model` must be a Keras model. Received: model={model!r}")
@@ -41,7 +45,8 @@ def freeze_trunk(model: keras.Model) -> None:
         )
     for node in sort_nodes(tensor for gated in nodes for tensor in gated.input_tensors):
         if not _has_gates(node.operation):
-            node.operation.trainable = False
+            for layer in node.operation._flatten_layers():
+                layer.trainable = not freeze
 
 
 def _has_gates(operation: Any) -> bool:

@@ -349,18 +349,40 @@ def test_recipes_are_defaults() -> None:
 
 
 def test_learning_rates() -> None:
-    steps = training.learning_rate(classify.Config(schedule="steps", epochs=100, learning_rate=0.1), 10)
+    steps = training.learning_rate(classify.Config(schedule="steps", epochs=100), 0.1, 10)
     assert [float(steps(step)) for step in (0, 299, 301, 601, 901)] == pytest.approx(
         [0.1, 0.1, 1e-2, 1e-3, 1e-4]
     )
-    cosine = training.learning_rate(
-        classify.Config(schedule="cosine", epochs=10, warmup_epochs=2, learning_rate=0.1), 10
-    )
+    cosine = training.learning_rate(classify.Config(epochs=10, warmup_epochs=2), 0.1, 10)
     assert [float(cosine(step)) for step in (0, 10, 20, 60, 100)] == pytest.approx(
         [0, 0.05, 0.1, 0.05, 0], abs=1e-6
     )
-    short = training.learning_rate(classify.Config(epochs=1, warmup_epochs=5), 1)
+    short = training.learning_rate(classify.Config(epochs=1, warmup_epochs=5), 0.1, 1)
     assert np.isfinite(float(short(1)))
+
+
+def test_gates_alone_and_at_a_rate_of_their_own() -> None:
+    config = classify.Config(
+        backbone="mobilenet_v2", train="gates", gate_rate=4.0, learning_rate=0.1, schedule="constant"
+    )
+    model = classify.build_model(config, ("a", "b"))
+    classify._freeze(model, config)
+    assert {weight.path.split("/")[0][:4] for weight in model.trainable_weights} == {"das_", "clas"}
+    classify.compile_model(model, config, 64)
+    rates = sorted(float(optimizer.learning_rate) for optimizer in model.optimizer.optimizers)
+    assert rates == pytest.approx([0.1, 0.4])
+    with pytest.raises(UserError, match="--train gates"):
+        classify._freeze(classify.build_model(classify.Config(attention="none"), ("a", "b")), config)
+
+
+def test_batch_norms_are_frozen() -> None:
+    config = classify.Config(backbone="resnet18", freeze_batch_norm=True, attention="none")
+    model = classify.build_model(config, ("a", "b"))
+    classify._freeze(model, config)
+    norms = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
+    assert norms
+    assert not any(norm.trainable for norm in norms)
+    assert all(layer.trainable for layer in model._flatten_layers() if isinstance(layer, keras.layers.Conv2D))
 
 
 @pytest.mark.parametrize("small_stem", [False, True])
