@@ -44,7 +44,7 @@ def freeze_trunk(model: keras.Model, freeze: bool = True) -> None:
             f"Received: model={model} of class {type(model).__name__}"
         )
     for node in sort_nodes(tensor for gated in nodes for tensor in gated.input_tensors):
-        if not _has_gates(node.operation):
+        if isinstance(node.operation, keras.Layer) and not _has_gates(node.operation):
             for layer in node.operation._flatten_layers():
                 layer.trainable = not freeze
 
