@@ -112,6 +112,22 @@ COMPILED_CASES = [
 ]
 
 
+def in_turns(cases):
+    """(case, dtype, data format) with each case once: dtypes and data formats take turns."""
+    return [(case, DTYPES[number % 4], DATA_FORMATS[number // 4 % 2]) for number, case in enumerate(cases)]
+
+
+def each_once_fast(cases, dtypes):
+    """Parameters (case, dtype), all of them: dtypes take turns in the fast tier, and the others are slow."""
+    import pytest  # here, for what needs cases without it
+
+    return [
+        pytest.param(case, dtype, marks=() if turn == number % len(dtypes) else pytest.mark.slow)
+        for number, case in enumerate(cases)
+        for turn, dtype in enumerate(dtypes)
+    ]
+
+
 def numpy_dtype(name):
     return np.dtype(getattr(ml_dtypes, name, name))
 
