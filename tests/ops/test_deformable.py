@@ -15,6 +15,7 @@ from tests.ops.op_cases import (
     DTYPES,
     GRADIENT_BOUND,
     HALF_ULP,
+    IMPLEMENTATIONS,
     VALUE_BOUND,
     Case,
     assert_as_expected,
@@ -36,25 +37,33 @@ def test_values_and_gradients(rng, case, dtype, data_format, implementation):
     assert_as_expected(case, tensors, dtype, outputs, gradients)
 
 
-@pytest.mark.parametrize("count", [8, pytest.param(80, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [4, pytest.param(80, marks=pytest.mark.slow)])
 def test_random_choices(rng, count, implementation):
-    """Cases with another dtype, data format and mode than above."""
+    """Cases with another dtype and data format than above."""
     for _ in range(count):
-        of = (CASES, DTYPES, DATA_FORMATS, ("eager", "graph"))
-        case, dtype, data_format, mode = (choices[rng.integers(len(choices))] for choices in of)
+        of = (CASES, DTYPES, DATA_FORMATS)
+        case, dtype, data_format = (choices[rng.integers(len(choices))] for choices in of)
         tensors = draw(case, rng, dtype)
-        print(case, dtype, data_format, mode)  # shown by pytest when the test fails
-        assert_as_expected(case, tensors, dtype, *run(case, tensors, mode, data_format, implementation))
+        print(case, dtype, data_format)  # shown by pytest when the test fails
+        results = run(case, tensors, data_format=data_format, implementation=implementation)
+        assert_as_expected(case, tensors, dtype, *results)
+
+
+def compiled_choices():
+    """Modes take turns as well, so that each dtype and data format is seen in both."""
+    for number, choice in enumerate(in_turns(COMPILED_CASES)):
+        mode = ("graph", "xla")[(number + number // 4) % 2]
+        for implementation in IMPLEMENTATIONS:
+            # XLA takes seconds to compile a case of the reference.
+            is_slow = (mode, implementation) == ("xla", "reference") and number > 4
+            yield pytest.param(*choice, mode, implementation, marks=pytest.mark.slow if is_slow else ())
 
 
 @pytest.mark.parametrize(
-    ("case", "dtype", "data_format", "mode"),
-    # So that each dtype and each data format is seen in both modes.
-    [
-        (*choice, ("graph", "xla")[(number + number // 4) % 2])
-        for number, choice in enumerate(in_turns(COMPILED_CASES))
-    ],
+    ("case", "dtype", "data_format", "mode", "implementation"),
+    compiled_choices(),
     ids=str,
+    indirect=["implementation"],
 )
 def test_compiled(rng, case, dtype, data_format, mode, implementation):
     tensors = draw(case, rng, dtype)
@@ -79,7 +88,7 @@ def test_half_types(rng, case, dtype, implementation):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_full_precision_offsets_keep_their_precision(rng, dtype, implementation):
     """Positions are float32 whatever the pixels are: float32 offsets are not rounded to a half type."""
-    case = Case("", image=(5, 40), padding="same")
+    case = Case("", image=(2, 40), kernel_size=(1, 3), padding="same")
     tensors = draw(case, rng, "float32")
     half = {name: tensors[name].astype(numpy_dtype(dtype)) for name in ("inputs", "kernel", "outputs")}
     tensors = {**tensors, **half}
@@ -90,12 +99,12 @@ def test_full_precision_offsets_keep_their_precision(rng, dtype, implementation)
 
 
 def test_result_dtype(implementation):
-    case = Case("", modulated=False, use_bias=False)
+    case = Case("", image=(1, 1), kernel_size=(1, 1), modulated=False, use_bias=False)
     zeros = {name: np.zeros(shape, "float32") for name, shape in case.shapes.items() if name != "outputs"}
     for inputs, kernel in itertools.product(DTYPES, DTYPES):
-        half = {"inputs": zeros["inputs"].astype(numpy_dtype(inputs))}
-        half["kernel"] = zeros["kernel"].astype(numpy_dtype(kernel))
-        arguments = {**zeros, **half}
+        images = {"inputs": zeros["inputs"].astype(numpy_dtype(inputs))}
+        images["kernel"] = zeros["kernel"].astype(numpy_dtype(kernel))
+        arguments = {**zeros, **images}
         symbols = {name: keras.KerasTensor(a.shape, a.dtype.name) for name, a in arguments.items()}
         for given in (tensors_of(arguments), symbols):
             found = call(given, case, implementation=implementation).dtype

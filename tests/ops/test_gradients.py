@@ -50,14 +50,16 @@ def hessian_times(arguments, upstream, directions, **how):
 
 
 @pytest.mark.parametrize(
-    ("case", "mode"),
+    ("case", "mode", "implementation"),
     [
-        (SECOND[0], "eager"),
-        (SECOND[1], "graph"),
-        (SECOND[1], "xla"),
-        pytest.param(SECOND[0], "xla", marks=pytest.mark.slow),
+        (SECOND[0], "eager", "native"),
+        (SECOND[0], "eager", "reference"),
+        (SECOND[1], "graph", "reference"),
+        pytest.param(SECOND[0], "xla", "native", marks=pytest.mark.slow),
+        pytest.param(SECOND[1], "xla", "reference", marks=pytest.mark.slow),
     ],
     ids=str,
+    indirect=["implementation"],
 )
 def test_second_order_gradients(rng, case, mode, implementation):
     """The kernels' own go through the reference."""
@@ -76,6 +78,9 @@ def test_second_order_gradients(rng, case, mode, implementation):
         )
 
 
+@pytest.mark.parametrize(
+    "implementation", ["reference", pytest.param("native", marks=pytest.mark.slow)], indirect=True
+)
 def test_forward_mode(rng, implementation):
     case = SECOND[0]
     arguments, _ = split_upstream(tensors_of(draw(case, rng, "float64", generic=True)))
