@@ -146,23 +146,31 @@ def check(case, arrays, dtype, mode, data_format, implementation):
 
 @pytest.mark.parametrize(
     ("case", "data_format"),
-    [(case, DATA_FORMATS[number % 2]) for number, case in enumerate(COMPILED_CASES)],
+    [
+        pytest.param(case, DATA_FORMATS[number % 2], marks=pytest.mark.slow if number % 3 else ())
+        for number, case in enumerate(COMPILED_CASES)
+    ],
     ids=str,
 )
 def test_values_and_gradients(rng, case, data_format, implementation):
     check(case, draw(case, rng), "float32", AUTODIFF.modes[0], data_format, implementation)
 
 
-@pytest.mark.parametrize("mode", AUTODIFF.modes)
 @pytest.mark.parametrize(
-    ("dtype", "data_format"),
-    [(dtype, DATA_FORMATS[number % 2]) for number, dtype in enumerate(PRECISIONS)],
+    ("dtype", "data_format", "mode"),
+    [
+        (dtype, DATA_FORMATS[number % 2], AUTODIFF.modes[number % len(AUTODIFF.modes)])
+        for number, dtype in enumerate(PRECISIONS)
+    ],
 )
-def test_dtypes(rng, dtype, mode, data_format, implementation):
+def test_dtypes(rng, dtype, data_format, mode, implementation):
     case = Case("", kernel_size=(1, 2), groups=2, offset_groups=2, padding="same", strides=2)
     check(case, draw(case, rng, dtype), dtype, mode, data_format, implementation)
 
 
+@pytest.mark.parametrize(
+    "implementation", ["reference", pytest.param("native", marks=pytest.mark.slow)], indirect=True
+)
 def test_second_order_gradients(rng, implementation):
     """Against finite differences of the oracle's gradients, in the direction of `directions`."""
     case = Case("", batch=1, image=(4, 5), kernel_size=(1, 2), groups=2, offset_groups=2, padding="same")
@@ -238,7 +246,7 @@ def test_compiled_programs_hold_the_kernels(rng, kernels):
 
 
 @jax_only
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_compiled_or_not_gives_the_same_bits(rng, dtype, kernels):
     case = Case("", padding="same", groups=2, offset_groups=2)
     arguments, upstream = split_upstream(to_tensors(draw(case, rng, dtype)))
@@ -252,7 +260,7 @@ def test_compiled_or_not_gives_the_same_bits(rng, dtype, kernels):
 
 
 @jax_only
-@pytest.mark.parametrize("mode", ["eager", "jit"])
+@pytest.mark.parametrize("mode", ["jit", pytest.param("eager", marks=pytest.mark.slow)])
 def test_vectorized(rng, mode, kernels):
     """`vmap` over feature maps, offsets and masks, with one kernel for all."""
     import jax
@@ -277,6 +285,7 @@ def test_vectorized(rng, mode, kernels):
 
 
 @jax_only
+@pytest.mark.slow
 def test_full_precision(kernels):
     """float64 needs JAX's x64, which a process has from its start or not at all."""
     script = """
