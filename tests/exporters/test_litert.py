@@ -19,6 +19,7 @@ def run(path, images):
     return interpreter.get_tensor(target["index"])
 
 
+@pytest.mark.slow
 def test_resnet18_with_four_gates(resnet18, expected, tmp_path):
     path = tmp_path / "model.tflite"
     keras_das.export(resnet18, path, format="litert")

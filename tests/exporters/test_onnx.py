@@ -26,15 +26,23 @@ def run_only(path, images):
     return run(path, **{name: images})
 
 
-@pytest.fixture
-def operation(tmp_path, rng):
-    """A model that is one operation, its ONNX file, and values for its inputs."""
+@pytest.fixture(scope="module")
+def exported_operation(tmp_path_factory):
+    """A model that is one operation, its ONNX file, and the shapes of its inputs."""
+    rng = np.random.default_rng(4)
     shapes = {"x": (1, 6, 7, 4), "offsets": (1, 6, 7, 18), "mask": (1, 6, 7, 9)}
     x, offsets, mask = (keras.Input(shape[1:], name=name) for name, shape in shapes.items())
     kernel = rng.normal(size=(3, 3, 4, 2)).astype("float32")
     outputs = keras_das.ops.deformable_conv2d(x, kernel, offsets, mask, padding="same")
-    model, path = keras.Model([x, offsets, mask], outputs), tmp_path / "model.onnx"
+    model, path = keras.Model([x, offsets, mask], outputs), tmp_path_factory.mktemp("onnx") / "model.onnx"
     keras_das.export(model, path, format="onnx")
+    return model, path, shapes
+
+
+@pytest.fixture
+def operation(exported_operation, rng):
+    """Model and file, and values for the inputs."""
+    model, path, shapes = exported_operation
     return model, path, {name: rng.normal(size=shape).astype("float32") for name, shape in shapes.items()}
 
 
@@ -47,6 +55,7 @@ def deform_convs(path):
     return [node for node in model.graph.node if node.op_type == "DeformConv"]
 
 
+@pytest.mark.slow
 def test_resnet18_with_four_gates(resnet18, expected, tmp_path):
     path = tmp_path / "model.onnx"
     keras_das.export(resnet18, path, format="onnx")

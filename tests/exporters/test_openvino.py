@@ -20,6 +20,7 @@ def deformable_convolutions(folder):
     return [of for of in operations if of.get_type_name() == "DeformableConvolution"]
 
 
+@pytest.mark.slow
 def test_resnet18_with_four_gates(resnet18, expected, tmp_path):
     folder = tmp_path / "model"
     keras_das.export(resnet18, folder, format="openvino")

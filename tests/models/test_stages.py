@@ -28,18 +28,27 @@ def names(stages):
     return {level: node_of(tensor).operation.name for level, tensor in stages.items()}
 
 
-@pytest.mark.parametrize("application", APPLICATIONS)
+# Squeeze-and-excitation, inverted residual blocks, activations ahead of the sums, no sums.
+QUICK = ("EfficientNetB0", "MobileNetV2", "ResNet50V2", "VGG16")
+
+
+@pytest.mark.parametrize(
+    "application",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in APPLICATIONS],
+)
 def test_applications_of_any_size(application):
     model = getattr(keras.applications, application)(weights=None, include_top=False)
     assert names(find_stages(model)) == stages_of(application)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("application", ["MobileNetV2", "EfficientNetB0"])
 def test_applications_with_their_heads(application):
     model = getattr(keras.applications, application)(weights=None)
     assert names(find_stages(model)) == stages_of(application)
 
 
+@pytest.mark.slow
 def test_shapes_of_stages_whose_names_are_automatic():
     """Squeeze-and-excitation pools to one pixel, which is no level; ConvNeXt's stem is a nested model."""
     for model, channels in [
