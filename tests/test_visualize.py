@@ -295,8 +295,8 @@ def test_gate_map(data_format, rng):
     model = keras.Sequential([keras.Input(shape), pooling, gate])
     randomize(model, rng)
     image = rng.normal(size=shape).astype("float32")
-    tensors = [layer.output for layer in model.layers]
-    before, after = (np.array(x)[0] for x in keras.Model(model.input, tensors)(image[None]))
+    tensors = [pooling.output, gate.output]
+    before, after = (np.array(x)[0] for x in keras.Model(model.inputs, tensors)(image[None]))
     if data_format == "channels_first":
         before, after = (np.moveaxis(x, 0, -1) for x in (before, after))
     values = visualize.gate_map(model, image, "gate", reduce=None)
@@ -362,6 +362,21 @@ def test_grad_cam(data_format, rng):
     assert "call" not in vars(model.get_layer("features"))
 
 
+def test_grad_cam_of_gradients_that_differ_by_place(rng):
+    """A channel's weight is the mean of them."""
+    image = rng.normal(size=(6, 5, 3)).astype("float32")
+    layers = [
+        keras.layers.AveragePooling2D(1, name="features"),
+        keras.layers.Flatten(),
+        keras.layers.Dense(2),
+    ]
+    model = keras.Sequential([keras.Input(image.shape), *layers])
+    by_place = np.reshape(model.layers[-1].get_weights()[0], (6, 5, 3, 2))
+    expected = np.maximum(image @ by_place[..., 1].mean(axis=(0, 1)), 0)
+    found = visualize.grad_cam(model, image, "features", 1)
+    np.testing.assert_allclose(found, expected / expected.max(), rtol=1e-4, atol=1e-5)
+
+
 def test_grad_cam_of_nothing():
     """No pixel speaks for the class: zeros, not 0/0."""
     image = np.zeros((6, 5, 3), "float32") + [0, 0, 1]
@@ -378,7 +393,7 @@ def test_grad_cam_reaches_into_nested_models(rng):
 
 def plain_like(gated):
     """The model without gates, of the same weights; gates that start at 1 change nothing."""
-    plain = plain_cnn()
+    plain = plain_cnn(size=None)
     for layer in plain.layers:
         layer.set_weights(gated.get_layer(layer.name).get_weights())
     return plain
@@ -437,8 +452,8 @@ def test_plot_gates(rng):
 
 
 def test_plot_grad_cam(rng, tmp_path):
-    gated = attach_das(plain_cnn(), at=["relu_1"])
-    image = rng.uniform(-1, 1, (32, 32, 3)).astype("float32")
+    gated = attach_das(plain_cnn(size=None), at=["relu_1"], **SMALL_GATE)
+    image = rng.uniform(-1, 1, (32, 48, 3)).astype("float32")
     models = {"without": (plain_like(gated), "relu_1"), "with DAS": (gated, "das_relu_1")}
     figure = visualize.plot_grad_cam(models, image, class_index=1)
     first, plain, das, _ = figure.axes

@@ -110,7 +110,8 @@ def test_a_short_run(image_folder: MakeFolder, tmp_path: Path) -> None:
     import tensorflow as tf
 
     output, export = tmp_path / "run", tmp_path / "saved_model"
-    results = train(*arguments(image_folder(), output, "--attention", "das", "--export", str(export)))
+    words = ["--attention", "das", "--das", "kernel_size=1", "--augment", "none", "--export", str(export)]
+    results = train(*arguments(image_folder(), output, *words))
     assert json.loads((output / "results.json").read_text()) == results
     assert np.isfinite(results["history"]["loss"]).all()
     assert np.sum(results["confusion_matrix"]) == results["images"]["test"] == 8
@@ -140,15 +141,8 @@ def test_mixed_precision(
     assert model.get_layer("classes").compute_dtype == "float32"
 
 
-@pytest.mark.parametrize(("words", "jit"), [(["--jit", "on"], True), ([], False)])
-def test_xla(
-    words: list[str],
-    jit: bool,
-    image_folder: MakeFolder,
-    tmp_path: Path,
-    model_of: Callable[..., keras.Model],
-) -> None:
-    assert model_of(*arguments(image_folder(), tmp_path / "run", *words)).jit_compile is jit
+def test_xla(image_folder: MakeFolder, tmp_path: Path, model_of: Callable[..., keras.Model]) -> None:
+    assert model_of(*arguments(image_folder(), tmp_path / "run", "--jit", "on")).jit_compile is True
 
 
 @pytest.mark.usefixtures("tiny_network")
@@ -328,9 +322,10 @@ def test_the_script_itself_fails_in_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("tiny_network")
-def test_weights_files(image_folder: MakeFolder, tmp_path: Path) -> None:
+def test_weights_files(tmp_path: Path) -> None:
     path = tmp_path / "first.keras"
-    config, _ = classify.parse_arguments(arguments(image_folder(), tmp_path, "--weights", str(path)))
+    words = ["--weights", str(path), "--das", "kernel_size=1"]
+    config, _ = classify.parse_arguments(arguments(tmp_path, tmp_path, *words))
     first = classify.build_model(dataclasses.replace(config, weights="none"), ("green", "red"))
     randomize(first, np.random.default_rng(0))
     first.save(path)
@@ -439,8 +434,8 @@ def tiny_preset(library: str, folder: Path) -> str:
 @pytest.mark.parametrize(
     ("library", "weights"),
     [
-        ("keras_hub", "none"),
         ("keras_cv", "preset"),
+        pytest.param("keras_hub", "none", marks=pytest.mark.slow),
         pytest.param("keras_hub", "preset", marks=pytest.mark.slow),
         pytest.param("keras_cv", "none", marks=pytest.mark.slow),
     ],
@@ -469,7 +464,8 @@ def test_gates_of_pretrained_backbones_start_at_one(tmp_path: Path) -> None:
 
     def predict(**options: str) -> np.ndarray:
         keras.utils.set_random_seed(0)
-        config = classify.Config(backbone=preset, weights="preset", image_size=32, **options)
+        das = {"kernel_size": 1}
+        config = classify.Config(backbone=preset, weights="preset", image_size=32, das=das, **options)
         model = classify.build_model(config, ("a", "b"))
         features = keras.Model(model.inputs, model.layers[-2].input)
         return features(np.full((1, 32, 32, 3), 99.0, "float32")).numpy()
