@@ -43,7 +43,8 @@ def gated(plain):
 
 
 def gates_of(detector):
-    return [layer for layer in detector.model._flatten_layers() if isinstance(layer, keras_das.DASLayer)]
+    layers = detector.model._flatten_layers()
+    return sorted((of for of in layers if isinstance(of, keras_das.DASLayer)), key=lambda gate: gate.name)
 
 
 def build(library, attach=None, **options):
@@ -113,7 +114,19 @@ def test_training_lowers_the_loss_and_finds_the_box(library, rng):
     np.testing.assert_allclose(best, [16, 32, 80, 96], atol=12)
 
 
-@pytest.mark.parametrize("library", [pytest.param("keras_cv", marks=pytest.mark.slow), "keras_hub"])
+def test_the_predictor_goes_from_pixels_to_boxes(plain, images):
+    found = plain.predictor(SIZE)(images)
+    assert {name: tuple(value.shape) for name, value in found.items()} == {
+        "boxes": (2, 100, 4),
+        "scores": (2, 100),
+        "classes": (2, 100),
+        "count": (2,),
+    }
+    np.testing.assert_array_equal(found["count"], 0)  # no score is above the prior yet
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", detectors.LIBRARIES)
 def test_export_gives_the_same_boxes_without_keras(library, images, tmp_path):
     predictor = build(library, detectors.attach_das(True, {})).predictor(SIZE)
     for layer in predictor._flatten_layers():
