@@ -174,6 +174,7 @@ def _cost(model):
     return sum(_multiply_adds(layer, layer.output.shape[1:-1]) for layer in layers)
 
 
+@pytest.mark.slow
 def test_four_gates_fit_the_budget(capsys):
     """ResNet-50 at 224x224 with a gate after each stage: +2.6 M weights, +11 % multiply-adds at most."""
     from keras_hub.models import ResNetBackbone

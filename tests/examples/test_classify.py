@@ -1,6 +1,7 @@
 import csv
 import dataclasses
 import errno
+import functools
 import json
 import os
 import subprocess
@@ -23,6 +24,7 @@ from .conftest import COLOURS, ROOT, write_images
 
 MakeFolder = Callable[..., Path]
 SCRIPT = str(ROOT / "examples" / "classify.py")
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 SMALL = ["--backbone", "resnet18", "--image-size", "16", "--batch-size", "8", "--progress", "none"]
 SMALL += ["--attention", "none", "--optimizer", "sgd", "--learning-rate", "0.02", "--weight-decay", "0.001"]
 
@@ -277,13 +279,13 @@ def test_a_full_disk_in_the_middle_of_training(image_folder: MakeFolder, tmp_pat
             "--backbone must be one of resnet18, resnet20, resnet50, mobilenet_v2, keras_cv:PRESET",
         ),
         (["--backbone", "keras_hub:/nowhere"], "cannot load backbone keras_hub:/nowhere: "),
-        (["--backbone", "keras_cv:/nowhere"], "cannot load backbone keras_cv:/nowhere: "),
+        slow(["--backbone", "keras_cv:/nowhere"], "cannot load backbone keras_cv:/nowhere: "),
         (["--weights", "nowhere.keras"], "--weights: no such file: nowhere.keras"),
-        (["--weights", "imagenet"], "resnet18 has no ImageNet weights"),
+        slow(["--weights", "imagenet"], "resnet18 has no ImageNet weights"),
         (["--epochs", "0"], "--epochs must be at least 1, not 0"),
         (["--export", "/"], "--export: / is there already and is not a SavedModel"),
-        (["--small-stem", "--backbone", "resnet50"], "--small-stem goes with --backbone resnet18 only"),
-        (
+        slow(["--small-stem", "--backbone", "resnet50"], "--small-stem goes with --backbone resnet18 only"),
+        slow(
             ["--das", "reduction=-1", "--attention", "das"],
             "cannot attach gates to resnet18 --das reduction=-1: ",
         ),
@@ -358,6 +360,7 @@ def test_weights_files(tmp_path: Path) -> None:
         classify.build_model(config, ("green", "red"))
 
 
+@pytest.mark.slow
 def test_the_state_of_another_run_is_refused(
     image_folder: MakeFolder, tmp_path: Path, model_of: Callable[..., keras.Model]
 ) -> None:
@@ -372,6 +375,20 @@ def test_the_state_of_another_run_is_refused(
     with pytest.raises(UserError, match="is not a folder of training state"):
         train(*words[:-1], str(root))
     assert len(list(root.iterdir())) == 3
+
+
+def test_a_state_goes_with_its_run(tmp_path: Path) -> None:
+    state, mine = tmp_path / "state", {"seed": 0, "class_names": ["a", "b"]}
+    training.prepare_backup(state, False, mine)
+    training.prepare_backup(state, True, mine)
+    with pytest.raises(UserError, match=rf"{state} holds a run with seed = 0, this one has 1"):
+        training.prepare_backup(state, True, {**mine, "seed": 1})
+    (state / "latest.weights.h5").touch()
+    training.prepare_backup(state, False, mine)  # a new run empties it
+    assert [path.name for path in state.iterdir()] == ["run.json"]
+    (state / "run.json").rename(state / "thesis.txt")
+    with pytest.raises(UserError, match="is not a folder of training state"):
+        training.prepare_backup(state, True, mine)
 
 
 # Arguments and parts
@@ -403,7 +420,7 @@ def test_learning_rates() -> None:
     assert np.isfinite(float(short(1)))
 
 
-@pytest.mark.parametrize("small_stem", [False, True])
+@pytest.mark.parametrize("small_stem", [slow(False), True])
 def test_resnet18(small_stem: bool) -> None:
     backbone = backbones.build("resnet18", 32, pretrained=False, small_stem=small_stem)
     # He et al. count 11.69 M weights, 0.51 M of them in the head that is left out here.
@@ -451,7 +468,8 @@ def test_backbones_of_other_libraries(library: str, weights: str, tmp_path: Path
     np.testing.assert_array_equal(loaded(pixels), model(pixels))
 
 
-@pytest.mark.parametrize("name", [pytest.param("resnet50", marks=pytest.mark.slow), "mobilenet_v2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet50", "mobilenet_v2"])
 def test_backbones_of_keras_applications(name: str) -> None:
     config = classify.Config(backbone=name, image_size=64, attention="das")
     model = classify.build_model(config, ("a", "b", "c"))

@@ -24,7 +24,7 @@ def small():
         yield
 
 
-@pytest.fixture(scope="module", params=detectors.LIBRARIES)
+@pytest.fixture(scope="module", params=[pytest.param("keras_cv", marks=pytest.mark.slow), "keras_hub"])
 def plain(request, small):
     """A detector without gates."""
     return build(request.param)
