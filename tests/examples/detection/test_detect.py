@@ -175,8 +175,8 @@ def test_boxes_in_pixels_of_the_original_images(coco_folder):
     found = detect.detect(predictor, split, config)
     assert [boxes.image_id for boxes in found] == [truth.image_id for truth in split.truths]
     for boxes in found:
-        np.testing.assert_allclose(boxes.boxes, [[15, 30, 60, 75], [60, 0, 120, 90]])
-        np.testing.assert_allclose(boxes.scores, [0.9, 0.8])
+        np.testing.assert_allclose(boxes.boxes, [[15, 30, 60, 75], [60, 0, 120, 90]], rtol=1e-5)
+        np.testing.assert_allclose(boxes.scores, [0.9, 0.8], rtol=1e-6)
 
 
 @pytest.mark.slow
