@@ -45,6 +45,7 @@ def detector(backbone):
     return model
 
 
+@pytest.mark.slow
 def test_identity(rng):
     base = cv_resnet()
     randomize(base, rng)
@@ -66,8 +67,12 @@ def test_identity_in_a_graph(rng):
 
 def test_each_tap_sees_its_gate_and_those_before(rng):
     base, x = cv_resnet(), images(rng)
+    randomize(base, rng)
     expected = features(base, x)
     gated = attach_das(base, **SMALL_GATE)
+    assert isinstance(gated, keras_cv.models.Backbone)
+    assert gated.pyramid_level_inputs == dict(zip(LEVELS, GATES, strict=True))
+    assert_same(features(gated, x), expected)
     for i, name in enumerate(GATES):
         gate = gated.get_layer(name)
         closed = gate.get_weights()
@@ -124,6 +129,7 @@ def test_detector_trains(rng):
     assert any(moved)
 
 
+@pytest.mark.slow
 def test_file(tmp_path, rng):
     gated = attach_das(cv_resnet(), **SMALL_GATE)
     randomize(gated, rng)
