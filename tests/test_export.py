@@ -44,7 +44,6 @@ def model():
             keras.layers.Conv2D(8, 3, strides=2, padding="same"),
             # Of few taps, which TensorFlow traces in less time.
             keras_das.DASLayer(identity_init=True, kernel_size=1),
-            keras_das.DASLayer(deformable="dense", kernel_size=1, offset_initializer="random_normal"),
             keras_das.DeformableConv2D(6, (2, 1), offset_initializer="random_normal"),
             keras.layers.GlobalAveragePooling2D(),
         ]
