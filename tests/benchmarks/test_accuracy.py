@@ -42,6 +42,7 @@ def test_what_is_in_the_record_is_not_run_again(record, monkeypatch, capsys):
     assert started == [("cifar10", "das", 0), ("cifar10", "das", 1)]
 
 
+@pytest.mark.slow
 def test_a_worker_that_ends_badly_is_no_result(record):
     assert accuracy._start_worker(("cifar10", "none", 0), "folder:/no/such/folder", 1) is None
     log = accuracy._folder("cifar10", "none", 0).with_suffix(".log")
@@ -57,6 +58,7 @@ def test_paired_interval():
     assert accuracy_report.compare({0: 1.0}, base) is None
 
 
+@pytest.mark.slow
 def test_one_run_and_its_report(record, tmp_path, monkeypatch, capfd):
     for split in ("train", "test"):
         for name in ("red", "green"):
