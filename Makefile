@@ -10,7 +10,8 @@ TORCH ?= torch==2.13.0
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 DEMO_MODEL := runs/demo/model.keras
 
-.PHONY: help demo demo-none demo-detect explore test lint suite sanitize cuda test-gpu test-torch docs docs-serve wheel clean
+.PHONY: help demo demo-none demo-detect explore test test-all test-fast test-slow lint sanitize cuda test-gpu test-torch \
+	docs docs-serve wheel clean
 .NOTPARALLEL: # one set-up at a time; what takes long brings its own parallelism
 .DEFAULT_GOAL := help
 
@@ -18,7 +19,7 @@ help: ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 # TensorFlow's fast convolutions for CPUs, which it takes unasked on those with AVX-512 alone.
-demo demo-none demo-detect suite: export TF_ENABLE_ONEDNN_OPTS ?= 1
+demo demo-none demo-detect test-all test-fast test-slow: export TF_ENABLE_ONEDNN_OPTS ?= 1
 
 demo: $(VENV)/.demo $(VENV)/.kernels ## Train a ResNet-50 with DAS gates on aerial photographs, save it, export it, draw figures
 	$(RUN) examples/classify.py $(DEMO) --attention das --identity-init on --output runs/demo --export runs/demo/saved_model
@@ -39,16 +40,25 @@ $(DEMO_MODEL):
 DEMO := --backbone resnet50 --data trees --image-size 64 --epochs 6 --progress bar $(DEMO_ARGS)
 DEMO_DETECT := --backbone resnet18 --data trees --image-size 256 --head-layers 1 --batch-size 4 --epochs 9 --progress bar $(DEMO_ARGS)
 
-test: lint suite ## Lint, type-check and test
+test: lint test-fast ## Lint, type-check, and run the fast tests: every behaviour of the package, in minutes
+
+test-all: lint $(VENV)/.all-kernels ## Lint, type-check, and run all tests
+	$(call pytest)
+
+test-fast: $(VENV)/.all-kernels ## The fast tests alone; for a part of them, and of the other targets' tests: TESTS=tests/layers
+	$(call pytest,-m "not slow")
+
+test-slow: $(VENV)/.all-kernels ## The tests that `make test` leaves out: whole trainings, servers, browsers, wheels
+	$(call pytest,-m slow)
+
+# In the order of the folders: the longest files come first. A part given by TESTS may hold no test of a tier, which
+# pytest reports by its exit status 5.
+pytest = $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(1) $(TESTS) $(if $(TESTS),|| [ $$? = 5 ])
 
 lint: $(VENV)/.test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-
-# In the order of the folders: the trainings of examples come first, and none is left to one process at the end.
-suite: $(VENV)/.test $(VENV)/.all-kernels
-	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 sanitize: $(VENV)/.test ## The kernels' random cases under the address, undefined-behaviour and thread sanitizers
 	$(RUN) -m tests.ops.sanitize
@@ -91,30 +101,39 @@ wheel: $(VENV)/.test ## Build into dist/: source distribution, pure wheel, wheel
 clean: ## Remove environments, caches and build results; runs/ is kept
 	rm -rf $(VENV) $(VENV)-torch build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
+# Warnings of pip and setuptools are left out, errors are shown.
+PIP_INSTALL = -m pip install --quiet --quiet
+announce = @echo 'Installing $(1) into $(VENV); this takes some minutes'
+
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo 'keras_das needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ...' >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(RUN) $(PIP_INSTALL) --upgrade pip
 
 $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
-	$(VENV)/bin/python -m pip install --quiet '$(TENSORFLOW)' -e '.[tf,examples]'
+	$(call announce,TensorFlow and what the examples need)
+	$(RUN) $(PIP_INSTALL) '$(TENSORFLOW)' -e '.[tf,examples]'
 	touch $@
 
 $(VENV)/.demo-detect: $(VENV)/.demo
-	$(VENV)/bin/python -m pip install --quiet '$(TENSORFLOW)' -e '.[tf,hub,examples]'
+	$(call announce,KerasHub)
+	$(RUN) $(PIP_INSTALL) '$(TENSORFLOW)' -e '.[tf,hub,examples]'
 	touch $@
 
 $(VENV)/.explore: $(VENV)/.demo
-	$(VENV)/bin/python -m pip install --quiet '$(TENSORFLOW)' -e '.[tf,examples,explore]'
+	$(call announce,Gradio)
+	$(RUN) $(PIP_INSTALL) '$(TENSORFLOW)' -e '.[tf,examples,explore]'
 	touch $@
 
 $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
-	$(VENV)/bin/python -m pip install --quiet '$(TENSORFLOW)' -e '.[tf,hub,cv,jax,viz,export,examples,explore,dev]'
+	$(call announce,TensorFlow and the test tools)
+	$(RUN) $(PIP_INSTALL) '$(TENSORFLOW)' -e '.[tf,hub,cv,jax,viz,export,examples,explore,dev]'
 	touch $@ $(VENV)/.demo $(VENV)/.demo-detect $(VENV)/.explore
 
 $(VENV)/.docs: pyproject.toml | $(VENV)/bin/python
-	$(VENV)/bin/python -m pip install --quiet -e '.[docs]'
+	$(call announce,the documentation tools)
+	$(RUN) $(PIP_INSTALL) -e '.[docs]'
 	touch $@
 
 # Without a compiler (exit status 1) the reference implementation serves. A build that fails stops the tests, and
@@ -135,5 +154,5 @@ $(VENV)/.all-kernels: $(VENV)/.test $(KERNEL_SOURCES)
 
 $(VENV)-torch/.test: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-torch
-	$(VENV)-torch/bin/python -m pip install --quiet '$(TORCH)' -e . pytest hypothesis ml_dtypes
+	$(VENV)-torch/bin/python $(PIP_INSTALL) '$(TORCH)' -e . pytest hypothesis ml_dtypes
 	touch $@

@@ -21,6 +21,11 @@ DOCUMENTS = [*WITH_CODE, "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/RESULTS.
 _BLOCK = re.compile(
     r"^(?:<!-- no-run: (?P<reason>\S[^\n]*) -->\n)?```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
 )
+# Their code trains, exports to several formats, or builds whole networks.
+_SLOW = {
+    "README.md",
+    *(f"docs/{name}.md" for name in ("attach", "detection", "export", "fine-tune", "index", "visualize")),
+}
 _WITHOUT_PARSER = ("benchmarks/report.py",)  # takes names of files, and no options
 
 
@@ -36,7 +41,14 @@ def blocks(document):
     return [(found["code"], found["reason"]) for found in _BLOCK.finditer(read(document))]
 
 
-@pytest.mark.parametrize("document", [page for page in WITH_CODE if "```py" in read(page)])
+@pytest.mark.parametrize(
+    "document",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] if page in _SLOW else [])
+        for page in WITH_CODE
+        if "```py" in read(page)
+    ],
+)
 def test_code_runs(document, tmp_path, monkeypatch):
     """From the top of a page to its end, in one namespace, in an empty folder."""
     found = blocks(document)

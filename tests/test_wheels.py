@@ -13,6 +13,7 @@ import pytest
 from keras_das.ops import library
 from tests.ops.stand_in import forge
 
+pytestmark = pytest.mark.slow
 REPOSITORY = pathlib.Path(__file__).parents[1]
 PARTS = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "keras_das")
 

@@ -15,6 +15,7 @@ from contenders import dcnv4_op
 FOLDER = pathlib.Path(bench_op.__file__).parent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["in turn", "alone"])
 def test_from_start_to_tables(tmp_path, how):
     """A contender's results are held against the oracle before it is timed; one that is missing is named."""

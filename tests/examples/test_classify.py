@@ -1,5 +1,7 @@
 import csv
+import dataclasses
 import errno
+import functools
 import json
 import os
 import subprocess
@@ -15,12 +17,14 @@ from PIL import Image
 from examples import backbones, classify, figures, training
 from examples.common import UserError
 from tests import processes
+from tests.models.backbones import randomize
 
 from . import tiny
 from .conftest import COLOURS, ROOT, write_images
 
 MakeFolder = Callable[..., Path]
 SCRIPT = str(ROOT / "examples" / "classify.py")
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 SMALL = ["--backbone", "resnet18", "--image-size", "16", "--batch-size", "8", "--progress", "none"]
 SMALL += ["--attention", "none", "--optimizer", "sgd", "--learning-rate", "0.02", "--weight-decay", "0.001"]
 
@@ -45,6 +49,26 @@ def tiny_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backbones, "resnet18", tiny.resnet18)
 
 
+class Built(Exception):
+    """A run has come to its training."""
+
+
+@pytest.fixture
+def model_of(tiny_network: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., keras.Model]:
+    """Lets a run come to its training, and returns the compiled model."""
+
+    def stop(model: keras.Model, *_: object) -> None:
+        raise Built(model)
+
+    def build(*words: str) -> keras.Model:
+        with pytest.raises(Built) as stopped:
+            train(*words)
+        return stopped.value.args[0]
+
+    monkeypatch.setattr(classify, "_fit", stop)
+    return build
+
+
 def rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
@@ -53,6 +77,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 # Real training
 
 
+@pytest.mark.slow
 def test_trees_are_told_from_the_ground(tmp_path: Path) -> None:
     """ResNet-20 from scratch on 32x32 photographs; always answering the larger class scores 0.51."""
     output = tmp_path / "run"
@@ -82,34 +107,44 @@ def test_trees_are_told_from_the_ground(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("tiny_network")
-@pytest.mark.parametrize(("policy", "attention"), [("mixed_float16", "none"), ("mixed_bfloat16", "das")])
-def test_mixed_precision(policy: str, attention: str, image_folder: MakeFolder, tmp_path: Path) -> None:
-    words = ["--mixed-precision", policy, "--attention", attention]
-    results = train(*arguments(image_folder(), tmp_path / "run", *words))
+def test_a_short_run(image_folder: MakeFolder, tmp_path: Path) -> None:
+    """From images to files, on a tiny network; the export serves raw pixels."""
+    import tensorflow as tf
+
+    output, export = tmp_path / "run", tmp_path / "saved_model"
+    words = ["--attention", "das", "--das", "kernel_size=1", "--augment", "none", "--export", str(export)]
+    results = train(*arguments(image_folder(), output, *words))
+    assert json.loads((output / "results.json").read_text()) == results
     assert np.isfinite(results["history"]["loss"]).all()
+    assert np.sum(results["confusion_matrix"]) == results["images"]["test"] == 8
+    assert (results["gates"], results["steps_run"]) == (4, 3)
+    assert (output / "confusion_matrix.png").is_file()
+    assert (output / "gates.png").is_file()
+    assert not (output / "backup").exists()
+    pixels = np.random.default_rng(0).uniform(0, 255, (2, 16, 16, 3)).astype("float32")
+    model = keras.models.load_model(output / "model.keras")
+    served = tf.saved_model.load(str(export)).signatures["serving_default"](tf.constant(pixels))
+    np.testing.assert_allclose(next(iter(served.values())), model(pixels), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("policy", "attention"), [("mixed_float16", "none"), ("mixed_bfloat16", "das")])
+def test_mixed_precision(
+    policy: str,
+    attention: str,
+    image_folder: MakeFolder,
+    tmp_path: Path,
+    model_of: Callable[..., keras.Model],
+) -> None:
+    words = ["--mixed-precision", policy, "--attention", attention]
+    model = model_of(*arguments(image_folder(), tmp_path / "run", *words))
     assert keras.config.dtype_policy().name == "float32"
-    model = keras.models.load_model(tmp_path / "run" / "model.keras")
-    assert model.get_layer("tiny").get_layer("stage1_conv").compute_dtype == policy.removeprefix("mixed_")
+    layers = [layer for layer in model.get_layer("tiny").layers if layer.weights]
+    assert {layer.compute_dtype for layer in layers} == {policy.removeprefix("mixed_")}
     assert model.get_layer("classes").compute_dtype == "float32"
 
 
-@pytest.mark.usefixtures("tiny_network")
-def test_export_serves_raw_pixels(image_folder: MakeFolder, tmp_path: Path) -> None:
-    import tensorflow as tf
-
-    export = tmp_path / "saved_model"
-    train(*arguments(image_folder(), tmp_path / "run", "--export", str(export)))
-    pixels = np.random.default_rng(0).uniform(0, 255, (2, 16, 16, 3)).astype("float32")
-    model = keras.models.load_model(tmp_path / "run" / "model.keras")
-    served = tf.saved_model.load(str(export)).signatures["serving_default"](tf.constant(pixels))
-    np.testing.assert_allclose(
-        next(iter(served.values())), model.predict(pixels, verbose=0), rtol=1e-4, atol=1e-6
-    )
-
-
-@pytest.mark.usefixtures("tiny_network")
-def test_xla(image_folder: MakeFolder, tmp_path: Path) -> None:
-    assert train(*arguments(image_folder(), tmp_path / "run", "--jit", "on"))["jit_compile"] is True
+def test_xla(image_folder: MakeFolder, tmp_path: Path, model_of: Callable[..., keras.Model]) -> None:
+    assert model_of(*arguments(image_folder(), tmp_path / "run", "--jit", "on")).jit_compile is True
 
 
 @pytest.mark.usefixtures("tiny_network")
@@ -121,7 +156,6 @@ def test_images_that_are_read_as_they_are_needed(
 ) -> None:
     root = image_folder()
     monkeypatch.setattr("examples.data.folders.IN_MEMORY_BYTES", 0)
-    train(*arguments(root, tmp_path / "run"))
     for path in (root / "red").iterdir():
         path.write_bytes(path.read_bytes()[:60])
     assert classify.main(arguments(root, tmp_path / "run")) == 1
@@ -143,6 +177,7 @@ training.StepTimer.on_train_batch_end = kill
 """
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_network")
 def test_a_killed_run_continues_as_if_nothing_had_been(image_folder: MakeFolder, tmp_path: Path) -> None:
     root = image_folder({"red": 18, "green": 18})  # 24 of them to train on: 3 steps an epoch
@@ -169,6 +204,7 @@ def test_a_killed_run_continues_as_if_nothing_had_been(image_folder: MakeFolder,
             assert float(other[name]) == pytest.approx(float(one[name]), rel=1e-3, abs=1e-5), name
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_network")
 def test_a_state_cut_short_falls_back_on_the_one_before(image_folder: MakeFolder, tmp_path: Path) -> None:
     state = tmp_path / "state"
@@ -180,6 +216,7 @@ def test_a_state_cut_short_falls_back_on_the_one_before(image_folder: MakeFolder
     assert [row["epoch"] for row in rows(tmp_path / "run" / "history.csv")] == ["0", "1", "2"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_network")
 def test_a_full_disk_loses_nothing(
     image_folder: MakeFolder,
@@ -211,6 +248,7 @@ def test_a_full_disk_loses_nothing(
     assert (tmp_path / "run" / "model.keras").read_bytes() != before
 
 
+@pytest.mark.slow
 def test_a_full_disk_in_the_middle_of_training(image_folder: MakeFolder, tmp_path: Path) -> None:
     limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))"
     words = arguments(image_folder(), tmp_path / "run", epochs=2)
@@ -241,13 +279,13 @@ def test_a_full_disk_in_the_middle_of_training(image_folder: MakeFolder, tmp_pat
             "--backbone must be one of resnet18, resnet20, resnet50, mobilenet_v2, keras_cv:PRESET",
         ),
         (["--backbone", "keras_hub:/nowhere"], "cannot load backbone keras_hub:/nowhere: "),
-        (["--backbone", "keras_cv:/nowhere"], "cannot load backbone keras_cv:/nowhere: "),
+        slow(["--backbone", "keras_cv:/nowhere"], "cannot load backbone keras_cv:/nowhere: "),
         (["--weights", "nowhere.keras"], "--weights: no such file: nowhere.keras"),
-        (["--weights", "imagenet"], "resnet18 has no ImageNet weights"),
+        slow(["--weights", "imagenet"], "resnet18 has no ImageNet weights"),
         (["--epochs", "0"], "--epochs must be at least 1, not 0"),
         (["--export", "/"], "--export: / is there already and is not a SavedModel"),
-        (["--small-stem", "--backbone", "resnet50"], "--small-stem goes with --backbone resnet18 only"),
-        (
+        slow(["--small-stem", "--backbone", "resnet50"], "--small-stem goes with --backbone resnet18 only"),
+        slow(
             ["--das", "reduction=-1", "--attention", "das"],
             "cannot attach gates to resnet18 --das reduction=-1: ",
         ),
@@ -276,6 +314,7 @@ def test_wrong_words(words: list[str]) -> None:
     assert stop.value.code == 2
 
 
+@pytest.mark.slow
 def test_the_script_itself_fails_in_one_line(tmp_path: Path) -> None:
     command = [sys.executable, SCRIPT, *arguments(tmp_path / "nowhere", tmp_path / "run")]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -285,30 +324,32 @@ def test_the_script_itself_fails_in_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("tiny_network")
-def test_weights_files(image_folder: MakeFolder, tmp_path: Path) -> None:
-    root = image_folder()
-    train(*arguments(root, tmp_path / "first"))
-    path = tmp_path / "first" / "model.keras"
-    config, _ = classify.parse_arguments(arguments(root, tmp_path, "--weights", str(path)))
-    first, model = keras.models.load_model(path), classify.build_model(config, ("green", "red"))
+def test_weights_files(tmp_path: Path) -> None:
+    path = tmp_path / "first.keras"
+    words = ["--weights", str(path), "--das", "kernel_size=1"]
+    config, _ = classify.parse_arguments(arguments(tmp_path, tmp_path, *words))
+    first = classify.build_model(dataclasses.replace(config, weights="none"), ("green", "red"))
+    randomize(first, np.random.default_rng(0))
+    first.save(path)
+    model = classify.build_model(config, ("green", "red"))
     first.save_weights(tmp_path / "first.weights.h5")
     pixels = np.full((1, 16, 16, 3), 99.0)
-    np.testing.assert_array_equal(model.predict(pixels, verbose=0), first.predict(pixels, verbose=0))
+    np.testing.assert_array_equal(model(pixels), first(pixels))
 
     config.weights = str(tmp_path / "first.weights.h5")
     again = classify.build_model(config, ("green", "red"))
-    np.testing.assert_array_equal(again.predict(pixels, verbose=0), first.predict(pixels, verbose=0))
+    np.testing.assert_array_equal(again(pixels), first(pixels))
     with pytest.raises(UserError, match="does not fit this model"):
         classify.build_model(config, ("blue", "green", "red"))
     config.attention = "das"
     config.weights = str(path)
     gated = classify.build_model(config, ("green", "red"))  # of the file without gates, which start at 1
     assert gated.count_params() > first.count_params()
-    np.testing.assert_allclose(gated.predict(pixels, verbose=0), first.predict(pixels, verbose=0), rtol=1e-5)
+    np.testing.assert_allclose(gated(pixels), first(pixels), rtol=1e-5)
     gated.save(tmp_path / "gated.keras")
     config.weights, config.identity_init = str(tmp_path / "gated.keras"), "on"
     again = classify.build_model(config, ("green", "red"))
-    np.testing.assert_array_equal(again.predict(pixels, verbose=0), gated.predict(pixels, verbose=0))
+    np.testing.assert_array_equal(again(pixels), gated(pixels))
 
     config.attention = "none"
     config.weights = str(path)
@@ -319,11 +360,13 @@ def test_weights_files(image_folder: MakeFolder, tmp_path: Path) -> None:
         classify.build_model(config, ("green", "red"))
 
 
-@pytest.mark.usefixtures("tiny_network")
-def test_the_state_of_another_run_is_refused(image_folder: MakeFolder, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_state_of_another_run_is_refused(
+    image_folder: MakeFolder, tmp_path: Path, model_of: Callable[..., keras.Model]
+) -> None:
     root, state = image_folder(), tmp_path / "state"
     words = arguments(root, tmp_path / "run", "--resume", str(state))
-    assert script(*words, prelude=kill_at(epoch=0, batch=1)).returncode == -9
+    model_of(*words)  # which has noted whose state it is to be
     with pytest.raises(UserError, match="holds a run with seed = 0, this one has 1"):
         train(*words, "--seed", "1")
     write_images(root / "blue", 9, COLOURS["blue"])
@@ -332,6 +375,20 @@ def test_the_state_of_another_run_is_refused(image_folder: MakeFolder, tmp_path:
     with pytest.raises(UserError, match="is not a folder of training state"):
         train(*words[:-1], str(root))
     assert len(list(root.iterdir())) == 3
+
+
+def test_a_state_goes_with_its_run(tmp_path: Path) -> None:
+    state, mine = tmp_path / "state", {"seed": 0, "class_names": ["a", "b"]}
+    training.prepare_backup(state, False, mine)
+    training.prepare_backup(state, True, mine)
+    with pytest.raises(UserError, match=rf"{state} holds a run with seed = 0, this one has 1"):
+        training.prepare_backup(state, True, {**mine, "seed": 1})
+    (state / "latest.weights.h5").touch()
+    training.prepare_backup(state, False, mine)  # a new run empties it
+    assert [path.name for path in state.iterdir()] == ["run.json"]
+    (state / "run.json").rename(state / "thesis.txt")
+    with pytest.raises(UserError, match="is not a folder of training state"):
+        training.prepare_backup(state, True, mine)
 
 
 # Arguments and parts
@@ -385,7 +442,7 @@ def test_batch_norms_are_frozen() -> None:
     assert all(layer.trainable for layer in model._flatten_layers() if isinstance(layer, keras.layers.Conv2D))
 
 
-@pytest.mark.parametrize("small_stem", [False, True])
+@pytest.mark.parametrize("small_stem", [slow(False), True])
 def test_resnet18(small_stem: bool) -> None:
     backbone = backbones.build("resnet18", 32, pretrained=False, small_stem=small_stem)
     # He et al. count 11.69 M weights, 0.51 M of them in the head that is left out here.
@@ -413,8 +470,15 @@ def tiny_preset(library: str, folder: Path) -> str:
     return f"{library}:{folder}"
 
 
-@pytest.mark.parametrize("library", ["keras_hub", "keras_cv"])
-@pytest.mark.parametrize("weights", ["none", "preset"])
+@pytest.mark.parametrize(
+    ("library", "weights"),
+    [
+        ("keras_cv", "preset"),
+        pytest.param("keras_hub", "none", marks=pytest.mark.slow),
+        pytest.param("keras_hub", "preset", marks=pytest.mark.slow),
+        pytest.param("keras_cv", "none", marks=pytest.mark.slow),
+    ],
+)
 def test_backbones_of_other_libraries(library: str, weights: str, tmp_path: Path) -> None:
     preset = tiny_preset(library, tmp_path / "preset")
     config = classify.Config(backbone=preset, weights=weights, image_size=32)
@@ -422,16 +486,17 @@ def test_backbones_of_other_libraries(library: str, weights: str, tmp_path: Path
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert len(list(classify._gates(loaded))) == 4
-    pixels = np.random.default_rng(0).uniform(0, 255, (1, 32, 32, 3))
-    np.testing.assert_array_equal(loaded.predict(pixels, verbose=0), model.predict(pixels, verbose=0))
+    pixels = np.random.default_rng(0).uniform(0, 255, (1, 32, 32, 3)).astype("float32")
+    np.testing.assert_array_equal(loaded(pixels), model(pixels))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet50", "mobilenet_v2"])
 def test_backbones_of_keras_applications(name: str) -> None:
     config = classify.Config(backbone=name, image_size=64, attention="das")
     model = classify.build_model(config, ("a", "b", "c"))
     assert len(list(classify._gates(model))) == 4
-    assert model(np.zeros((1, 64, 64, 3))).shape == (1, 3)
+    assert model.output_shape == (None, 3)
 
 
 def test_gates_of_pretrained_backbones_start_at_one(tmp_path: Path) -> None:
@@ -439,10 +504,11 @@ def test_gates_of_pretrained_backbones_start_at_one(tmp_path: Path) -> None:
 
     def predict(**options: str) -> np.ndarray:
         keras.utils.set_random_seed(0)
-        config = classify.Config(backbone=preset, weights="preset", image_size=32, **options)
+        das = {"kernel_size": 1}
+        config = classify.Config(backbone=preset, weights="preset", image_size=32, das=das, **options)
         model = classify.build_model(config, ("a", "b"))
         features = keras.Model(model.inputs, model.layers[-2].input)
-        return features.predict(np.full((1, 32, 32, 3), 99.0), verbose=0)
+        return features(np.full((1, 32, 32, 3), 99.0, "float32")).numpy()
 
     plain = predict(attention="none")
     assert np.ptp(plain) > 0

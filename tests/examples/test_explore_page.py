@@ -16,6 +16,7 @@ from tests.examples import toys
 playwright = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("gradio")
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 PATIENCE = 120_000

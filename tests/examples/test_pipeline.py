@@ -1,3 +1,5 @@
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -48,8 +50,14 @@ def test_an_epoch_holds_every_image_once(kind: str) -> None:
     np.testing.assert_array_equal(labels, np.eye(CLASSES)[order % CLASSES])
 
 
-@pytest.mark.parametrize("kind", ["array", "stream"])
-@pytest.mark.parametrize("augment", classify.CHOICES["augment"])
+QUICK = [("array", "none"), ("stream", "crop"), ("array", "zoom")]
+ALL = itertools.product(("array", "stream"), classify.CHOICES["augment"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "augment"),
+    [pytest.param(*pair, marks=[] if pair in QUICK else [pytest.mark.slow]) for pair in ALL],
+)
 def test_seed_and_epoch_decide_all(kind: str, augment: str) -> None:
     keras.utils.set_random_seed(0)  # the seed that TensorFlow treats in a way of its own
     layers = classify.augmentation(augment)

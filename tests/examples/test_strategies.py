@@ -80,11 +80,13 @@ def assert_same(found: dict, expected: dict) -> None:
     assert found["confusion_matrix"] == expected["confusion_matrix"]
 
 
+@pytest.mark.slow
 def test_two_devices_train_as_one(one_and_two: list[dict]) -> None:
     one, two = one_and_two
     assert_same(two, one)
 
 
+@pytest.mark.slow
 def test_two_machines_train_as_one_even_if_one_is_killed(
     start: Callable[..., subprocess.Popen], one_and_two: list[dict]
 ) -> None:

@@ -77,6 +77,7 @@ def test_a_set_without_a_train_split() -> None:
         tfds_source.slices(builder)
 
 
+@pytest.mark.slow
 def test_training_with_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backbones, "resnet18", tiny.resnet18)
     arguments = ["--recipe", "stanford_dogs", "--backbone", "resnet18", "--attention", "none"]

@@ -90,6 +90,7 @@ def test_classes_are_balanced_and_every_split_is_worth_having(patches: list[tree
         assert np.mean(labels) == pytest.approx(0.5, abs=0.03)
 
 
+@pytest.mark.slow
 def test_patches_are_the_same_each_time(
     photographs: list[aerial.Photograph], patches: list[trees.Patch]
 ) -> None:

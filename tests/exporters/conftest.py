@@ -1,4 +1,4 @@
-"""A ResNet-18 with four gates, and images of several sizes with what Keras makes of them."""
+"""Models to export, and images of several sizes with what Keras makes of them."""
 
 import keras
 import numpy as np
@@ -31,7 +31,7 @@ def expected(resnet18):
 
 
 def many_convolutions():
-    """Deformable convolutions of every kind, on images of any size."""
+    """Deformable convolutions of every kind and a gate, on images of any size; how many there are."""
     uniform = keras.initializers.RandomUniform(-0.5, 0.5)
     kinds = [
         {"strides": 2, "padding": "same"},  # how it pads depends on the size
@@ -44,7 +44,8 @@ def many_convolutions():
     for kind in kinds:
         arguments = {"filters": 8, "kernel_size": 3, "offset_initializer": uniform, **kind}
         layers.append(keras_das.DeformableConv2D(**arguments))
-    return keras.Sequential([*layers, keras.layers.GlobalAveragePooling2D()]), len(kinds)
+    layers.append(keras_das.DASLayer(kernel_size=1, offset_initializer=uniform))
+    return keras.Sequential([*layers, keras.layers.GlobalAveragePooling2D()]), len(kinds) + 1
 
 
 def assert_close(found, wanted):

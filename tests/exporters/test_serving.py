@@ -19,6 +19,7 @@ from tests.exporters.test_saved_model import NAMES, classifier, encode, top
 from tests.models.backbones import randomize
 from tests.ops.test_library import needs_compiler
 
+pytestmark = pytest.mark.slow
 SOURCE = Path(__file__).with_name("serve.cc")
 NAMED = 5
 SIZE = (96, 128)

@@ -99,8 +99,9 @@ def test_without_it_all_but_the_inputs_gradient_is_the_same(rng):
                 np.testing.assert_array_equal(other_gradients[name], gradients[name], err_msg=name)
 
 
-@pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16"])
-@pytest.mark.parametrize("jit_compile", [False, True], ids=["graph", "xla"])
+@pytest.mark.parametrize(
+    ("policy", "jit_compile"), [("float32", True), ("mixed_float16", False), ("mixed_bfloat16", True)]
+)
 def test_models_train(rng, policy, jit_compile):
     layers = [
         keras_das.DASLayer(reduction=0.5, implementation="native", dtype=policy),

@@ -1,5 +1,7 @@
 """What every layer of the package must stand: one check each, run over many configurations."""
 
+import inspect
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -18,11 +20,24 @@ def randomize_weights(layer, seed=11, scale=0.3):
 
 
 def check_config_round_trip(layer):
+    """Every argument of the constructor arrives under its own name."""
     rebuilt = type(layer).from_config(layer.get_config())
     assert rebuilt.get_config() == layer.get_config()
+    for name in inspect.signature(type(layer)).parameters.keys() - {"kwargs"}:
+        given, found = (keras.saving.serialize_keras_object(getattr(of, name)) for of in (layer, rebuilt))
+        assert found == given, name
     registered = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(layer))
     assert type(registered) is type(layer)
     assert registered.get_config() == layer.get_config()
+
+
+def check_regularizers_and_constraints(layer):
+    """Each weight has those of its kind, and no other has any."""
+    kinds = {"kernel": "kernel", "offset_kernel": "offset", "bias": "bias"}
+    for weight in layer.trainable_weights:
+        for what in ("regularizer", "constraint"):
+            wanted = getattr(layer, f"{kinds.get(weight.name)}_{what}", None)
+            assert getattr(weight, what) is wanted, (weight.path, what)
 
 
 def check_symbolic_call_agrees(layer, images):
@@ -71,10 +86,10 @@ def check_every_weight_learns(layer, images):
         assert np.abs(np.asarray(gradient, "float32")).max() > 0, weight.path
 
 
-def check_fits(layer, images, jit_compile, run_eagerly=False):
-    """`model.fit` lowers the loss in every mode."""
+def check_fits(layer, images, jit_compile):
+    """`model.fit` lowers the loss."""
     model = keras.Sequential([keras.Input(images.shape[1:]), layer, keras.layers.GlobalAveragePooling2D()])
-    model.compile(keras.optimizers.Adam(1e-2), "mse", jit_compile=jit_compile, run_eagerly=run_eagerly)
+    model.compile(keras.optimizers.Adam(1e-2), "mse", jit_compile=jit_compile)
     targets = random_images((len(images), model.output_shape[-1]), seed=13)
     losses = model.fit(images, targets, epochs=6, batch_size=len(images), verbose=0).history["loss"]
     assert np.isfinite(losses).all()

@@ -52,14 +52,20 @@ def test_config(layer):
     suite.check_config_round_trip(layer)
 
 
+def test_regularizers_and_constraints(layer):
+    suite.check_regularizers_and_constraints(layer)
+
+
 def test_symbolic_call(layer):
     suite.check_symbolic_call_agrees(layer, IMAGES)
 
 
+@pytest.mark.parametrize("make_layer", ["grouped", "dense", "channels wide"], indirect=True)
 def test_modes(layer):
     suite.check_modes_agree(layer, IMAGES, 1e-5)
 
 
+@pytest.mark.parametrize("make_layer", ["default", "dense", "plain"], indirect=True)
 def test_save(layer, tmp_path):
     suite.check_saves_and_loads(layer, IMAGES, tmp_path)
 
@@ -68,25 +74,29 @@ def test_every_weight_learns(layer):
     suite.check_every_weight_learns(layer, IMAGES)
 
 
+@pytest.mark.parametrize("make_layer", ["default", "dense"], indirect=True)
 def test_empty_batch(layer):
     suite.check_empty_batch(layer, IMAGES)
 
 
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize(
+    ("make_layer", "policy"),
+    [("default", "mixed_float16"), ("dense", "mixed_bfloat16"), ("wide", "mixed_bfloat16")],
+    indirect=["make_layer"],
+)
 def test_mixed_precision(make_layer, policy):
     suite.check_mixed_precision(make_layer, IMAGES, policy)
 
 
+@pytest.mark.parametrize("make_layer", ["grouped", "dense", "plain"], indirect=True)
 def test_channels_first(make_layer):
     suite.check_channels_first(make_layer, IMAGES)
 
 
-@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
-@pytest.mark.parametrize("identity_init", [False, True])
-def test_fit(mode, identity_init):
-    layer = keras_das.DASLayer(identity_init=identity_init)
-    images = suite.random_images((4, 6, 6, 5))
-    suite.check_fits(layer, images, jit_compile=mode == "xla", run_eagerly=mode == "eager")
+@pytest.mark.slow
+@pytest.mark.parametrize("jit_compile", [False, True], ids=["graph", "xla"])
+def test_fit(jit_compile):
+    suite.check_fits(keras_das.DASLayer(), suite.random_images((4, 6, 6, 5)), jit_compile)
 
 
 def _oracle_weights(layer):
@@ -118,10 +128,12 @@ def _oracle_weights(layer):
     return weights
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
 # Layer norm divides rounding errors by what may be a small deviation. In float64 the largest of them is
 # that of `tf.nn.gelu`, whose square root of 2 has the digits of float32.
-@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-4), ("float64", 1e-6)])
+@pytest.mark.parametrize(
+    ("name", "dtype", "bound"),
+    [*((name, "float64", 1e-6) for name in CONFIGURATIONS), ("default", "float32", 1e-4)],
+)
 def test_equations_by_the_oracle(name, dtype, bound, rng):
     layer = keras_das.DASLayer(**CONFIGURATIONS[name], dtype=dtype)
     images = rng.normal(size=(2, 9, 8, 10)).astype(dtype)
@@ -209,11 +221,14 @@ def test_quantized_model(rng):
     np.testing.assert_allclose(model.predict(images, verbose=0), expected, atol=0.1 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "mixed_float16", "mixed_bfloat16"])
-def test_identity_start_changes_no_bit(dtype, rng):
+@pytest.mark.parametrize(
+    ("dtype", "jit_compile"),
+    [("float32", True), ("float64", False), ("mixed_float16", False), ("mixed_bfloat16", True)],
+)
+def test_identity_start_changes_no_bit(dtype, jit_compile, rng):
     layer = keras_das.DASLayer(identity_init=True, dtype=dtype)
     images = tf.cast(rng.normal(0, 100, size=(2, 9, 8, 10)), layer.compute_dtype)
-    for function in (layer, tf.function(layer), tf.function(layer, jit_compile=True)):
+    for function in (layer, tf.function(layer, jit_compile=jit_compile)):
         np.testing.assert_array_equal(np.asarray(function(images)), np.asarray(images))
     np.testing.assert_array_equal(np.asarray(layer.gate(images)), 1)
 
@@ -260,6 +275,7 @@ def test_one_initializer_gives_each_weight_its_own_numbers():
     assert np.abs(pointwise - expand).max() > 0
 
 
+@pytest.mark.parametrize("make_layer", ["default"], indirect=True)
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (2, 1), (3, 3), (64, 33)])
 def test_image_sizes(size, layer):
     images = suite.random_images((1, *size, 10))

@@ -52,14 +52,20 @@ def test_config(layer):
     suite.check_config_round_trip(layer)
 
 
+def test_regularizers_and_constraints(layer):
+    suite.check_regularizers_and_constraints(layer)
+
+
 def test_symbolic_call(layer):
     suite.check_symbolic_call_agrees(layer, IMAGES)
 
 
+@pytest.mark.parametrize("make_layer", ["strided", "grouped"], indirect=True)
 def test_modes(layer):
     suite.check_modes_agree(layer, IMAGES, 1e-5)
 
 
+@pytest.mark.parametrize("make_layer", ["depthwise", "plain"], indirect=True)
 def test_save(layer, tmp_path):
     suite.check_saves_and_loads(layer, IMAGES, tmp_path)
 
@@ -68,15 +74,21 @@ def test_every_weight_learns(layer):
     suite.check_every_weight_learns(layer, IMAGES)
 
 
+@pytest.mark.parametrize("make_layer", ["default", "plain"], indirect=True)
 def test_empty_batch(layer):
     suite.check_empty_batch(layer, IMAGES)
 
 
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize(
+    ("make_layer", "policy"),
+    [("strided", "mixed_float16"), ("grouped", "mixed_bfloat16")],
+    indirect=["make_layer"],
+)
 def test_mixed_precision(make_layer, policy):
     suite.check_mixed_precision(make_layer, IMAGES, policy)
 
 
+@pytest.mark.parametrize("make_layer", ["strided", "grouped", "plain"], indirect=True)
 def test_channels_first(make_layer):
     padding = make_layer().padding
     if isinstance(padding, str):
@@ -85,11 +97,11 @@ def test_channels_first(make_layer):
         suite.check_channels_first(lambda **more: make_layer(padding=padding, **more), IMAGES)
 
 
-@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
-def test_fit(mode):
+@pytest.mark.slow
+@pytest.mark.parametrize("jit_compile", [False, True], ids=["graph", "xla"])
+def test_fit(jit_compile):
     layer = keras_das.DeformableConv2D(4, 3, padding="same", activation="relu")
-    images = suite.random_images((4, 6, 6, 3))
-    suite.check_fits(layer, images, jit_compile=mode == "xla", run_eagerly=mode == "eager")
+    suite.check_fits(layer, suite.random_images((4, 6, 6, 3)), jit_compile)
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
@@ -157,14 +169,6 @@ def test_mask_of_the_input_ends_here():
     masked._keras_mask = tf.ones((2, 7, 6), "bool")
     outputs = keras_das.DeformableConv2D(4, 3)(masked)
     assert getattr(outputs, "_keras_mask", None) is None
-
-
-def test_regularizers_count():
-    layer = keras_das.DeformableConv2D(
-        2, 3, kernel_regularizer="l2", offset_regularizer="l2", offset_initializer="ones"
-    )
-    layer(IMAGES)
-    assert len(layer.losses) == 2
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,16 @@ def _is_lowered_to_convolution(layer, images):
     return "convolution" in function.experimental_get_compiler_ir(images)(stage="hlo")
 
 
-@pytest.mark.parametrize("kernel_size", [(3, 3), (1, 3), (2, 2), (5, 4), (1, 1)])
-@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize(
+    ("kernel_size", "dtype"),
+    [
+        ((3, 3), "float32"),
+        ((1, 3), "float16"),
+        ((2, 2), "bfloat16"),
+        ((5, 4), "float64"),
+        ((1, 1), "float32"),
+    ],
+)
 def test_agrees_with_tensorflow(kernel_size, dtype, rng):
     layer = DepthwiseConv2D(kernel_size, padding="same", use_bias=False, dtype=dtype)
     images, upstream = (tf.cast(rng.normal(size=(3, 7, 5, 6)), dtype) for _ in range(2))

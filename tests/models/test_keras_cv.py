@@ -45,6 +45,7 @@ def detector(backbone):
     return model
 
 
+@pytest.mark.slow
 def test_identity(rng):
     base = cv_resnet()
     randomize(base, rng)
@@ -56,6 +57,7 @@ def test_identity(rng):
     assert_same(features(gated, x), features(base, x))
 
 
+@pytest.mark.slow
 def test_identity_in_a_graph(rng):
     base = cv_resnet()
     randomize(base, rng)
@@ -65,16 +67,23 @@ def test_identity_in_a_graph(rng):
 
 def test_each_tap_sees_its_gate_and_those_before(rng):
     base, x = cv_resnet(), images(rng)
+    randomize(base, rng)
     expected = features(base, x)
-    for i, level in enumerate(LEVELS):
-        gated = attach_das(base, at=level, **SMALL_GATE)
-        open_gates(gated.layers, rng)
+    gated = attach_das(base, **SMALL_GATE)
+    assert isinstance(gated, keras_cv.models.Backbone)
+    assert gated.pyramid_level_inputs == dict(zip(LEVELS, GATES, strict=True))
+    assert_same(features(gated, x), expected)
+    for i, name in enumerate(GATES):
+        gate = gated.get_layer(name)
+        closed = gate.get_weights()
+        open_gates([gate], rng)
         changed = {
             name
             for name, value in features(gated, x).items()
             if not np.array_equal(value.numpy(), expected[name].numpy())
         }
         assert changed == {"output", *LEVELS[i:]}
+        gate.set_weights(closed)
 
 
 def test_a_tap_left_on_the_gated_layer_is_found(monkeypatch):
@@ -91,6 +100,7 @@ def test_a_tap_left_on_the_gated_layer_is_found(monkeypatch):
         attach_das(cv_resnet(), **SMALL_GATE)
 
 
+@pytest.mark.slow
 def test_classifier_trains(rng):
     base = cv_resnet()
     before = weights_of(base)
@@ -104,6 +114,7 @@ def test_classifier_trains(rng):
         assert not np.array_equal(gated.get_layer(name).deform.get_weights()[0], old[0])
 
 
+@pytest.mark.slow
 def test_detector_trains(rng):
     gated = attach_das(cv_resnet(input_shape=(64, 64, 3)), at="P3", **SMALL_GATE)
     model = detector(gated)
@@ -118,6 +129,7 @@ def test_detector_trains(rng):
     assert any(moved)
 
 
+@pytest.mark.slow
 def test_file(tmp_path, rng):
     gated = attach_das(cv_resnet(), **SMALL_GATE)
     randomize(gated, rng)
@@ -128,6 +140,7 @@ def test_file(tmp_path, rng):
     assert_same(features(loaded, x), features(gated, x))
 
 
+@pytest.mark.slow
 def test_classifier_file(tmp_path, rng):
     classifier = keras_cv.models.ImageClassifier(attach_das(cv_resnet(), **SMALL_GATE), num_classes=3)
     classifier.save(tmp_path / "classifier.keras")

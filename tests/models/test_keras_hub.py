@@ -33,7 +33,14 @@ def detector(backbone):
     return keras_hub.models.RetinaNetObjectDetector(pyramid, num_classes=2, pre_logits_num_conv_layers=1)
 
 
-@pytest.mark.parametrize("arguments", [{}, {"use_pre_activation": True}, {"dtype": "mixed_bfloat16"}])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"dtype": "mixed_bfloat16"},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"use_pre_activation": True}, marks=pytest.mark.slow),
+    ],
+)
 def test_identity(arguments, rng):
     base = hub_resnet(**arguments)
     randomize(base, rng)
@@ -48,6 +55,7 @@ def test_identity(arguments, rng):
     assert gated.dtype_policy == base.dtype_policy
 
 
+@pytest.mark.slow
 def test_identity_in_a_graph(rng):
     base = hub_resnet()
     randomize(base, rng)
@@ -58,15 +66,18 @@ def test_identity_in_a_graph(rng):
 def test_each_tap_sees_its_gate_and_those_before(rng):
     base, x = hub_resnet(), images(rng)
     expected = features(base, x)
-    for i, level in enumerate(LEVELS):
-        gated = attach_das(base, at=level, **SMALL_GATE)
-        open_gates(gated.layers, rng)
+    gated = attach_das(base, **SMALL_GATE)
+    for i, name in enumerate(GATES):
+        gate = gated.get_layer(name)
+        closed = gate.get_weights()
+        open_gates([gate], rng)
         changed = {
             name
             for name, value in features(gated, x).items()
             if not np.array_equal(value.numpy(), expected[name].numpy())
         }
         assert changed == {"output", *LEVELS[i:]}
+        gate.set_weights(closed)
 
 
 def test_a_tap_named_by_its_layer_is_gated(rng):
@@ -95,6 +106,7 @@ def test_backbone_without_taps():
     assert gated.pyramid_outputs == {}
 
 
+@pytest.mark.slow
 def test_classifier_trains(rng):
     base = hub_resnet()
     before = weights_of(base)
@@ -111,6 +123,7 @@ def test_classifier_trains(rng):
         assert not np.array_equal(gated.get_layer(name).deform.get_weights()[0], old[0])
 
 
+@pytest.mark.slow
 def test_detector_trains(rng):
     gated = attach_das(hub_resnet(image_shape=(64, 64, 3)), at="P3", **SMALL_GATE)
     model = detector(gated)
@@ -139,6 +152,7 @@ def test_file(tmp_path, rng):
     assert_same(features(loaded, x), features(gated, x))
 
 
+@pytest.mark.slow
 def test_detector_file(tmp_path, rng):
     model = detector(attach_das(hub_resnet(image_shape=(64, 64, 3)), **SMALL_GATE))
     model.save(tmp_path / "detector.keras")
@@ -179,6 +193,7 @@ def test_preset_in_another_precision_and_shape(tmp_path):
     assert loaded.get_layer("das_p5").deform.dtype_policy.name == "mixed_bfloat16"
 
 
+@pytest.mark.slow
 def test_task_preset(tmp_path, rng):
     from keras_das.models.keras_hub import DASImageClassifier
 

@@ -1,7 +1,7 @@
 """Saved models in a fresh process, where of the libraries of models only `keras_das` has been imported."""
 
+import collections
 import copy
-import textwrap
 
 import keras
 import numpy as np
@@ -39,54 +39,64 @@ def saved(base, folder, rng):
     return gated
 
 
-def test_keras_hub(tmp_path, rng):
+START = """
+import sys
+import numpy as np, keras, {imports}
+folder = sys.argv[1]
+"""
+FILE = """
+assert not {{"keras_hub", "keras_cv"}} & set(sys.modules)
+model = keras.saving.load_model(folder + "/gated.keras")
+check(model)
+import {library}
+assert isinstance(model, {library}.models.Backbone)
+"""
+HUB_PRESET = """
+import keras_hub
+check(keras_hub.models.ImageClassifier.from_preset(folder, num_classes=3).backbone)
+"""
+CV_PRESET = """
+import keras_cv
+check(keras_cv.models.Backbone.from_preset(folder))
+"""
+
+
+@pytest.mark.parametrize(
+    ("imports", "load"),
+    [
+        ("keras_das.models", HUB_PRESET),
+        pytest.param("keras_das.models", FILE.format(library="keras_hub"), marks=pytest.mark.slow),
+        pytest.param("keras_hub, keras_das.models", HUB_PRESET, marks=pytest.mark.slow),
+    ],
+    ids=["preset", "file", "preset, the library first"],
+)
+def test_keras_hub(imports, load, tmp_path, rng):
     saved(hub_resnet(), tmp_path, rng).save_to_preset(str(tmp_path))
-    start = """
-        import sys
-        import numpy as np, keras, {imports}
-        folder = sys.argv[1]
-    """
-    preset = """
-        import keras_hub
-        check(keras_hub.models.ImageClassifier.from_preset(folder, num_classes=3).backbone)
-    """
-    file = """
-        assert not {"keras_hub", "keras_cv"} & set(sys.modules)
-        model = keras.saving.load_model(folder + "/gated.keras")
-        check(model)
-        import keras_hub
-        assert isinstance(model, keras_hub.models.FeaturePyramidBackbone)
-    """
-    start, preset, file = map(textwrap.dedent, (start, preset, file))
-    run(start.format(imports="keras_das.models") + CHECK + file, tmp_path)
-    run(start.format(imports="keras_das.models") + CHECK + preset, tmp_path)
-    run(start.format(imports="keras_hub, keras_das.models") + CHECK + preset, tmp_path)
+    run(START.format(imports=imports) + CHECK + load, tmp_path)
 
 
-def test_keras_cv(tmp_path, rng):
+@pytest.mark.slow
+@pytest.mark.parametrize("load", [FILE.format(library="keras_cv"), CV_PRESET], ids=["file", "preset"])
+def test_keras_cv(load, tmp_path, rng):
     gated = saved(cv_resnet(), tmp_path, rng)
     from keras_cv.src.utils.preset_utils import save_to_preset
 
     save_to_preset(gated, str(tmp_path))
-    start = """
-        import sys
-        import numpy as np, keras, keras_das.models
-        folder = sys.argv[1]
-    """
-    preset = """
-        import keras_cv
-        check(keras_cv.models.Backbone.from_preset(folder))
-    """
-    file = """
-        assert not {"keras_hub", "keras_cv"} & set(sys.modules)
-        model = keras.saving.load_model(folder + "/gated.keras")
-        check(model)
-        import keras_cv
-        assert isinstance(model, keras_cv.models.Backbone)
-    """
-    start, preset, file = map(textwrap.dedent, (start, preset, file))
-    run(start + CHECK + file, tmp_path)
-    run(start + CHECK + preset, tmp_path)
+    run(START.format(imports="keras_das.models") + CHECK + load, tmp_path)
+
+
+def test_the_stand_in_answers_for_the_class():
+    """By a class of Python's own in place of a backbone."""
+    registry.register_lazily("collections", "OrderedDict", library="nothing")
+    try:
+        stand_in = keras.saving.get_registered_object("keras_das>OrderedDict")
+    finally:
+        del keras.saving.get_custom_objects()["keras_das>OrderedDict"]
+    assert (stand_in.__module__, stand_in.__name__) == ("collections", "OrderedDict")
+    assert issubclass(stand_in, collections.OrderedDict)
+    assert stand_in == collections.OrderedDict
+    assert stand_in not in (dict, list)
+    assert stand_in.fromkeys("a") == {"a": None}
 
 
 def test_missing_library_is_named(monkeypatch):

@@ -1,5 +1,7 @@
 """Where `attach_das` finds the stages of models that do not name them."""
 
+import functools
+
 import keras
 import pytest
 
@@ -28,18 +30,27 @@ def names(stages):
     return {level: node_of(tensor).operation.name for level, tensor in stages.items()}
 
 
-@pytest.mark.parametrize("application", APPLICATIONS)
+# Inverted residual blocks, activations ahead of the sums, no sums.
+QUICK = ("MobileNetV2", "ResNet50V2", "VGG16")
+
+
+@pytest.mark.parametrize(
+    "application",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in APPLICATIONS],
+)
 def test_applications_of_any_size(application):
     model = getattr(keras.applications, application)(weights=None, include_top=False)
     assert names(find_stages(model)) == stages_of(application)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("application", ["MobileNetV2", "EfficientNetB0"])
 def test_applications_with_their_heads(application):
     model = getattr(keras.applications, application)(weights=None)
     assert names(find_stages(model)) == stages_of(application)
 
 
+@pytest.mark.slow
 def test_shapes_of_stages_whose_names_are_automatic():
     """Squeeze-and-excitation pools to one pixel, which is no level; ConvNeXt's stem is a nested model."""
     for model, channels in [
@@ -54,6 +65,17 @@ def test_shapes_of_stages_whose_names_are_automatic():
 @pytest.mark.parametrize("size", [32, None])
 def test_plain(data_format, size):
     assert names(find_stages(plain_cnn(data_format, size))) == {"P2": "relu_0", "P3": "relu_1"}
+
+
+def test_a_product_does_not_end_a_stage():
+    """That of squeeze-and-excitation, here after the last residual sum."""
+    convolution = functools.partial(keras.layers.Conv2D, 4, 3, padding="same")
+    image = keras.Input((64, 64, 3))
+    x = convolution(strides=4)(image)
+    x = keras.layers.Add(name="sum")([x, convolution()(x)])
+    scale = keras.layers.GlobalAveragePooling2D(keepdims=True)(x)
+    x = convolution(strides=2, name="deeper")(keras.layers.Multiply()([x, scale]))
+    assert names(find_stages(keras.Model(image, x))) == {"P2": "sum", "P3": "deeper"}
 
 
 def test_several_outputs_and_a_second_input():

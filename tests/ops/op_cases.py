@@ -89,7 +89,15 @@ CASES = [
     Case("plain_no_bias", modulated=False, use_bias=False, strides=2),
     Case("kernel1x1", kernel_size=(1, 1)),
     Case("kernel2x3", kernel_size=(2, 3), padding="same", strides=2, offset_groups=2),
-    Case("kernel5x5", kernel_size=(5, 5), padding="same", dilation_rate=(1, 2), channels=2, filters=3),
+    Case(
+        "kernel5x5",
+        image=(4, 6),
+        kernel_size=(5, 5),
+        padding="same",
+        dilation_rate=(1, 2),
+        channels=2,
+        filters=3,
+    ),
     Case("one_pixel", image=(1, 1), padding="same"),
     Case("one_row", image=(1, 7), kernel_size=(1, 3), channels=1, filters=1, batch=3),
     Case("wide_padding", image=(2, 3), padding=((4, 4), (4, 4)), kernel_size=(2, 2)),
@@ -110,6 +118,22 @@ COMPILED_CASES = [
     Case("one_pixel", image=(1, 1), kernel_size=(2, 1), padding="same"),
     Case("empty_batch", batch=0, kernel_size=(1, 2)),
 ]
+
+
+def in_turns(cases):
+    """(case, dtype, data format) with each case once: dtypes and data formats take turns."""
+    return [(case, DTYPES[number % 4], DATA_FORMATS[number // 4 % 2]) for number, case in enumerate(cases)]
+
+
+def each_once_fast(cases, dtypes):
+    """Parameters (case, dtype), all of them: dtypes take turns in the fast tier, and the others are slow."""
+    import pytest  # here, for what needs cases without it
+
+    return [
+        pytest.param(case, dtype, marks=() if turn == number % len(dtypes) else pytest.mark.slow)
+        for number, case in enumerate(cases)
+        for turn, dtype in enumerate(dtypes)
+    ]
 
 
 def numpy_dtype(name):

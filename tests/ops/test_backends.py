@@ -16,12 +16,13 @@ SCRIPT = pathlib.Path(__file__).with_name("backend_check.py")
 BACKEND = "jax" if keras.backend.backend() == "tensorflow" else keras.backend.backend()
 
 
+@pytest.mark.parametrize("tier", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backend", [BACKEND])
-def test_backend(backend):
+def test_backend(backend, tier):
     if importlib.util.find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(SCRIPT)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", tier, str(SCRIPT)],
         env={**os.environ, "KERAS_BACKEND": backend},
         cwd=SCRIPT.parents[2],
         capture_output=True,

@@ -1,5 +1,7 @@
 """Where samples meet the edge of the image, whole pixels, and numbers that are not finite."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -13,7 +15,7 @@ from tests.ops.op_cases import (
     relative_error,
     split_upstream,
 )
-from tests.ops.tf_harness import run
+from tests.ops.tf_harness import run, runner
 
 STEP = 1e-4  # shorter than the way from any coordinate below to the next kink
 SIZE = 13
@@ -75,39 +77,50 @@ def test_gradients_across_the_edge_are_the_oracles(rng, implementation):
 
 FAR = [1e30, 3e38, -1e9, -3e38, 2.0**31, -(2.0**63), np.inf, -np.inf]
 
+SMALL = {"image": (5, 6), "filters": 4, "kernel_size": (1, 2), "padding": "same", "offset_groups": 2}
+DEPTHWISE, DENSE = Case("depthwise", groups=4, **SMALL), Case("dense", **SMALL)
+everywhere = pytest.mark.parametrize(
+    ("case", "mode"), [(DEPTHWISE, "eager"), (DENSE, "eager"), (DEPTHWISE, "xla")], ids=str
+)
+compiled_once = functools.cache(runner)  # for all tests, whose cases are few
+
 
 @pytest.mark.parametrize(
-    ("dtype", "mode"),
-    [("float32", "eager"), ("float64", "eager"), ("bfloat16", "eager"), ("float32", "xla")],
+    ("case", "mode", "dtype"),
+    [
+        (DEPTHWISE, "eager", "bfloat16"),
+        (DEPTHWISE, "eager", "float32"),
+        (DENSE, "eager", "float32"),
+        (DENSE, "eager", "float64"),
+        (DEPTHWISE, "xla", "float64"),
+    ],
+    ids=str,
 )
-def test_far_away_is_zero(rng, dtype, mode, implementation):
-    case = Case("", image=(9, 9), kernel_size=(1, 1), offset_groups=2)
+def test_far_away_is_zero(rng, case, mode, dtype, implementation):
     tensors = draw(case, rng, dtype)
     far = rng.uniform(size=tensors["offsets"].shape) < 0.3
     tensors["offsets"][far] = rng.choice(FAR, size=far.sum())
-    outputs, gradients = run(case, tensors, mode, implementation=implementation)
+    outputs, gradients = compiled_once(case, mode, implementation=implementation)(tensors)
     wanted, wanted_gradients = expected(case, tensors)
     assert relative_error(outputs, wanted) <= VALUE_BOUND[dtype]
     for name, gradient in gradients.items():
         assert relative_error(gradient, wanted_gradients[name]) <= GRADIENT_BOUND[dtype], name
-    off = far.reshape(*far.shape[:3], 2, 2).any(-1)
+    off = far.reshape(*far.shape[:3], 4, 2).any(-1)
     np.testing.assert_array_equal(gradients["mask"][off], 0)
-    np.testing.assert_array_equal(gradients["offsets"].reshape(*far.shape[:3], 2, 2)[off], 0)
+    np.testing.assert_array_equal(gradients["offsets"].reshape(*far.shape[:3], 4, 2)[off], 0)
 
 
-@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
-def test_nan_offsets_give_nan_there_and_nowhere_else(rng, mode, implementation):
+@everywhere
+def test_nan_offsets_give_nan_there_and_nowhere_else(rng, case, mode, implementation):
     """The filters that read the offset group become NaN, even where the other coordinate is far away."""
-    case = Case("", channels=4, filters=4, groups=4, offset_groups=2, kernel_size=(1, 2))
-    tensors = draw(case, rng)
+    tensors = draw(case, rng, "float64")
     for index in ((0, 0, 0, 0), (0, 2, 3, 1), (1, 1, 1, 7), (1, 4, 2, 4)):
         tensors["offsets"][index] = np.nan
     tensors["offsets"][0, 0, 0, 1] = 1e30
-    outputs, gradients = run(case, tensors, mode, implementation=implementation)
+    outputs, gradients = compiled_once(case, mode, implementation=implementation)(tensors)
     wanted, _ = expected(case, tensors)
-    assert np.isnan(wanted).sum() == 8
-    np.testing.assert_array_equal(np.isnan(outputs), np.isnan(wanted))
-    np.testing.assert_allclose(outputs, wanted, rtol=1e-4, atol=1e-5)
+    assert np.isnan(wanted).sum() == (8 if case is DEPTHWISE else 16)
+    compare_where_finite(outputs, wanted, "outputs")
     # The other offset group's channels saw no NaN in the second image's pixel (1, 1), nor anyone else's.
     assert np.all(np.isfinite(gradients["bias"]))
     hurt = np.isnan(wanted).any(-1)
@@ -115,21 +128,20 @@ def test_nan_offsets_give_nan_there_and_nowhere_else(rng, mode, implementation):
     assert np.all(np.isfinite(gradients["mask"][~hurt]))
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("mode", ["eager", "xla"])
-def test_bad_pixels_stay_where_they_are_read(rng, bad, mode, implementation):
+@everywhere
+def test_bad_pixels_stay_where_they_are_read(rng, case, mode, implementation):
     """Corners of the image are what clipped indices read: they must not reach samples off the image."""
-    case = Case("", image=(5, 6), channels=2, filters=2, kernel_size=(1, 2), padding="same")
     tensors = draw(case, rng, "float64", generic=True)
-    for row, column in ((0, 0), (0, 5), (4, 0), (4, 5), (2, 2)):
-        tensors["inputs"][:, row, column] = bad
-    outputs, gradients = run(case, tensors, mode, implementation=implementation)
-    with np.errstate(invalid="ignore"):
-        wanted, wanted_gradients = expected(case, tensors)
-    assert 0 < np.isfinite(wanted).mean() < 1
-    compare_where_finite(outputs, wanted, "outputs")
-    for name in ("inputs", "offsets", "mask"):
-        compare_where_finite(gradients[name], wanted_gradients[name], name)
+    for bad in (np.nan, np.inf, -np.inf):
+        for row, column in ((0, 0), (0, 5), (4, 0), (4, 5), (2, 2)):
+            tensors["inputs"][:, row, column] = bad
+        outputs, gradients = compiled_once(case, mode, implementation=implementation)(tensors)
+        with np.errstate(invalid="ignore"):
+            wanted, wanted_gradients = expected(case, tensors)
+        assert 0 < np.isfinite(wanted).mean() < 1
+        compare_where_finite(outputs, wanted, "outputs")
+        for name in ("inputs", "offsets", "mask"):
+            compare_where_finite(gradients[name], wanted_gradients[name], name)
 
 
 def compare_where_finite(actual, wanted, name, bound=1e-12):
@@ -138,13 +150,12 @@ def compare_where_finite(actual, wanted, name, bound=1e-12):
     assert relative_error(actual[finite], wanted[finite]) <= bound, name
 
 
-@pytest.mark.parametrize("mode", ["eager", "xla"])
-def test_an_image_of_nan_is_not_seen_from_outside(rng, mode, implementation):
-    case = Case("", kernel_size=(1, 2), padding="same")
-    tensors = draw(case, rng)
+@everywhere
+def test_an_image_of_nan_is_not_seen_from_outside(rng, case, mode, implementation):
+    tensors = draw(case, rng, "float64")
     tensors["inputs"][:] = np.nan
     tensors["offsets"][:] = rng.choice([-100, 100, -1e30, np.inf], size=tensors["offsets"].shape)
-    outputs, gradients = run(case, tensors, mode, implementation=implementation)
+    outputs, gradients = compiled_once(case, mode, implementation=implementation)(tensors)
     np.testing.assert_array_equal(outputs, np.broadcast_to(tensors["bias"], outputs.shape))
     for name in ("inputs", "kernel", "offsets", "mask"):
         np.testing.assert_array_equal(gradients[name], 0, err_msg=name)

@@ -49,8 +49,18 @@ def hessian_times(arguments, upstream, directions, **how):
     return tape.gradient(product, {**arguments, "upstream": upstream}, unconnected_gradients="zero")
 
 
-@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
-@pytest.mark.parametrize("case", SECOND, ids=str)
+@pytest.mark.parametrize(
+    ("case", "mode", "implementation"),
+    [
+        (SECOND[0], "eager", "native"),
+        (SECOND[0], "eager", "reference"),
+        (SECOND[1], "graph", "reference"),
+        pytest.param(SECOND[0], "xla", "native", marks=pytest.mark.slow),
+        pytest.param(SECOND[1], "xla", "reference", marks=pytest.mark.slow),
+    ],
+    ids=str,
+    indirect=["implementation"],
+)
 def test_second_order_gradients(rng, case, mode, implementation):
     """The kernels' own go through the reference."""
     arguments, upstream = split_upstream(tensors_of(draw(case, rng, "float64", generic=True)))
@@ -68,6 +78,9 @@ def test_second_order_gradients(rng, case, mode, implementation):
         )
 
 
+@pytest.mark.parametrize(
+    "implementation", ["reference", pytest.param("native", marks=pytest.mark.slow)], indirect=True
+)
 def test_forward_mode(rng, implementation):
     case = SECOND[0]
     arguments, _ = split_upstream(tensors_of(draw(case, rng, "float64", generic=True)))

@@ -9,9 +9,12 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.skipif(
-    not os.path.exists("/proc/self/clear_refs"), reason="the peak is read from Linux' /proc"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not os.path.exists("/proc/self/clear_refs"), reason="the peak is read from Linux' /proc"
+    ),
+]
 
 ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "65536",  # freed tensors go back to the system at once

@@ -1,6 +1,7 @@
 """Any geometry and any offsets, drawn by hypothesis, against the oracle."""
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -40,22 +41,36 @@ def geometries(draw_from):
 OFFSETS = st.sampled_from([-1e9, -3.0, -1.0, -0.75, -0.5, 0.0, 0.25, 0.5, 1.0, 2.0, 4.5, 1e9])
 
 
-@settings(
-    max_examples=40,
-    deadline=None,
-    derandomize=True,
+GIVEN = {
+    "case": geometries(),
+    "offsets": st.lists(OFFSETS, min_size=1, max_size=12),
+    "data_format": st.sampled_from(["channels_last", "channels_first"]),
+    "seed": st.integers(0, 2**32 - 1),
+}
+SETTINGS = {
+    "deadline": None,
+    "derandomize": True,
     # The fixture is the name of an implementation, which examples may share.
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
-@given(
-    case=geometries(),
-    offsets=st.lists(OFFSETS, min_size=1, max_size=12),
-    data_format=st.sampled_from(["channels_last", "channels_first"]),
-    seed=st.integers(0, 2**32 - 1),
-)
-def test_any_geometry(implementation, case, offsets, data_format, seed):
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+}
+
+
+def check_geometry(implementation, case, offsets, data_format, seed):
     rng = np.random.default_rng(seed)
     tensors = draw(case, rng, "float64")
     tensors["offsets"][:] = rng.choice(offsets, size=tensors["offsets"].shape)
     results = run(case, tensors, data_format=data_format, implementation=implementation)
     assert_as_expected(case, tensors, "float64", *results)
+
+
+@settings(max_examples=10, **SETTINGS)
+@given(**GIVEN)
+def test_some_geometries(implementation, **example):
+    check_geometry(implementation, **example)
+
+
+@pytest.mark.slow
+@settings(max_examples=100, **SETTINGS)
+@given(**GIVEN)
+def test_any_geometry(implementation, **example):
+    check_geometry(implementation, **example)

@@ -63,7 +63,14 @@ def bright(channel: np.ndarray) -> list[int]:
     return [x.min(), y.min(), x.max() + 1, y.max() + 1]
 
 
-@pytest.mark.parametrize(("width", "height"), [(128, 64), (64, 128), (32, 16), (57, 31), (23, 40), (64, 64)])
+@pytest.mark.parametrize(
+    ("width", "height"),
+    [
+        (128, 64),
+        (23, 40),
+        *(pytest.param(*size, marks=pytest.mark.slow) for size in [(64, 128), (32, 16), (57, 31), (64, 64)]),
+    ],
+)
 def test_squares_without_augmentation(width: int, height: int) -> None:
     box = (width // 4, height // 5, width // 2, height - 3)
     split = split_of([(picture([box], width, height), [box])])
@@ -164,7 +171,7 @@ def test_boxes_that_are_cut_or_too_small() -> None:
     np.testing.assert_allclose(cut, [[0, 5.5, 3, 8]])
 
 
-@pytest.mark.parametrize("augment", [False, True])
+@pytest.mark.parametrize("augment", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_seed_and_epoch_decide_all(augment: bool) -> None:
     keras.utils.set_random_seed(0)
 
@@ -261,7 +268,7 @@ def test_no_box_one_box_and_500_boxes(augment: bool) -> None:
     np.testing.assert_array_equal(classes[counts.argmax()], split.truths[2].labels)
 
 
-@pytest.mark.parametrize("augment", [False, True])
+@pytest.mark.parametrize("augment", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_pictures_without_any_box(augment: bool) -> None:
     split = split_of([(np.zeros((8, 8, 3), "uint8"), [])] * 2)
     _, boxes, classes = read(training_batches(split, 8, 2, clock_at(0), augment))

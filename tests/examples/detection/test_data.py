@@ -477,7 +477,7 @@ def shapes_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("shapes")
 
 
-@pytest.mark.parametrize("room", [2**30, 3000, 0])
+@pytest.mark.parametrize("room", [3000, *(pytest.param(room, marks=pytest.mark.slow) for room in (2**30, 0))])
 def test_tfds(shapes_folder: Path, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tfds_objects, "IN_MEMORY_BYTES", room)
     loaded = load_shapes(shapes_folder)
@@ -555,7 +555,7 @@ class Scenes(Shapes):
             yield number, example | {"image/filename": f"{number}.jpg", "image/id": 1000 + number}
 
 
-@pytest.mark.parametrize("room", [2**30, 0])
+@pytest.mark.parametrize("room", [0, pytest.param(2**30, marks=pytest.mark.slow)])
 def test_tfds_with_the_features_of_coco(
     tmp_path_factory: pytest.TempPathFactory, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

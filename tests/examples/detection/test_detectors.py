@@ -15,11 +15,36 @@ SIZE = 128
 pytestmark = pytest.mark.filterwarnings(r"ignore:`build\(\)` was called on layer 'retina_net'")
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def small():
     """ResNets of narrow stages, for their weights are what takes time."""
-    monkeypatch.setattr(detectors, "_FILTERS", [64, 16, 16, 16])
-    monkeypatch.setitem(detectors.RESNETS, "resnet18", ("basic_block", [1, 1, 1, 1]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(detectors, "_FILTERS", [64, 16, 16, 16])
+        patch.setitem(detectors.RESNETS, "resnet18", ("basic_block", [1, 1, 1, 1]))
+        yield
+
+
+@pytest.fixture(scope="module", params=[pytest.param("keras_cv", marks=pytest.mark.slow), "keras_hub"])
+def plain(request, small):
+    """A detector without gates."""
+    return build(request.param)
+
+
+@pytest.fixture(scope="module")
+def gated(plain):
+    """One with gates that start at 1, of the same library and weights."""
+    detector = build(plain.library, detectors.attach_das(True, {}))
+    of_gates = {id(weight) for gate in gates_of(detector) for weight in gate.weights}
+    rest = [weight for weight in detector.model.weights if id(weight) not in of_gates]
+    assert [weight.shape for weight in rest] == [weight.shape for weight in plain.model.weights]
+    for old, new in zip(plain.model.weights, rest, strict=True):
+        new.assign(old)
+    return detector
+
+
+def gates_of(detector):
+    layers = detector.model._flatten_layers()
+    return sorted((of for of in layers if isinstance(of, keras_das.DASLayer)), key=lambda gate: gate.name)
 
 
 def build(library, attach=None, **options):
@@ -38,53 +63,27 @@ def images(rng):
     return rng.uniform(0, 255, size=(2, SIZE, SIZE, 3)).astype("float32")
 
 
-@pytest.mark.parametrize("library", detectors.LIBRARIES)
-def test_identity_gates_change_no_bit_of_the_predictions(library, images):
-    plain = build(library)
-    for layer in plain.model._flatten_layers():
-        if isinstance(layer, keras.layers.BatchNormalization):  # so that features differ from image to image
-            layer.gamma.assign(np.random.default_rng(0).uniform(0.5, 1.5, layer.gamma.shape))
-    gated = build(library, detectors.attach_das(True, {}))
-    taken = len(gated.model.weights) - len(plain.model.weights)
-    gates = [layer for layer in gated.model._flatten_layers() if isinstance(layer, keras_das.DASLayer)]
-    assert len(gates) == 4
-    assert taken == sum(len(gate.weights) for gate in gates)
-    of_gates = {id(weight) for gate in gates for weight in gate.weights}
-    rest = [weight for weight in gated.model.weights if id(weight) not in of_gates]
-    assert [w.shape for w in rest] == [w.shape for w in plain.model.weights]
-    for old, new in zip(plain.model.weights, rest, strict=True):
-        new.assign(old)
-    expected, found = raw(plain, images), raw(gated, images)
-    for name in expected:
-        np.testing.assert_array_equal(found[name], expected[name])
-    gates[1].layer_norm.gamma.assign(tf.ones_like(gates[1].layer_norm.gamma))  # and they are on the way
-    assert all(np.any(value != expected[name]) for name, value in raw(gated, images).items())
-
-
-@pytest.mark.parametrize("library", detectors.LIBRARIES)
-def test_each_tap_sees_its_gate(library, images):
-    """The levels P3 to P5 that the pyramid is made of: moving one gate moves the predictions."""
-    detector = build(library, detectors.attach_das(True, {}))
-    gates = {
-        layer.name: layer
-        for layer in detector.model._flatten_layers()
-        if isinstance(layer, keras_das.DASLayer)
-    }
-    for name in ("das_p3", "das_p4", "das_p5"):
-        before = raw(detector, images)
-        beta = gates[name].layer_norm.beta
+def test_gates_of_the_pyramid(plain, gated, images):
+    """At first they change no bit of the predictions; then each, at P3 to P5, moves them."""
+    assert [gate.name for gate in gates_of(gated)] == ["das_p2", "das_p3", "das_p4", "das_p5"]
+    before = raw(gated, images)
+    for name, value in raw(plain, images).items():
+        np.testing.assert_array_equal(before[name], value)
+    for gate in gates_of(gated)[1:]:
+        beta = gate.layer_norm.beta
         beta.assign(tf.fill(beta.shape, 2.0))
-        after = raw(detector, images)
-        assert all(np.any(after[key] != before[key]) for key in before), name
+        after = raw(gated, images)
+        beta.assign(tf.zeros(beta.shape))
+        assert all(np.any(after[key] != before[key]) for key in before), gate.name
 
 
-@pytest.mark.parametrize("library", detectors.LIBRARIES)
-def test_all_scores_start_near_the_prior(library, images):
-    outputs = raw(build(library), images)
-    scores = tf.sigmoid(outputs["classification" if library == "keras_cv" else "cls_logits"]).numpy()
+def test_all_scores_start_near_the_prior(plain, images):
+    outputs = raw(plain, images)
+    scores = tf.sigmoid(outputs["classification" if plain.library == "keras_cv" else "cls_logits"]).numpy()
     assert np.median(scores) == pytest.approx(detectors.PRIOR, rel=0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", detectors.LIBRARIES)
 def test_training_lowers_the_loss_and_finds_the_box(library, rng):
     """An image without boxes, and one box again and again: the predictor must find it, in pixels."""
@@ -115,13 +114,25 @@ def test_training_lowers_the_loss_and_finds_the_box(library, rng):
     np.testing.assert_allclose(best, [16, 32, 80, 96], atol=12)
 
 
+def test_the_predictor_goes_from_pixels_to_boxes(plain, images):
+    found = plain.predictor(SIZE)(images)
+    assert {name: tuple(value.shape) for name, value in found.items()} == {
+        "boxes": (2, 100, 4),
+        "scores": (2, 100),
+        "classes": (2, 100),
+        "count": (2,),
+    }
+    np.testing.assert_array_equal(found["count"], 0)  # no score is above the prior yet
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("library", detectors.LIBRARIES)
 def test_export_gives_the_same_boxes_without_keras(library, images, tmp_path):
     predictor = build(library, detectors.attach_das(True, {})).predictor(SIZE)
     for layer in predictor._flatten_layers():
         if getattr(layer, "bias", None) is not None and layer.bias.shape[-1] in (27,):
             layer.bias.assign(tf.zeros_like(layer.bias))  # so that there is something to find
-    expected = predictor.predict_on_batch(images)
+    expected = {name: value.numpy() for name, value in predictor(images).items()}
     assert expected["count"].min() > 0
     keras_das.export(predictor, tmp_path / "detector")
     loaded = tf.saved_model.load(tmp_path / "detector")

@@ -26,6 +26,7 @@ DEVICES = PRELUDE + machines.TWO_DEVICES + 'print(json.dumps(run("--strategy", "
 MACHINE = PRELUDE + "print(json.dumps(run()))"
 
 
+@pytest.mark.slow
 def test_two_machines_train_as_two_devices(tmp_path, rng):
     words = ["--data", write_coco(tmp_path, rng, 14), "--backbone", "resnet18", "--attention", "das"]
     words += ["--image-size", "128", "--batch-size", "4", "--head-layers", "1", "--epochs", "1"]
