@@ -314,7 +314,7 @@ def test_half_precision_survives_large_values():
 
 def test_the_samples_follow_the_offsets():
     """Moving a bright spot by what an offset says moves what the gate sees with it, rows before columns."""
-    layer = keras_das.DASLayer(reduction=1, kernel_size=1, modulated=False)
+    layer = keras_das.DASLayer(reduction=1, kernel_size=1, modulated=False, norm="channels")
     layer.build((None, 9, 9, 2))
     bias = layer.deform.offset_bias
     images = suite.random_images((1, 9, 9, 2))

@@ -37,6 +37,7 @@ def test_a_model_inside_a_model_and_what_lies_ahead_of_it():
     assert trainable(model) == {"das_p2", "das_p3", "head"}
 
 
+@pytest.mark.slow
 def test_a_classifier_on_a_backbone_trains_and_keeps_its_trunk(rng):
     keras_hub = pytest.importorskip("keras_hub")
     backbone = keras_das.attach_das(hub_resnet(), **SMALL_GATE)
