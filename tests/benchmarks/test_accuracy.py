@@ -106,6 +106,7 @@ def make(rng):
     return build
 
 
+@pytest.mark.slow
 def test_frozen_offsets_stay_at_zero_and_masks_learn(make, rng):
     model = make("das_frozen")
     model.compile("sgd", "categorical_crossentropy", jit_compile=False)
