@@ -113,6 +113,7 @@ def trunk():
     return accuracy_tasks.Trunk(keras.Model(inputs, x), ["a", "b"])
 
 
+@pytest.mark.slow
 def test_all_variants_follow_the_same_layers_and_start_as_the_network_without(trunk, rng):
     images = rng.uniform(0, 255, (2, 16, 16, 3)).astype("float32")
     expected = trunk.model.predict(images, verbose=0)
@@ -153,6 +154,7 @@ def test_bounded_offsets(rng):
     assert 1.5 < np.abs(offsets).max() <= 2
 
 
+@pytest.mark.slow
 def test_one_run_and_its_report(trunk, rng, tmp_path):
     split = accuracy_tasks.Split(
         rng.integers(256, size=(16, 18, 18, 3), dtype="uint8"),
@@ -176,6 +178,7 @@ def test_one_run_and_its_report(trunk, rng, tmp_path):
     assert f"| {das['gates'][0]['name']}, 7x7 |" in text
 
 
+@pytest.mark.slow
 def test_a_frozen_trunk_keeps_its_weights(trunk, rng):
     split = accuracy_tasks.Split(rng.integers(256, size=(8, 16, 16, 3), dtype="uint8"), np.arange(8) % 2)
     recipe = accuracy_tasks.Recipe(1, 8, "adamw", 1e-2, 1e-3, frozen=True)

@@ -112,14 +112,12 @@ def test_a_short_run(image_folder: MakeFolder, tmp_path: Path) -> None:
     import tensorflow as tf
 
     output, export = tmp_path / "run", tmp_path / "saved_model"
-    words = ["--attention", "das", "--das", "kernel_size=1", "--augment", "none", "--export", str(export)]
-    results = train(*arguments(image_folder(), output, *words))
+    results = train(*arguments(image_folder(), output, "--augment", "flip", "--export", str(export)))
     assert json.loads((output / "results.json").read_text()) == results
     assert np.isfinite(results["history"]["loss"]).all()
     assert np.sum(results["confusion_matrix"]) == results["images"]["test"] == 8
-    assert (results["gates"], results["steps_run"]) == (4, 3)
+    assert (results["gates"], results["steps_run"]) == (0, 3)
     assert (output / "confusion_matrix.png").is_file()
-    assert (output / "gates.png").is_file()
     assert not (output / "backup").exists()
     pixels = np.random.default_rng(0).uniform(0, 255, (2, 16, 16, 3)).astype("float32")
     model = keras.models.load_model(output / "model.keras")

@@ -18,7 +18,12 @@ tfds = pytest.importorskip("tensorflow_datasets")
 
 
 @pytest.mark.parametrize(
-    ("name", "classes"), [("tf_flowers", 5), ("stanford_dogs", 120), ("imagenet2012", 1000)]
+    ("name", "classes"),
+    [
+        ("tf_flowers", 5),
+        pytest.param("stanford_dogs", 120, marks=pytest.mark.slow),
+        pytest.param("imagenet2012", 1000, marks=pytest.mark.slow),
+    ],
 )
 def test_sets(name: str, classes: int, tmp_path: Path) -> None:
     with tfds.testing.mock_data(num_examples=8):

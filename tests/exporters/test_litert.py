@@ -27,8 +27,20 @@ def test_resnet18_with_four_gates(resnet18, expected, tmp_path):
         assert_close(run(path, images), outputs)
 
 
+@pytest.mark.slow
 def test_every_kind_of_convolution(tmp_path, rng):
-    model, _ = many_convolutions()
+    check_export(many_convolutions()[0], tmp_path, rng)
+
+
+def test_one_convolution(tmp_path, rng):
+    """Of few taps: each is a part of the graph, which takes its time to trace and convert."""
+    offsets = keras.initializers.RandomUniform(-0.5, 0.5)
+    arguments = {"strides": 2, "padding": "same", "offset_initializer": offsets}
+    layer = keras_das.DeformableConv2D(4, (1, 2), **arguments)
+    check_export(keras.Sequential([keras.Input((None, None, 3), name="image"), layer]), tmp_path, rng)
+
+
+def check_export(model, tmp_path, rng):
     keras_das.export(model, tmp_path / "model.tflite", format="litert")
     for shape in [(2, 32, 32, 3), (1, 37, 45, 3)]:
         images = rng.normal(size=shape).astype("float32")
