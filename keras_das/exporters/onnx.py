@@ -12,26 +12,27 @@ from typing import Any
 import keras
 
 from keras_das._requirements import import_extra
+from keras_das.exporters import onnx_conversion
 from keras_das.ops.deformable import substituted
 from keras_das.ops.geometry import Geometry, Window
 
 Tensor = Any
 
 _OPSET = 19  # the first with DeformConv
-_TF2ONNX_OPSET = 18  # the last that tf2onnx writes
 _DOMAIN = "keras_das"  # of the marks
 _NCHW, _NHWC = (0, 3, 1, 2), (0, 2, 3, 1)
 
 
 def write(model: keras.Model, path: Path, verbose: bool = False) -> None:
     """Writes an ONNX file; see `keras_das.export`."""
-    tf2onnx = import_extra("tf2onnx", "export")
     onnx = import_extra("onnx", "export")
+    import_extra("tf2onnx", "export")
     marks = _Marks()
     with tempfile.TemporaryDirectory() as scratch:
         with substituted(marks.mark):
             model.export(scratch, format="tf_saved_model", verbose=verbose)
-        proto = _convert(tf2onnx, scratch, marks)
+        handlers = {"PyFuncStateless": (marks.convert, [])}
+        proto, inputs, outputs = onnx_conversion.convert(scratch, handlers, _DOMAIN)
     _check_operations(onnx, proto)
     proto = onnx.version_converter.convert_version(proto, _OPSET)
     for node in proto.graph.node:
@@ -41,6 +42,8 @@ def write(model: keras.Model, path: Path, verbose: bool = False) -> None:
     proto.opset_import.append(onnx.helper.make_opsetid("", _OPSET))
     proto.ir_version = onnx.helper.find_min_ir_version_for(proto.opset_import)
     onnx.checker.check_model(proto, full_check=True)
+    onnx_conversion.check_values("inputs", proto.graph.input, inputs)
+    onnx_conversion.check_values("outputs", proto.graph.output, outputs)
     onnx.save(proto, str(path))
 
 
@@ -132,43 +135,6 @@ def _padding(window: Window, size: Any) -> tuple[Any, Any]:
     needed = (window.output_size(size) - 1) * window.stride + window.extent - size
     total = max(needed, 0) if isinstance(needed, int) else keras.ops.maximum(needed, 0)
     return before, total - before
-
-
-def _convert(tf2onnx: Any, folder: str, marks: _Marks) -> Any:
-    """The ONNX model of a SavedModel's default signature, with marks."""
-    import onnx
-    import tensorflow as tf
-
-    loaded = tf.saved_model.load(folder)  # held, for its variables must outlive the conversion
-    signature = loaded.signatures["serving_default"]
-    specs = signature.structured_input_signature[1]
-
-    # Traced anew, for names of outputs that tf2onnx reads.
-    @tf.function
-    def serve(*tensors: Tensor) -> dict[str, Tensor]:
-        return signature(**dict(zip(specs, tensors, strict=True)))
-
-    proto, _ = tf2onnx.convert.from_function(
-        serve,
-        input_signature=list(specs.values()),
-        opset=_TF2ONNX_OPSET,
-        custom_op_handlers={"PyFuncStateless": (marks.convert, []), "Erfc": (_convert_erfc, [])},
-        extra_opset=[onnx.helper.make_opsetid(_DOMAIN, 1)],
-    )
-    return proto
-
-
-def _convert_erfc(graph: Any, node: Any, name: str, arguments: Any, **_: Any) -> None:
-    """Of tf2onnx, which knows `Erf` alone: 1 - erf(x)."""
-    import numpy as np
-
-    dtype = graph.get_dtype(node.output[0])
-    shape, output = graph.get_shape(node.output[0]), node.output[0]
-    erf = graph.make_node("Erf", [node.input[0]], shapes=[shape], dtypes=[dtype])
-    numpy_dtype = {1: np.float32, 10: np.float16, 11: np.float64}[dtype]
-    one = graph.make_const(f"{node.name}_one", np.array(1, numpy_dtype))
-    graph.remove_node(node.name)
-    graph.make_node("Sub", [one.output[0], erf.output[0]], outputs=[output], shapes=[shape], dtypes=[dtype])
 
 
 def _check_operations(onnx: Any, proto: Any) -> None:
