@@ -1,7 +1,11 @@
 """From a SavedModel to ONNX, by tf2onnx: the inputs and outputs are the model's, and all else is constant."""
 
+import concurrent.futures
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
+
+from keras_das.exporters import saved_model
 
 _OPSET = 18  # the last that tf2onnx writes
 
@@ -20,30 +24,9 @@ def convert(folder: str, handlers: Handlers, domain: str) -> tuple[Any, Specs, S
     Returns:
         The `onnx.ModelProto`, and a `TensorSpec` by name of each input and of each output, in Keras' order.
     """
-    import onnx
-    import tensorflow as tf
-    import tf2onnx
-
-    loaded = tf.saved_model.load(folder)  # held, for its variables must outlive the conversion
-    signature = loaded.signatures["serving_default"]
-    inputs, outputs = _tensor_names(signature, loaded.serve.concrete_functions[0])
-    ends = {"input_names": list(inputs.values()), "output_names": list(outputs.values())}
-    # Given a function, tf2onnx would make an input of each constant that the function captures.
-    graph = tf2onnx.tf_loader.from_function(signature, *ends.values())
-    proto, _ = tf2onnx.convert.from_graph_def(
-        graph,
-        **ends,
-        tensors_to_rename={tensor: name for name, tensor in (inputs | outputs).items()},
-        opset=_OPSET,
-        custom_op_handlers={"Erfc": (_convert_erfc, []), **handlers},
-        extra_opset=[onnx.helper.make_opsetid(domain, 1)],
-    )
-    input_specs, output_specs = signature.structured_input_signature[1], signature.structured_outputs
-    return (
-        proto,
-        {name: input_specs[name] for name in inputs},
-        {name: output_specs[name] for name in outputs},
-    )
+    # The scopes of strategies and devices are a thread's own. Variables loaded in them could not be frozen.
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(_convert, folder, handlers, domain).result()
 
 
 def check_values(kind: str, values: Any, specs: Specs) -> None:
@@ -71,6 +54,33 @@ def check_values(kind: str, values: Any, specs: Specs) -> None:
             f"`model` cannot be written as ONNX: the graph has the {kind} {listed(found)}, "
             f"and the model has {listed(wanted)}."
         )
+
+
+def _convert(folder: str, handlers: Handlers, domain: str) -> tuple[Any, Specs, Specs]:
+    import onnx
+    import tensorflow as tf
+    import tf2onnx
+
+    loaded = tf.saved_model.load(folder)  # held, for its variables must outlive the conversion
+    signature = loaded.signatures["serving_default"]
+    inputs, outputs = _tensor_names(signature, loaded.serve.concrete_functions[0])
+    ends = {"input_names": list(inputs.values()), "output_names": list(outputs.values())}
+    # Given a function, tf2onnx would make an input of each constant that the function captures.
+    graph = tf2onnx.tf_loader.from_function(signature, *ends.values())
+    proto, _ = tf2onnx.convert.from_graph_def(
+        graph,
+        **ends,
+        tensors_to_rename={tensor: name for name, tensor in (inputs | outputs).items()},
+        opset=_OPSET,
+        custom_op_handlers={"Erfc": (_convert_erfc, []), **handlers},
+        extra_opset=[onnx.helper.make_opsetid(domain, 1)],
+    )
+    input_specs, output_specs = signature.structured_input_signature[1], signature.structured_outputs
+    return (
+        proto,
+        {name: input_specs[name] for name in inputs},
+        {name: output_specs[name] for name in outputs},
+    )
 
 
 def _tensor_names(signature: Any, serve: Any) -> tuple[dict[str, str], dict[str, str]]:

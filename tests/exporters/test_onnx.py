@@ -268,3 +268,21 @@ def test_a_subclassed_model_has_keras_order(tmp_path, rng):
     found = session.run(None, dict(zip(names, [values["large"], values["small"]], strict=True)))
     for one, other in zip(found, wanted, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+def test_in_a_strategy_s_scope(tmp_path, rng):
+    """The model is built there or elsewhere, and its variables are mirrored or not."""
+    images = rng.normal(size=(2, 4, 4, 3)).astype("float32")
+
+    def build():
+        layers = [keras.layers.Conv2D(4, 1), keras.layers.BatchNormalization(), keras_das.DeformableConv2D(2, 1)]
+        return keras.Sequential([keras.Input((4, 4, 3), name="image"), *layers])
+
+    outside = build()
+    with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
+        inside = build()
+        for model in (outside, inside):
+            keras_das.export(model, tmp_path / "model.onnx", format="onnx")
+            assert_close(run(tmp_path / "model.onnx", image=images), model(images).numpy())
+    keras_das.export(inside, tmp_path / "model.onnx", format="onnx")
+    assert_close(run(tmp_path / "model.onnx", image=images), inside(images).numpy())

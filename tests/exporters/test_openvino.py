@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import openvino
 import pytest
+import tensorflow as tf
 
 import keras_das
 from tests.exporters.conftest import assert_close, many_convolutions
@@ -62,3 +63,11 @@ def test_inputs_and_outputs_are_the_model_s(tmp_path, rng):
     values = [rng.normal(size=(2, 4, 4, 3)).astype("float32") for _ in range(2)]
     for number, wanted in enumerate(model(values)):
         np.testing.assert_allclose(network(values)[number], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_in_a_strategy_s_scope(tmp_path, rng):
+    with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
+        model = keras.Sequential([keras.Input((4, 4, 3)), keras_das.DeformableConv2D(2, 1)])
+        keras_das.export(model, tmp_path / "model", format="openvino")
+    images = rng.normal(size=(2, 4, 4, 3)).astype("float32")
+    assert_close(compiled(tmp_path / "model")(images)[0], model(images).numpy())
