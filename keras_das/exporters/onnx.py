@@ -32,7 +32,7 @@ def write(model: keras.Model, path: Path, verbose: bool = False) -> None:
         with substituted(marks.mark):
             model.export(scratch, format="tf_saved_model", verbose=verbose)
         handlers = {"PyFuncStateless": (marks.convert, [])}
-        proto, inputs, outputs = onnx_conversion.convert(scratch, handlers, _DOMAIN)
+        proto, inputs, outputs = onnx_conversion.convert(Path(scratch), handlers, _DOMAIN)
     _check_operations(onnx, proto)
     proto = onnx.version_converter.convert_version(proto, _OPSET)
     for node in proto.graph.node:

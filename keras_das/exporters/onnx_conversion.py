@@ -13,7 +13,7 @@ Handlers = dict[str, tuple[Callable[..., None], list[Any]]]
 Specs = dict[str, Any]
 
 
-def convert(folder: str, handlers: Handlers, domain: str) -> tuple[Any, Specs, Specs]:
+def convert(folder: Path, handlers: Handlers, domain: str) -> tuple[Any, Specs, Specs]:
     """Converts the model of a SavedModel that Keras has written.
 
     Args:
@@ -56,12 +56,13 @@ def check_values(kind: str, values: Any, specs: Specs) -> None:
         )
 
 
-def _convert(folder: str, handlers: Handlers, domain: str) -> tuple[Any, Specs, Specs]:
+def _convert(folder: Path, handlers: Handlers, domain: str) -> tuple[Any, Specs, Specs]:
     import onnx
     import tensorflow as tf
     import tf2onnx
 
-    loaded = tf.saved_model.load(folder)  # held, for its variables must outlive the conversion
+    saved_model.compile_nothing(folder)
+    loaded = tf.saved_model.load(str(folder))  # held, for its variables must outlive the conversion
     signature = loaded.signatures["serving_default"]
     inputs, outputs = _tensor_names(signature, loaded.serve.concrete_functions[0])
     ends = {"input_names": list(inputs.values()), "output_names": list(outputs.values())}

@@ -275,7 +275,11 @@ def test_in_a_strategy_s_scope(tmp_path, rng):
     images = rng.normal(size=(2, 4, 4, 3)).astype("float32")
 
     def build():
-        layers = [keras.layers.Conv2D(4, 1), keras.layers.BatchNormalization(), keras_das.DeformableConv2D(2, 1)]
+        layers = [
+            keras.layers.Conv2D(4, 1),
+            keras.layers.BatchNormalization(),
+            keras_das.DeformableConv2D(2, 1),
+        ]
         return keras.Sequential([keras.Input((4, 4, 3), name="image"), *layers])
 
     outside = build()
@@ -286,3 +290,43 @@ def test_in_a_strategy_s_scope(tmp_path, rng):
             assert_close(run(tmp_path / "model.onnx", image=images), model(images).numpy())
     keras_das.export(inside, tmp_path / "model.onnx", format="onnx")
     assert_close(run(tmp_path / "model.onnx", image=images), inside(images).numpy())
+
+
+class Compiled(keras.layers.Layer):
+    """Has XLA compile a part of it, in which there is a deformable convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = keras_das.DeformableConv2D(4, 1)
+
+    def build(self, shape):
+        self.convolution.build(shape)
+
+    @tf.function(jit_compile=True)
+    def call(self, inputs):
+        return 2 * self.convolution(inputs)
+
+
+def test_what_xla_compiles(tmp_path, rng):
+    """Keras has TensorFlow compile grouped convolutions, which run on GPUs alone without it."""
+    depthwise = keras.layers.Conv2D(8, 3, groups=8, padding="same")
+    layers = [
+        keras.layers.Conv2D(8, 1),
+        keras.layers.Conv2D(4, 3, 2, groups=4),
+        keras.layers.Conv2D(8, 1),
+        depthwise,
+        Compiled(),
+    ]
+    model = keras.Sequential([keras.Input((6, 6, 3), name="image"), *layers])
+    keras_das.export(model, tmp_path / "model.onnx", format="onnx")
+    images = rng.normal(size=(2, 6, 6, 3)).astype("float32")
+    assert_close(run(tmp_path / "model.onnx", image=images), model(images).numpy())
+
+
+@pytest.mark.slow
+def test_convnext(tmp_path, rng):
+    model = keras.applications.ConvNeXtTiny(weights=None, include_top=False, input_shape=(64, 64, 3))
+    model = keras_das.attach_das(model, identity_init=False)
+    keras_das.export(model, tmp_path / "model.onnx", format="onnx")
+    images = rng.uniform(0, 255, (1, 64, 64, 3)).astype("float32")
+    assert_close(run_only(tmp_path / "model.onnx", images), model.predict(images, verbose=0))
