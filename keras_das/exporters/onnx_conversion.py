@@ -1,7 +1,9 @@
 """From a SavedModel to ONNX, by tf2onnx: the inputs and outputs are the model's, and all else is constant."""
 
 import concurrent.futures
-from collections.abc import Callable, Mapping
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,15 @@ def convert(folder: Path, handlers: Handlers, domain: str) -> tuple[Any, Specs, 
 
     Returns:
         The `onnx.ModelProto`, and a `TensorSpec` by name of each input and of each output, in Keras' order.
+
+    Raises:
+        ValueError: If there are operations that ONNX does not have. What tf2onnx raises besides is raised.
     """
     # The scopes of strategies and devices are a thread's own. Variables loaded in them could not be frozen.
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        return pool.submit(_convert, folder, handlers, domain).result()
+    with _logged() as errors, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        converted = pool.submit(_convert, folder, handlers, domain).result()
+    _check_operations(converted[0], errors)
+    return converted
 
 
 def check_values(kind: str, values: Any, specs: Specs) -> None:
@@ -50,10 +57,7 @@ def check_values(kind: str, values: Any, specs: Specs) -> None:
     found = [(value.name, as_dtype(value.type.tensor_type.elem_type)) for value in values]
     wanted = [(name, spec.dtype.as_numpy_dtype) for name, spec in specs.items()]
     if found != wanted:
-        raise ValueError(
-            f"`model` cannot be written as ONNX: the graph has the {kind} {listed(found)}, "
-            f"and the model has {listed(wanted)}."
-        )
+        raise ValueError(f"the graph has the {kind} {listed(found)}, and the model has {listed(wanted)}.")
 
 
 def _convert(folder: Path, handlers: Handlers, domain: str) -> tuple[Any, Specs, Specs]:
@@ -82,6 +86,38 @@ def _convert(folder: Path, handlers: Handlers, domain: str) -> tuple[Any, Specs,
         {name: input_specs[name] for name in inputs},
         {name: output_specs[name] for name in outputs},
     )
+
+
+def _check_operations(proto: Any, errors: list[str]) -> None:
+    """Checks that ONNX has every operation: tf2onnx leaves those that it cannot convert as they are."""
+    import onnx
+
+    types = {node.op_type for node in proto.graph.node if not node.domain}
+    if unknown := sorted(name for name in types if not onnx.defs.has(name)):
+        reasons = f" ({errors[0]})" if errors else ""
+        raise ValueError(f"it holds operations that ONNX does not have: {', '.join(unknown)}{reasons}.")
+
+
+@contextlib.contextmanager
+def _logged() -> Iterator[list[str]]:
+    """Keeps the loggers of tf2onnx and TensorFlow silent. Gives the list that tf2onnx adds errors to."""
+    errors: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.levelno >= logging.ERROR and record.name.startswith("tf2onnx"):
+                cause = record.exc_info[1] if record.exc_info else None
+                errors.append(next(iter(str(cause or record.getMessage()).strip().splitlines()), ""))
+
+    loggers = [logging.getLogger(name) for name in ("tf2onnx", "tensorflow")]
+    before = [(logger.handlers, logger.propagate) for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.handlers, logger.propagate = [Handler()], False
+        yield errors
+    finally:
+        for logger, (handlers, propagate) in zip(loggers, before, strict=True):
+            logger.handlers, logger.propagate = handlers, propagate
 
 
 def _tensor_names(signature: Any, serve: Any) -> tuple[dict[str, str], dict[str, str]]:

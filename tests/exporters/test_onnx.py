@@ -1,5 +1,7 @@
 """ONNX: one `DeformConv` for each deformable convolution, and onnxruntime's numbers are Keras'."""
 
+import contextlib
+import logging
 import sys
 
 import keras
@@ -132,7 +134,9 @@ def test_nan_pixels_are_seen_through_a_layer(tmp_path, rng):
 
 def test_what_onnx_does_not_have(tmp_path):
     model = keras.Sequential([keras.Input((4,)), keras.layers.Lambda(keras.ops.erfinv)])
-    with pytest.raises(ValueError, match="`model` holds operations that cannot be written as ONNX: Erfinv"):
+    with pytest.raises(
+        ValueError, match="cannot be written as ONNX: it holds operations that ONNX does not have: Erfinv"
+    ):
         keras_das.export(model, tmp_path / "model.onnx", format="onnx")
     assert list(tmp_path.iterdir()) == []
 
@@ -330,3 +334,17 @@ def test_convnext(tmp_path, rng):
     keras_das.export(model, tmp_path / "model.onnx", format="onnx")
     images = rng.uniform(0, 255, (1, 64, 64, 3)).astype("float32")
     assert_close(run_only(tmp_path / "model.onnx", images), model.predict(images, verbose=0))
+
+
+@pytest.mark.parametrize("succeeds", [True, False])
+def test_tf2onnx_keeps_quiet(succeeds, tmp_path, caplog, capfd):
+    """It warns of each deformable convolution, and writes tracebacks ahead of an error of ours."""
+    layer = keras_das.DeformableConv2D(2, 1) if succeeds else keras.layers.Lambda(keras.ops.erfinv)
+    model = keras.Sequential([keras.Input((4, 4, 3)), layer])
+    expected = contextlib.nullcontext() if succeeds else pytest.raises(ValueError, match="Erfinv")
+    with expected:
+        keras_das.export(model, tmp_path / "model.onnx", format="onnx")
+    assert [record for record in caplog.records if record.name.startswith(("tf2onnx", "tensorflow"))] == []
+    assert "tf2onnx" not in capfd.readouterr().err
+    logging.getLogger("tf2onnx.tfonnx").warning("is heard again")
+    assert caplog.messages[-1] == "is heard again"
