@@ -1,6 +1,7 @@
 """`export`: models as files that run without Keras and without this package."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -100,9 +101,32 @@ def export(
             saved_model.write(model, written, verbose, serving)
         else:
             {"onnx": onnx, "litert": litert, "openvino": openvino}[format].write(model, written, verbose)
-        if target.is_dir():
-            target.rename(Path(scratch) / "old")
+        _put_in_place(written, target)
+
+
+def _put_in_place(written: Path, target: Path) -> None:
+    """Moves an export to where it belongs. A folder that it replaces is removed last, or put back."""
+    if not target.is_dir():
         os.replace(written, target)
+        return
+    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-old-"))
+    try:
+        os.replace(target, aside / target.name)
+        os.replace(written, target)
+    except BaseException as error:
+        _put_back(aside / target.name, target, error)
+        raise
+    shutil.rmtree(aside)
+
+
+def _put_back(old: Path, target: Path, error: BaseException) -> None:
+    """Undoes the first move of `_put_in_place`, or says where the old export is."""
+    try:
+        if old.exists():
+            os.replace(old, target)
+        old.parent.rmdir()
+    except OSError:
+        error.add_note(f"What was at {target} is at {old}.")
 
 
 def _check_replaceable(target: Path, format: str) -> None:
@@ -114,7 +138,6 @@ def _check_replaceable(target: Path, format: str) -> None:
     elif not target.exists() or (target / _MEMBERS[format]).is_file():
         return
     if target.is_dir() and not any(target.iterdir()):
-        target.rmdir()
         return
     what = {"saved_model": "a SavedModel", "openvino": "OpenVINO's files"}.get(format, "a file")
     raise FileExistsError(

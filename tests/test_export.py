@@ -1,6 +1,8 @@
 """Exports: standard operations only, the same numbers without Keras, and nothing lost when it goes wrong."""
 
 import errno
+import itertools
+import os
 import subprocess
 import sys
 import textwrap
@@ -11,7 +13,7 @@ import pytest
 import tensorflow as tf
 
 import keras_das
-from keras_das.exporters import litert, saved_model
+from keras_das.exporters import litert, openvino, saved_model
 from keras_das.exporters.saved_model import custom_operations
 from tests.models.backbones import randomize
 
@@ -145,7 +147,7 @@ def test_keeps_what_is_not_a_saved_model(small, tmp_path):
 def writer(content, error=None):
     """Stands in for what writes a file."""
 
-    def write(model, path, verbose):
+    def write(model, path, *arguments):
         path.write_text(content)
         if error:
             raise error
@@ -185,3 +187,92 @@ def test_bad_arguments(model, tmp_path):
         keras_das.export("model.keras", tmp_path / "x")
     with pytest.raises(ValueError, match="`model` must be a Keras model that has been built"):
         keras_das.export(keras.Sequential([keras_das.DASLayer()]), tmp_path / "x")
+
+
+FOLDERS = {"saved_model": "saved_model.pb", "openvino": "model.xml"}
+
+
+def folder_writer(content):
+    """Stands in for what writes a folder."""
+
+    def write(model, path, *arguments):
+        path.mkdir()
+        for name in FOLDERS.values():
+            (path / name).write_text(content)
+
+    return write
+
+
+@pytest.fixture
+def stand_in_writers(monkeypatch):
+    for module in (saved_model, openvino):
+        monkeypatch.setattr(module, "write", folder_writer("new"))
+
+
+def failing_replace(fails):
+    """`os.replace` that fails where `fails(its number)`, counted from 1."""
+    replace, calls = os.replace, itertools.count(1)
+
+    def fail(source, target):
+        if fails(next(calls)):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        replace(source, target)
+
+    return fail
+
+
+@pytest.mark.parametrize("format", FOLDERS)
+@pytest.mark.parametrize("first_to_fail", [1, 2])
+@pytest.mark.parametrize("content", ["old", None])
+def test_a_failing_rename_leaves_what_stood_there(
+    format, first_to_fail, content, small, tmp_path, stand_in_writers, monkeypatch
+):
+    """An export, or an empty folder, is put back if the new one cannot be put there."""
+    folder = tmp_path / "exported"
+    folder.mkdir()
+    if content:
+        (folder / FOLDERS[format]).write_text(content)
+    monkeypatch.setattr(os, "replace", failing_replace(lambda number: number == first_to_fail))
+    with pytest.raises(PermissionError):
+        keras_das.export(small, folder, format=format)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["exported"]
+    assert [(path.name, path.read_text()) for path in folder.iterdir()] == (
+        [(FOLDERS[format], content)] if content else []
+    )
+
+
+def test_an_export_that_cannot_be_put_back_is_kept(small, tmp_path, stand_in_writers, monkeypatch):
+    folder = tmp_path / "exported"
+    folder.mkdir()
+    (folder / "saved_model.pb").write_text("old")
+    monkeypatch.setattr(os, "replace", failing_replace(lambda number: number > 1))
+    with pytest.raises(PermissionError) as caught:
+        keras_das.export(small, folder)
+    (kept,) = tmp_path.glob(".exported-old-*/exported")
+    assert caught.value.__notes__ == [f"What was at {folder} is at {kept}."]
+    assert (kept / "saved_model.pb").read_text() == "old"
+
+
+def test_a_failing_rename_of_a_file(small, tmp_path, monkeypatch):
+    path = tmp_path / "model.tflite"
+    path.write_text("old")
+    monkeypatch.setattr(litert, "write", writer("new"))
+    monkeypatch.setattr(os, "replace", failing_replace(lambda number: True))
+    with pytest.raises(PermissionError):
+        keras_das.export(small, path, format="litert")
+    assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("model.tflite", "old")]
+
+
+@pytest.mark.parametrize("name", ["exported", "model.tflite"])
+def test_an_empty_folder_is_replaced_by_a_complete_export_only(name, small, tmp_path, monkeypatch):
+    path, module = tmp_path / name, litert if name.endswith("tflite") else saved_model
+    format = "litert" if module is litert else "saved_model"
+    path.mkdir()
+    monkeypatch.setattr(module, "write", writer("half", OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        keras_das.export(small, path, format=format)
+    assert path.is_dir()
+    monkeypatch.setattr(module, "write", writer("new") if module is litert else folder_writer("new"))
+    keras_das.export(small, path, format=format)
+    assert path.is_file() if module is litert else (path / "saved_model.pb").is_file()
+    assert [entry.name for entry in tmp_path.iterdir()] == [name]

@@ -1,11 +1,16 @@
 """LiteRT, once TensorFlow Lite: TensorFlow's converter, and operations that the runtime itself has."""
 
+import re
 import tempfile
 from pathlib import Path
 
 import keras
 
+from keras_das.exporters import precision
 from keras_das.ops import native
+
+_IN_FLOAT32 = ("float16", "bfloat16", "float64")  # LiteRT has hardly an operation for these
+_LACKING = (*_IN_FLOAT32, "int8", "int4", "float8_e4m3fn", "float8_e5m2")
 
 
 def write(model: keras.Model, path: Path, verbose: bool = False) -> None:
@@ -13,19 +18,23 @@ def write(model: keras.Model, path: Path, verbose: bool = False) -> None:
     import tensorflow as tf
 
     with tempfile.TemporaryDirectory() as scratch:
-        with native.reference_only():
+        with native.reference_only(), precision.in_float32(model, _IN_FLOAT32):
             model.export(scratch, format="tf_saved_model", verbose=verbose)
         converter = tf.lite.TFLiteConverter.from_saved_model(scratch, signature_keys=["serving_default"])
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
         try:
             content = converter.convert()
         except Exception as error:  # of several private classes
-            raise ValueError(f"`model` cannot be written as LiteRT: {_reason(error)}") from error
+            raise ValueError(
+                f"`model` cannot be written as LiteRT: {_reason(error)}."
+                f"{precision.advice(Path(scratch), _LACKING)}"
+            ) from error
     path.write_bytes(content)
 
 
 def _reason(error: Exception) -> str:
-    """The converter's list of what LiteRT lacks, or its last line."""
+    """The converter's list of what LiteRT lacks, else its errors, else its last line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     lacking = [line for line in lines if line.startswith(("TF Select ops:", "Custom ops:"))]
-    return "; ".join(lacking) or (lines[-1] if lines else type(error).__name__)
+    errors = [re.sub(r"^.*?error: (loc\(.*?\): )?", "", line) for line in lines if "error: " in line]
+    return "; ".join(lacking or errors or lines[-1:]) or type(error).__name__

@@ -12,27 +12,44 @@ from typing import Any
 import keras
 
 from keras_das._requirements import import_extra
+from keras_das.exporters import onnx_conversion, precision
 from keras_das.ops.deformable import substituted
 from keras_das.ops.geometry import Geometry, Window
 
 Tensor = Any
 
 _OPSET = 19  # the first with DeformConv
-_TF2ONNX_OPSET = 18  # the last that tf2onnx writes
 _DOMAIN = "keras_das"  # of the marks
+_IN_FLOAT32 = ("bfloat16",)  # ONNX has no convolution for it
+_LACKING = (*_IN_FLOAT32, "float8_e4m3fn", "float8_e5m2")
 _NCHW, _NHWC = (0, 3, 1, 2), (0, 2, 3, 1)
 
 
 def write(model: keras.Model, path: Path, verbose: bool = False) -> None:
     """Writes an ONNX file; see `keras_das.export`."""
-    tf2onnx = import_extra("tf2onnx", "export")
     onnx = import_extra("onnx", "export")
+    import_extra("tf2onnx", "export")
     marks = _Marks()
     with tempfile.TemporaryDirectory() as scratch:
-        with substituted(marks.mark):
+        with substituted(marks.mark), precision.in_float32(model, _IN_FLOAT32):
             model.export(scratch, format="tf_saved_model", verbose=verbose)
-        proto = _convert(tf2onnx, scratch, marks)
-    _check_operations(onnx, proto)
+        try:
+            handlers = {"PyFuncStateless": (marks.convert, [])}
+            proto, inputs, outputs = onnx_conversion.convert(Path(scratch), handlers, _DOMAIN)
+            proto = _unmark(onnx, proto)
+            onnx.checker.check_model(proto, full_check=True)
+            onnx_conversion.check_values("inputs", proto.graph.input, inputs)
+            onnx_conversion.check_values("outputs", proto.graph.output, outputs)
+        except Exception as error:  # of many classes
+            raise ValueError(
+                f"`model` cannot be written as ONNX: {_reason(error)}"
+                f"{precision.advice(Path(scratch), _LACKING)}"
+            ) from error
+    onnx.save(proto, str(path))
+
+
+def _unmark(onnx: Any, proto: Any) -> Any:
+    """Raises the opset, and makes the marks what they stand for."""
     proto = onnx.version_converter.convert_version(proto, _OPSET)
     for node in proto.graph.node:
         if node.domain == _DOMAIN:
@@ -40,8 +57,13 @@ def write(model: keras.Model, path: Path, verbose: bool = False) -> None:
     del proto.opset_import[:]
     proto.opset_import.append(onnx.helper.make_opsetid("", _OPSET))
     proto.ir_version = onnx.helper.find_min_ir_version_for(proto.opset_import)
-    onnx.checker.check_model(proto, full_check=True)
-    onnx.save(proto, str(path))
+    return proto
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, as a sentence; its class too, if it is not one that is meant to be read."""
+    line = next(iter(str(error).splitlines()), "")
+    return line if isinstance(error, ValueError) else f"{type(error).__name__}: {line}."
 
 
 class _Marks:
@@ -132,48 +154,3 @@ def _padding(window: Window, size: Any) -> tuple[Any, Any]:
     needed = (window.output_size(size) - 1) * window.stride + window.extent - size
     total = max(needed, 0) if isinstance(needed, int) else keras.ops.maximum(needed, 0)
     return before, total - before
-
-
-def _convert(tf2onnx: Any, folder: str, marks: _Marks) -> Any:
-    """The ONNX model of a SavedModel's default signature, with marks."""
-    import onnx
-    import tensorflow as tf
-
-    loaded = tf.saved_model.load(folder)  # held, for its variables must outlive the conversion
-    signature = loaded.signatures["serving_default"]
-    specs = signature.structured_input_signature[1]
-
-    # Traced anew, for names of outputs that tf2onnx reads.
-    @tf.function
-    def serve(*tensors: Tensor) -> dict[str, Tensor]:
-        return signature(**dict(zip(specs, tensors, strict=True)))
-
-    proto, _ = tf2onnx.convert.from_function(
-        serve,
-        input_signature=list(specs.values()),
-        opset=_TF2ONNX_OPSET,
-        custom_op_handlers={"PyFuncStateless": (marks.convert, []), "Erfc": (_convert_erfc, [])},
-        extra_opset=[onnx.helper.make_opsetid(_DOMAIN, 1)],
-    )
-    return proto
-
-
-def _convert_erfc(graph: Any, node: Any, name: str, arguments: Any, **_: Any) -> None:
-    """Of tf2onnx, which knows `Erf` alone: 1 - erf(x)."""
-    import numpy as np
-
-    dtype = graph.get_dtype(node.output[0])
-    shape, output = graph.get_shape(node.output[0]), node.output[0]
-    erf = graph.make_node("Erf", [node.input[0]], shapes=[shape], dtypes=[dtype])
-    numpy_dtype = {1: np.float32, 10: np.float16, 11: np.float64}[dtype]
-    one = graph.make_const(f"{node.name}_one", np.array(1, numpy_dtype))
-    graph.remove_node(node.name)
-    graph.make_node("Sub", [one.output[0], erf.output[0]], outputs=[output], shapes=[shape], dtypes=[dtype])
-
-
-def _check_operations(onnx: Any, proto: Any) -> None:
-    """Checks that ONNX has every operation: tf2onnx leaves those that it does not know as they are."""
-    types = {node.op_type for node in proto.graph.node if not node.domain}
-    unknown = sorted(name for name in types if not onnx.defs.has(name))
-    if unknown:
-        raise ValueError(f"`model` holds operations that cannot be written as ONNX: {', '.join(unknown)}.")

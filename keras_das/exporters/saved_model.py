@@ -1,7 +1,7 @@
 """SavedModels: standard operations only, and what a server wants beside the model itself."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from keras_das.ops import native
 
 Tensor = Any
 _TOP = 5  # classes that are named
+_FILE = "saved_model.pb"
+_COMPILED = "_XlaMustCompile"  # TensorFlow's mark of `jit_compile=True`
 
 
 @dataclasses.dataclass
@@ -46,18 +48,37 @@ def write(model: keras.Model, folder: Path, verbose: bool, serving: Serving) -> 
     check_operations(folder)
 
 
-def custom_operations(path: Path) -> list[str]:
-    """The names of operations in a SavedModel that TensorFlow itself does not have, sorted."""
+def read(folder: Path) -> Any:
+    """The protocol buffer of a SavedModel."""
     from tensorflow.core.protobuf import saved_model_pb2
 
-    proto = saved_model_pb2.SavedModel.FromString((path / "saved_model.pb").read_bytes())
-    nodes = []
+    return saved_model_pb2.SavedModel.FromString((folder / _FILE).read_bytes())
+
+
+def nodes(proto: Any) -> Iterator[Any]:
+    """The operations in a SavedModel's graphs and their functions."""
     for meta_graph in proto.meta_graphs:
-        nodes.extend(meta_graph.graph_def.node)
+        yield from meta_graph.graph_def.node
         for function in meta_graph.graph_def.library.function:
-            nodes.extend(function.node_def)
+            yield from function.node_def
+
+
+def compile_nothing(folder: Path) -> None:
+    """Makes plain functions of those that XLA would compile, among them Keras' grouped convolutions."""
+    proto = read(folder)
+    functions = [
+        function for meta_graph in proto.meta_graphs for function in meta_graph.graph_def.library.function
+    ]
+    for part in (*functions, *nodes(proto)):
+        if _COMPILED in part.attr:
+            del part.attr[_COMPILED]
+    (folder / _FILE).write_bytes(proto.SerializeToString())
+
+
+def custom_operations(path: Path) -> list[str]:
+    """The names of operations in a SavedModel that TensorFlow itself does not have, sorted."""
     # TensorFlow keeps names with a namespace for operations from outside.
-    return sorted({node.op for node in nodes if ">" in node.op})
+    return sorted({node.op for node in nodes(read(path)) if ">" in node.op})
 
 
 def check_operations(path: Path) -> None:

@@ -1,5 +1,7 @@
 """ONNX: one `DeformConv` for each deformable convolution, and onnxruntime's numbers are Keras'."""
 
+import contextlib
+import logging
 import sys
 
 import keras
@@ -7,8 +9,10 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import tensorflow as tf
 
 import keras_das
+from keras_das.exporters import onnx_conversion
 from tests import oracle
 from tests.exporters.conftest import assert_close, many_convolutions
 
@@ -139,7 +143,9 @@ def test_nan_pixels_are_seen_through_a_layer(tmp_path, rng):
 
 def test_what_onnx_does_not_have(tmp_path):
     model = keras.Sequential([keras.Input((4,)), keras.layers.Lambda(keras.ops.erfinv)])
-    with pytest.raises(ValueError, match="`model` holds operations that cannot be written as ONNX: Erfinv"):
+    with pytest.raises(
+        ValueError, match="cannot be written as ONNX: it holds operations that ONNX does not have: Erfinv"
+    ):
         keras_das.export(model, tmp_path / "model.onnx", format="onnx")
     assert list(tmp_path.iterdir()) == []
 
@@ -151,3 +157,203 @@ def test_missing_packages(package, tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=rf"needs {package} for this: pip install 'keras-das\[export\]'"):
         keras_das.export(model, tmp_path / "model.onnx", format="onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+class Scaled(keras.layers.Layer):
+    """Keeps a constant tensor that is no variable."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
+    def call(self, inputs):
+        return inputs * self.scale
+
+
+def adapted():
+    layer = keras.layers.Normalization()
+    layer.adapt(np.random.default_rng(0).normal(3, 2, (20, 4, 4, 3)))
+    return layer
+
+
+def closure():
+    scale = keras.ops.convert_to_tensor([1.0, 3.0, -2.0])
+    return keras.layers.Lambda(lambda x: x * scale)
+
+
+def test_constant_tensors_are_no_inputs(tmp_path, rng):
+    scale = [1.0, 3.0, -2.0]
+    layers = [
+        adapted(),
+        keras.layers.Normalization(mean=scale, variance=[4.0, 5.0, 6.0]),
+        Scaled(tf.constant(scale)),
+        Scaled(keras.ops.convert_to_tensor(scale)),
+        closure(),
+        keras_das.DeformableConv2D(2, 1),
+    ]
+    model, path = keras.Sequential([keras.Input((4, 4, 3), name="image"), *layers]), tmp_path / "model.onnx"
+    keras_das.export(model, path, format="onnx")
+    assert [value.name for value in onnx.load(path).graph.input] == ["image"]
+    images = rng.normal(size=(2, 4, 4, 3)).astype("float32")
+    assert_close(run(path, image=images), model(images).numpy())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["EfficientNetB0", "EfficientNetV2B0"])
+def test_efficientnets_with_their_own_normalization(name, tmp_path, rng):
+    base = getattr(keras.applications, name)(weights=None, include_top=False, input_shape=(64, 64, 3))
+    model, path = keras_das.attach_das(base, identity_init=False), tmp_path / "model.onnx"
+    keras_das.export(model, path, format="onnx")
+    images = rng.uniform(0, 255, (2, 64, 64, 3)).astype("float32")
+    assert_close(run_only(path, images), model.predict(images, verbose=0))
+
+
+@pytest.mark.parametrize(("kind", "name"), [("input", "2271:0"), ("output", "output_1")])
+def test_a_graph_of_other_inputs_or_outputs_is_not_written(kind, name, tmp_path, monkeypatch):
+    convert = onnx_conversion.convert
+
+    def with_one_more(*arguments):
+        proto, inputs, outputs = convert(*arguments)
+        value = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None, 3])
+        if kind == "input":
+            proto.graph.input.append(value)
+        else:
+            proto.graph.output.append(value)
+            proto.graph.node.append(onnx.helper.make_node("Identity", ["image"], [name]))
+        return proto, inputs, outputs
+
+    monkeypatch.setattr(onnx_conversion, "convert", with_one_more)
+    model = keras.Sequential([keras.Input((3,), name="image"), keras.layers.Rescaling(2.0)])
+    with pytest.raises(
+        ValueError, match=rf"the graph has the {kind}s .*, '{name}' \(float32\), and the model"
+    ):
+        keras_das.export(model, tmp_path / "model.onnx", format="onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def images_and_depth(outputs):
+    """A model of two inputs that are not in the alphabet's order."""
+    rgb, depth = keras.Input((6, 6, 3), name="rgb"), keras.Input((6, 6, 1), name="depth")
+    features = keras.layers.Concatenate()([keras.layers.Rescaling(2.0)(rgb), depth])
+    return keras.Model([rgb, depth], outputs(keras_das.DeformableConv2D(2, 1)(features)))
+
+
+ORDERS = {
+    "twelve outputs": (lambda x: [x * n for n in range(12)], [f"output_{n}" for n in range(12)]),
+    "one output": (lambda x: x, ["output_0"]),
+    "named outputs": (
+        lambda x: {"output_2": x, "output_10": 2 * x, "a": 3 * x},
+        ["a", "output_10", "output_2"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ORDERS)
+def test_inputs_and_outputs_have_keras_order(kind, tmp_path, rng):
+    outputs, names = ORDERS[kind]
+    model, path = images_and_depth(outputs), tmp_path / "model.onnx"
+    keras_das.export(model, path, format="onnx")
+    session = onnxruntime.InferenceSession(path)
+    assert [value.name for value in session.get_inputs()] == ["rgb", "depth"]
+    assert [value.name for value in session.get_outputs()] == names
+    values = [rng.normal(size=(2, 6, 6, channels)).astype("float32") for channels in (3, 1)]
+    found = session.run(None, dict(zip(["rgb", "depth"], values, strict=True)))
+    for one, wanted in zip(found, keras.tree.flatten(model(values)), strict=True):
+        np.testing.assert_allclose(one, wanted, rtol=1e-4, atol=1e-4)
+
+
+class TwoImages(keras.Model):
+    """A subclassed model of a dictionary, whose inputs TensorFlow names."""
+
+    def call(self, inputs):
+        return [inputs["small"] * 2, inputs["large"] + 1]
+
+
+def test_a_subclassed_model_has_keras_order(tmp_path, rng):
+    model, path = TwoImages(), tmp_path / "model.onnx"
+    values = {
+        name: rng.normal(size=(2, 4, 4, n)).astype("float32") for name, n in (("small", 1), ("large", 2))
+    }
+    wanted = model(values)
+    keras_das.export(model, path, format="onnx")
+    session = onnxruntime.InferenceSession(path)
+    names = [value.name for value in session.get_inputs()]  # of a dictionary's values sorted by key
+    found = session.run(None, dict(zip(names, [values["large"], values["small"]], strict=True)))
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+def test_in_a_strategy_s_scope(tmp_path, rng):
+    """The model is built there or elsewhere, and its variables are mirrored or not."""
+    images = rng.normal(size=(2, 4, 4, 3)).astype("float32")
+
+    def build():
+        layers = [
+            keras.layers.Conv2D(4, 1),
+            keras.layers.BatchNormalization(),
+            keras_das.DeformableConv2D(2, 1),
+        ]
+        return keras.Sequential([keras.Input((4, 4, 3), name="image"), *layers])
+
+    outside = build()
+    with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
+        inside = build()
+        for model in (outside, inside):
+            keras_das.export(model, tmp_path / "model.onnx", format="onnx")
+            assert_close(run(tmp_path / "model.onnx", image=images), model(images).numpy())
+    keras_das.export(inside, tmp_path / "model.onnx", format="onnx")
+    assert_close(run(tmp_path / "model.onnx", image=images), inside(images).numpy())
+
+
+class Compiled(keras.layers.Layer):
+    """Has XLA compile a part of it, in which there is a deformable convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = keras_das.DeformableConv2D(4, 1)
+
+    def build(self, shape):
+        self.convolution.build(shape)
+
+    @tf.function(jit_compile=True)
+    def call(self, inputs):
+        return 2 * self.convolution(inputs)
+
+
+def test_what_xla_compiles(tmp_path, rng):
+    """Keras has TensorFlow compile grouped convolutions, which run on GPUs alone without it."""
+    depthwise = keras.layers.Conv2D(8, 3, groups=8, padding="same")
+    layers = [
+        keras.layers.Conv2D(8, 1),
+        keras.layers.Conv2D(4, 3, 2, groups=4),
+        keras.layers.Conv2D(8, 1),
+        depthwise,
+        Compiled(),
+    ]
+    model = keras.Sequential([keras.Input((6, 6, 3), name="image"), *layers])
+    keras_das.export(model, tmp_path / "model.onnx", format="onnx")
+    images = rng.normal(size=(2, 6, 6, 3)).astype("float32")
+    assert_close(run(tmp_path / "model.onnx", image=images), model(images).numpy())
+
+
+@pytest.mark.slow
+def test_convnext(tmp_path, rng):
+    model = keras.applications.ConvNeXtTiny(weights=None, include_top=False, input_shape=(64, 64, 3))
+    model = keras_das.attach_das(model, identity_init=False)
+    keras_das.export(model, tmp_path / "model.onnx", format="onnx")
+    images = rng.uniform(0, 255, (1, 64, 64, 3)).astype("float32")
+    assert_close(run_only(tmp_path / "model.onnx", images), model.predict(images, verbose=0))
+
+
+@pytest.mark.parametrize("succeeds", [True, False])
+def test_tf2onnx_keeps_quiet(succeeds, tmp_path, caplog, capfd):
+    """It warns of each deformable convolution, and writes tracebacks ahead of an error of ours."""
+    layer = keras_das.DeformableConv2D(2, 1) if succeeds else keras.layers.Lambda(keras.ops.erfinv)
+    model = keras.Sequential([keras.Input((4, 4, 3)), layer])
+    expected = contextlib.nullcontext() if succeeds else pytest.raises(ValueError, match="Erfinv")
+    with expected:
+        keras_das.export(model, tmp_path / "model.onnx", format="onnx")
+    assert [record for record in caplog.records if record.name.startswith(("tf2onnx", "tensorflow"))] == []
+    assert "tf2onnx" not in capfd.readouterr().err
+    logging.getLogger("tf2onnx.tfonnx").warning("is heard again")
+    assert caplog.messages[-1] == "is heard again"

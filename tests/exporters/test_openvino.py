@@ -3,8 +3,10 @@
 import sys
 
 import keras
+import numpy as np
 import openvino
 import pytest
+import tensorflow as tf
 
 import keras_das
 from tests.exporters.conftest import assert_close, many_convolutions
@@ -47,3 +49,26 @@ def test_missing_package(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=r"needs openvino for this: pip install 'keras-das\[export\]'"):
         keras_das.export(model, tmp_path / "model", format="openvino")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_inputs_and_outputs_are_the_model_s(tmp_path, rng):
+    """In Keras' order, by which values are given and read here, and without the constants of a layer."""
+    rgb, depth = keras.Input((4, 4, 3), name="rgb"), keras.Input((4, 4, 3), name="depth")
+    normalization = keras.layers.Normalization(mean=[1.0, 2.0, 3.0], variance=[4.0, 5.0, 6.0])
+    features = keras_das.DeformableConv2D(2, 1)(keras.layers.Subtract()([normalization(rgb), depth]))
+    model = keras.Model([rgb, depth], [features * n for n in range(12)])
+    keras_das.export(model, tmp_path / "model", format="openvino")
+    network = compiled(tmp_path / "model")
+    assert [port.get_any_name() for port in network.inputs] == ["rgb", "depth"]
+    assert [port.get_any_name() for port in network.outputs] == [f"output_{n}" for n in range(12)]
+    values = [rng.normal(size=(2, 4, 4, 3)).astype("float32") for _ in range(2)]
+    for number, wanted in enumerate(model(values)):
+        np.testing.assert_allclose(network(values)[number], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_in_a_strategy_s_scope(tmp_path, rng):
+    with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
+        model = keras.Sequential([keras.Input((4, 4, 3)), keras_das.DeformableConv2D(2, 1)])
+        keras_das.export(model, tmp_path / "model", format="openvino")
+    images = rng.normal(size=(2, 4, 4, 3)).astype("float32")
+    assert_close(compiled(tmp_path / "model")(images)[0], model(images).numpy())

@@ -1,0 +1,68 @@
+"""Precisions that a format does not have: layers compute in float32 instead, or the error says so."""
+
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from keras_das.exporters import saved_model
+
+
+@contextlib.contextmanager
+def in_float32(model: keras.Model, dtypes: Collection[str]) -> Iterator[None]:
+    """Within it, a model's layers that compute in one of some dtypes compute in float32.
+
+    Args:
+        model: The model. Its weights keep their dtypes.
+        dtypes: `"bfloat16"`, for example.
+    """
+    layers = [layer for layer in model._flatten_layers() if layer.compute_dtype in dtypes]
+    policies = [layer._dtype_policy for layer in layers]
+    try:
+        for layer in layers:
+            layer._dtype_policy = _float32_policy(layer)
+        yield
+    finally:
+        for layer, policy in zip(layers, policies, strict=True):
+            layer._dtype_policy = policy
+
+
+def _float32_policy(layer: keras.Layer) -> Any:
+    """Variables are cast to float32 as they are read if the policy says that they are of another dtype."""
+    policy = layer.dtype_policy
+    if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
+        policy = policy[layer.path]
+    float32 = keras.DTypePolicy("float32")
+    if policy.quantization_mode is not None:
+        float32 = type(policy).from_config({**policy.get_config(), "source_name": "float32"})
+    float32._variable_dtype = policy.variable_dtype
+    return float32
+
+
+def advice(folder: Path, lacking: Sequence[str]) -> str:
+    """A sentence to add to the error of a conversion that has failed.
+
+    Args:
+        folder: The SavedModel that was to be converted.
+        lacking: Dtypes that the format does not have.
+
+    Returns:
+        The sentence, or `""` if the model has none of these dtypes.
+    """
+    if not (found := [dtype for dtype in lacking if dtype in _dtypes(folder)]):
+        return ""
+    return (
+        f" The model computes in {', '.join(found)}, for which the format lacks operations: export a model "
+        'with the dtype policy "float32", and quantize it afterwards if at all.'
+    )
+
+
+def _dtypes(folder: Path) -> set[str]:
+    """The dtypes of all operations in a SavedModel."""
+    import tensorflow as tf
+
+    values = [value for node in saved_model.nodes(saved_model.read(folder)) for value in node.attr.values()]
+    types = {value.type for value in values} | {type for value in values for type in value.list.type}
+    return {tf.dtypes.as_dtype(type).name for type in types - {0}}
