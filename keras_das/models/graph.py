@@ -1,5 +1,6 @@
 """Functional graphs: how they run, what lies on a path, and copies of them with gates in between."""
 
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -141,7 +142,7 @@ def is_plain(model: keras.Model) -> bool:
 
 
 def _copy_state(source: keras.layers.Layer, target: keras.layers.Layer) -> None:
-    """Copies weights and trainable flags, inner layers' too."""
+    """Copies weights, assets and trainable flags, inner layers' too."""
     for old, new in zip(source._flatten_layers(), target._flatten_layers(), strict=True):
         # As a file would, for some layers derive state from what they load (`Normalization`).
         store: dict[str, Any] = {}
@@ -151,6 +152,10 @@ def _copy_state(source: keras.layers.Layer, target: keras.layers.Layer) -> None:
             new.load_own_variables(
                 {key: value.numpy() if hasattr(value, "numpy") else value for key, value in store.items()}
             )
+        if hasattr(old, "save_assets"):  # such as the vocabulary of a `StringLookup`
+            with tempfile.TemporaryDirectory() as folder:
+                old.save_assets(folder)
+                new.load_assets(folder)
         new.trainable = old.trainable  # the outer layers come first, so the inner ones have the last word
 
 
