@@ -1,6 +1,6 @@
 """`DASLayer`: the deformable attention gate."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -8,6 +8,7 @@ from keras import constraints, initializers, ops, regularizers
 
 from keras_das.layers.deformable_conv2d import DeformableConv2D, Identifier, Shape, Tensor
 from keras_das.layers.depthwise import DepthwiseConv2D
+from keras_das.layers.policies import build_layer, check_not_quantized, quantization_of
 from keras_das.ops.deformable import standardize_count, standardize_implementation
 from keras_das.ops.geometry import standardize_data_format, standardize_pair
 
@@ -96,6 +97,8 @@ class DASLayer(keras.layers.Layer):
     ):
         """Checks and keeps the arguments; the weights are made by `build`."""
         super().__init__(activity_regularizer=activity_regularizer, **kwargs)
+        check_not_quantized(self)
+        self._quantization: Mapping[str, Any] = {}  # of the layers inside; `from_config` sets it
         if isinstance(reduction, bool) or not isinstance(reduction, int | float) or not reduction > 0:
             raise ValueError(f"`reduction` must be a positive number. Received: reduction={reduction!r}")
         if deformable not in ("separable", "dense"):
@@ -137,7 +140,7 @@ class DASLayer(keras.layers.Layer):
         last = input_shape if channel_axis == 3 else (*input_shape[:1], *input_shape[2:], channels)
         shape = tuple(last)
         for layer in self._gate_layers():
-            layer.build(shape)
+            build_layer(layer, shape, self._quantization)
             shape = layer.compute_output_shape(shape)
 
     def _create_layers(self, channels: int, width: int) -> None:
@@ -317,7 +320,19 @@ class DASLayer(keras.layers.Layer):
             "kernel_constraint": constraints.serialize(self.kernel_constraint),
             "offset_constraint": constraints.serialize(self.offset_constraint),
         }
+        quantization = quantization_of(self._gate_layers()) if self.built else self._quantization
+        if quantization:
+            config["quantization"] = quantization
         return {**super().get_config(), **config}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "DASLayer":
+        """Rebuilds a layer, quantized as the one that the configuration is of."""
+        config = dict(config)
+        quantization = config.pop("quantization", {})
+        layer = super().from_config(config)
+        layer._quantization = quantization
+        return layer
 
 
 def _fresh(initializer: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 import keras
 from keras import activations, constraints, initializers, ops, regularizers
 
+from keras_das.layers.policies import check_not_quantized
 from keras_das.ops import deformable_conv2d
 from keras_das.ops.deformable import standardize_count, standardize_implementation
 from keras_das.ops.geometry import (
@@ -107,6 +108,7 @@ class DeformableConv2D(keras.layers.Layer):
     ):
         """Checks and keeps the arguments; the weights are made by `build`."""
         super().__init__(activity_regularizer=activity_regularizer, **kwargs)
+        check_not_quantized(self)
         self.filters = standardize_count(filters, "filters")
         self.kernel_size = standardize_pair(kernel_size, "kernel_size")
         self.strides = standardize_pair(strides, "strides")

@@ -236,9 +236,13 @@ def _gate(name: str, tensor: Tensor, identity_init: bool, das_arguments: Mapping
     return DASLayer(**{**fitting, **das_arguments}, identity_init=identity_init, name=name)
 
 
-def _precision(tensor: Tensor) -> Any:
-    """The precision of the layer that makes the tensor, or if it has none that fits, one that does."""
-    policy = getattr(node_of(tensor).operation, "dtype_policy", None)
-    if policy is not None and policy.compute_dtype == tensor.dtype:
-        return policy
-    return f"mixed_{tensor.dtype}" if tensor.dtype in ("float16", "bfloat16") else tensor.dtype
+def _precision(tensor: Tensor) -> str:
+    """The precision of the layer that makes the tensor, without its quantization, or one that fits.
+
+    A gate quantizes what is inside it; it has no quantized form of its own.
+    """
+    operation = node_of(tensor).operation
+    if getattr(operation, "compute_dtype", None) != tensor.dtype:  # a plain operation has none
+        return f"mixed_{tensor.dtype}" if tensor.dtype in ("float16", "bfloat16") else tensor.dtype
+    mixed = operation.variable_dtype != tensor.dtype
+    return f"mixed_{tensor.dtype}" if mixed else tensor.dtype

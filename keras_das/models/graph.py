@@ -1,5 +1,6 @@
 """Functional graphs: how they run, what lies on a path, and copies of them with gates in between."""
 
+import copy
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -213,8 +214,8 @@ def deserialize_network(
     Returns:
         Functional model with the outputs `{"output": ..., "taps": {level: ...}}`.
     """
-    if dtypes and dtypes[0] != dtypes[1]:
-        config = _with_dtype(config, dtypes[0].name, keras.dtype_policies.serialize(dtypes[1]))
+    if dtypes and not _same_policy(*dtypes):
+        config = _with_dtype(config, *dtypes)
     layers = [
         _with_input_shape(layer, [None, *input_shape]) if layer["class_name"] == "InputLayer" else layer
         for layer in config["config"]["layers"]
@@ -226,11 +227,35 @@ def _with_input_shape(layer: dict[str, Any], shape: list[int | None]) -> dict[st
     return {**layer, "config": {**layer["config"], "batch_shape": shape}}
 
 
-def _with_dtype(config: Any, old: str, new: dict[str, Any]) -> Any:
+def serialize_policy(policy: keras.DTypePolicy) -> dict[str, Any]:
+    """A policy's configuration. Keras changes the policies in a map when it writes it: here a copy's."""
+    return keras.dtype_policies.serialize(copy.deepcopy(policy))
+
+
+def _same_policy(a: keras.DTypePolicy, b: keras.DTypePolicy) -> bool:
+    """Whether two policies are equal; Keras cannot compare a map of policies with a policy."""
+    return serialize_policy(a) == serialize_policy(b)
+
+
+def _policy_name(policy: keras.DTypePolicy) -> str:
+    """The name of a policy; of a map of policies that of the layers not in it."""
+    return getattr(policy, "default_policy", policy).name
+
+
+def _with_dtype(config: Any, old: keras.DTypePolicy, new: keras.DTypePolicy) -> Any:
+    """The configuration with one policy in place of another, in quantized policies too.
+
+    Maps of policies are replaced as a whole: they are the policy of a whole backbone.
+    """
     if isinstance(config, list | tuple):
         return [_with_dtype(value, old, new) for value in config]
     if not isinstance(config, dict):
         return config
-    if config.get("class_name") == "DTypePolicy" and config["config"]["name"] == old:
-        return new
+    name, inner = _policy_name(old), config.get("config")
+    if config.get("class_name") == "DTypePolicyMap":
+        return serialize_policy(new)
+    if config.get("class_name") == "DTypePolicy" and inner["name"] == name:
+        return serialize_policy(new)
+    if isinstance(inner, dict) and inner.get("source_name") == name:
+        return {**config, "config": {**inner, "source_name": _policy_name(new)}}
     return {key: _with_dtype(value, old, new) for key, value in config.items()}

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import keras_hub
 
-from keras_das.models.graph import Tensor, deserialize_network, serialize_network
+from keras_das.models.graph import Tensor, deserialize_network, serialize_network, serialize_policy
 
 
 def taps(model: keras.Model) -> dict[str, Tensor]:
@@ -48,11 +48,15 @@ class DASHubBackbone(keras_hub.models.FeaturePyramidBackbone):
 
     def get_config(self) -> dict[str, Any]:
         """The graph of the layers, and what to rebuild it for."""
-        config = super().get_config()
+        # Not KerasHub's configuration: it holds a map of the quantized layers' precisions, which `network`
+        # has already, and writing the map changes the policies of these layers.
+        dtype = serialize_policy(self.dtype_policy)
         return {
-            **config,
+            "name": self.name,
+            "trainable": self.trainable,
             "network": serialize_network(self, self.pyramid_outputs),
-            "network_dtype": config["dtype"],
+            "dtype": dtype,
+            "network_dtype": dtype,
             "image_shape": self.image_shape,
             "data_format": self.data_format,
         }
