@@ -25,10 +25,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_das._requirements import import_extra
+from keras_das._requirements import check_keras_3, import_extra
 from keras_das.layers import DASLayer, DeformableConv2D
 from keras_das.models.fields import Axis, Field, Fields, fields_of, through, windows_of
 from keras_das.models.graph import run
+from keras_das.ops.deformable import standardize_count
 
 Tensor = Any
 Point = tuple[float, float]
@@ -478,11 +479,10 @@ class TensorBoardFigures(keras.callbacks.Callback):
     ):
         """Checks and keeps the arguments."""
         super().__init__()
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"`every` must be a positive integer. Received: every={every!r}")
         for package in ("matplotlib.figure", "tensorboard"):
             import_extra(package, "viz")  # now, not after the first epochs, if it is missing
-        self.log_dir, self.images, self.every = str(log_dir), images, every
+        self.log_dir, self.images = str(log_dir), images
+        self.every = standardize_count(every, "every")
         self.point, self.labels, self.pictures = point, labels, pictures
 
     def on_train_begin(self, logs: dict | None = None) -> None:
@@ -661,6 +661,7 @@ def _networks(model: keras.Model) -> list[keras.Model]:
 
 def _of_kind(model: keras.Model, kinds: tuple[type, ...]) -> list[Any]:
     """The layers of these classes, those of models inside the model too, but not the parts of gates."""
+    check_keras_3("model", model)
     layers = model._flatten_layers(include_self=False)
     parts = {
         id(part)
@@ -701,6 +702,7 @@ def _image_size(shape: Sequence[int], data_format: str) -> tuple[int, int]:
 
 
 def _one_image(model: keras.Model, image: Any) -> np.ndarray:
+    check_keras_3("model", model)
     if not isinstance(model, keras.Model) or not model.built:
         raise ValueError(f"`model` must be a Keras model that has been built. Received: model={model!r}")
     pixels = image if isinstance(image, np.ndarray) else ops.convert_to_numpy(image)

@@ -8,8 +8,9 @@ from keras import constraints, initializers, ops, regularizers
 
 from keras_das.layers.deformable_conv2d import DeformableConv2D, Identifier, Shape, Tensor
 from keras_das.layers.depthwise import DepthwiseConv2D
+from keras_das.layers.inputs import check_input
 from keras_das.layers.policies import build_layer, check_not_quantized, quantization_of
-from keras_das.ops.deformable import standardize_count, standardize_implementation
+from keras_das.ops.deformable import standardize_count, standardize_implementation, standardize_positive
 from keras_das.ops.geometry import standardize_data_format, standardize_pair
 
 # Those of PyTorch's norms. Keras' own 1e-3 would flatten feature maps of small variance.
@@ -99,13 +100,11 @@ class DASLayer(keras.layers.Layer):
         super().__init__(activity_regularizer=activity_regularizer, **kwargs)
         check_not_quantized(self)
         self._quantization: Mapping[str, Any] = {}  # of the layers inside; `from_config` sets it
-        if isinstance(reduction, bool) or not isinstance(reduction, int | float) or not reduction > 0:
-            raise ValueError(f"`reduction` must be a positive number. Received: reduction={reduction!r}")
         if deformable not in ("separable", "dense"):
             raise ValueError(
                 f'`deformable` must be "separable" or "dense". Received: deformable={deformable!r}'
             )
-        self.reduction = reduction
+        self.reduction = standardize_positive(reduction, "reduction")
         self.kernel_size = standardize_pair(kernel_size, "kernel_size")
         self.dilation_rate = standardize_pair(dilation_rate, "dilation_rate")
         self.offset_groups = standardize_count(offset_groups, "offset_groups")
@@ -278,6 +277,11 @@ class DASLayer(keras.layers.Layer):
     def _channels_last(self, inputs: Tensor) -> Tensor:
         x = ops.cast(inputs, self.compute_dtype)
         return ops.transpose(x, (0, 2, 3, 1)) if self.data_format == "channels_first" else x
+
+    def __call__(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Checks the input, of whatever kind, and calls the layer."""
+        check_input(inputs)
+        return super().__call__(inputs, *args, **kwargs)
 
     def call(self, inputs: Tensor) -> Tensor:
         """Multiplies the feature map by its gate."""

@@ -6,6 +6,7 @@ from typing import Any
 import keras
 from keras import activations, constraints, initializers, ops, regularizers
 
+from keras_das.layers.inputs import check_input
 from keras_das.layers.policies import check_not_quantized
 from keras_das.ops import deformable_conv2d
 from keras_das.ops.deformable import standardize_count, standardize_implementation
@@ -187,6 +188,11 @@ class DeformableConv2D(keras.layers.Layer):
             constraint=self.offset_constraint,
         )
         self.offset_bias = self.add_weight(name="offset_bias", shape=(predictions,), initializer="zeros")
+
+    def __call__(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Checks the input, of whatever kind, and calls the layer."""
+        check_input(inputs)
+        return super().__call__(inputs, *args, **kwargs)
 
     def call(self, inputs: Tensor) -> Tensor:
         """Predicts offsets and mask, and convolves."""

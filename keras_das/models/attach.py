@@ -9,6 +9,7 @@ from typing import Any
 
 import keras
 
+from keras_das._requirements import check_keras_3
 from keras_das.layers import DASLayer
 from keras_das.models.graph import (
     Node,
@@ -83,6 +84,7 @@ def attach_das(
     Reference:
         - [Salajegheh et al., 2023](https://arxiv.org/abs/2311.12091), section 3: one gate after each stage
     """
+    check_keras_3("model", model)
     library = _library_of(model)
     taps = library.taps(model) if library else {}
     base = view(model, taps)

@@ -15,7 +15,7 @@ MODES = ("int8", "int4", "float8")
 
 
 def gated_backbone(dtype=None):
-    """A KerasHub backbone of few layers, named for the paths in maps of policies, and the same with a gate."""
+    """A KerasHub backbone of few layers, which maps of policies name by path, and the same with a gate."""
     keras_hub = pytest.importorskip("keras_hub")
     arguments = {"stackwise_num_repeats": [1, 1], "stackwise_num_filters": [4, 4], "image_shape": (16, 16, 3)}
     base = keras_hub.models.VGGBackbone(**arguments, dtype=dtype, name="vgg")
