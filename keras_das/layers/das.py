@@ -145,6 +145,8 @@ class DASLayer(keras.layers.Layer):
     def _create_layers(self, channels: int, width: int) -> None:
         separable = self.deformable == "separable"
         common = {"data_format": "channels_last", "dtype": self.dtype_policy}
+        # Ahead of the norm, sums of large features are beyond float16.
+        wide = "float32" if self.compute_dtype == "float16" else self.dtype_policy
         weighted = {
             "kernel_regularizer": self.kernel_regularizer,
             "kernel_constraint": self.kernel_constraint,
@@ -157,7 +159,8 @@ class DASLayer(keras.layers.Layer):
             depthwise_regularizer=self.kernel_regularizer,
             depthwise_constraint=self.kernel_constraint,
             name="depthwise",
-            **common,
+            data_format="channels_last",
+            dtype=wide,
         )
         self.depthwise.supports_masking = True  # or it would warn of a mask that this layer hands on
         # The pointwise convolutions are `Dense` on the channels: the same product, and sound for an empty
@@ -167,11 +170,11 @@ class DASLayer(keras.layers.Layer):
             use_bias=False,
             kernel_initializer=_fresh(self.kernel_initializer),
             name="reduce",
-            dtype=self.dtype_policy,
+            dtype=wide,
             **weighted,
         )
         self.instance_norm = keras.layers.GroupNormalization(
-            groups=-1, axis=-1, epsilon=_EPSILON, name="instance_norm", dtype=self.dtype_policy
+            groups=-1, axis=-1, epsilon=_EPSILON, name="instance_norm", dtype=wide
         )
         self.deform = DeformableConv2D(
             width if separable else channels,
