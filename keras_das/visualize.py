@@ -654,7 +654,9 @@ def _fields(sample: Sample, layers: Sequence[Any]) -> list[Fields]:
     model = sample.model
     data_format = _data_format(model)
     size = _image_size(sample.pixels.shape, data_format)
-    several = {} if len(sample.arrays) == 1 else {"shapes": sample.shapes, "image": sample.image}
+    several: dict[str, Any] = (
+        {} if len(sample.arrays) == 1 else {"shapes": sample.shapes, "image": sample.image}
+    )
     found: dict[int, Fields] = {}
     for network in _networks(model):
         found = {**fields_of(network, size, data_format, **several), **found}  # the outermost has the say

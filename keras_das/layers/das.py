@@ -1,5 +1,6 @@
 """`DASLayer`: the deformable attention gate."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -135,6 +136,12 @@ class DASLayer(keras.layers.Layer):
                 f"{width}. Received: offset_groups={self.offset_groups}"
             )
         self.input_spec = keras.layers.InputSpec(ndim=4, axes={channel_axis: channels})
+        if channels == 1:
+            warnings.warn(
+                f"The gate '{self.name}' is on a map of one channel, over which its layer norm is constant: "
+                "it multiplies all pixels by the same number.",
+                stacklevel=2,
+            )
         self._create_layers(channels, width)
         last = input_shape if channel_axis == 3 else (*input_shape[:1], *input_shape[2:], channels)
         shape = tuple(last)

@@ -25,13 +25,14 @@ from keras_das.models.graph import (
 )
 from keras_das.models.stages import LEVELS, find_stages
 
+Site = str | Any  # the name of a layer or level, or a layer
 _LIBRARIES = ("keras_hub", "keras_cv")
 _LEVEL_NAMES = [f"P{level}" for level in LEVELS]
 
 
 def attach_das(
     model: keras.Model,
-    at: str | Sequence[str] | None = None,
+    at: Site | Sequence[Site] | None = None,
     identity_init: bool = True,
     **das_arguments: Any,
 ) -> keras.Model:
@@ -51,7 +52,7 @@ def attach_das(
 
     Args:
         model: A KerasHub or KerasCV backbone, or a functional or sequential `keras.Model`.
-        at: What to gate: names of layers, or of levels (`"P2"` ... `"P5"`), or a sequence of both. `None`:
+        at: What to gate: layers or their names, or levels (`"P2"` ... `"P5"`), or a sequence of them. `None`:
             the end of each of the levels P2 to P5 (1/4 to 1/32 of the image's rows and columns). These are
             the backbone's taps. In a model without taps they are the last feature maps of their level that
             everything deeper is computed from: after the last residual sum or concatenation if there is one;
@@ -88,9 +89,15 @@ def attach_das(
     library = _library_of(model)
     taps = library.taps(model) if library else {}
     base = view(model, taps)
+    try:
+        sites = _sites(base, taps, at)
+    except ValueError as error:
+        if not (advice := _advice_for_encoders(model)):
+            raise
+        raise ValueError(f"{str(error).rstrip('.')}. {advice}") from error
     gates = {
         node_of(tensor).operation.name: _gate(name, tensor, identity_init, das_arguments)
-        for name, tensor in _sites(base, taps, at).items()
+        for name, tensor in sites.items()
     }
     network = clone_with_gates(base, gates)
     outputs, new_taps = network.output["output"], network.output["taps"]
@@ -143,7 +150,7 @@ def _check_graph(model: keras.Model) -> None:
 
 
 def _sites(
-    base: keras.Model, taps: Mapping[str, Tensor], at: str | Sequence[str] | None
+    base: keras.Model, taps: Mapping[str, Tensor], at: Site | Sequence[Site] | None
 ) -> dict[str, Tensor]:
     """The feature maps to gate, by the names of their gates."""
     nodes = sort_nodes(base.outputs)
@@ -151,7 +158,9 @@ def _sites(
     if at is None:
         chosen = list(_default_levels(base, taps).items())
     else:
-        chosen = _named(base, layers, taps, [at] if isinstance(at, str) else list(at))
+        single = isinstance(at, str | keras.Operation)
+        names = [_name_of(base, nodes, site) for site in ([at] if single else at)]
+        chosen = _named(base, layers, taps, names)
     sites: dict[str, Tensor] = {}
     for name, tensor in chosen:
         _check_site(name, tensor, nodes)
@@ -164,6 +173,16 @@ def _sites(
             raise ValueError(f"Model '{base.name}' has a layer '{gate_name}' already.")
         sites[gate_name] = tensor
     return sites
+
+
+def _advice_for_encoders(model: keras.Model) -> str:
+    """What to do with a backbone that is built around another, such as KerasHub's `RetinaNetBackbone`."""
+    if not isinstance(getattr(model, "image_encoder", None), keras.Model):
+        return ""
+    return (
+        "Attach gates to its image encoder, attach_das(backbone.image_encoder), and build the "
+        f"{type(model).__name__} on the result."
+    )
 
 
 def _default_levels(base: keras.Model, taps: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -194,6 +213,18 @@ def _named(
             + "".join(_hint(str(name), base, known) for name in unknown)
         )
     return [(name, known[name]) for name in names]
+
+
+def _name_of(base: keras.Model, nodes: Sequence[Node], site: Site) -> str:
+    """The name of a layer of the model that was given as itself."""
+    if not isinstance(site, keras.Operation):
+        return site
+    if not any(node.operation is site for node in nodes):
+        raise ValueError(
+            f"`at` must hold layers of the model '{base.name}'. Received: '{site.name}', a "
+            f"{type(site).__name__} that is no layer of it." + _hint(site.name, base, {})
+        )
+    return site.name
 
 
 def _hint(name: str, base: keras.Model, known: Mapping[str, Tensor]) -> str:

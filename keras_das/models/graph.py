@@ -129,11 +129,22 @@ def _clone_layer(layer: Any, clone: Callable[[Any], Any]) -> Any:
     except Exception as error:
         raise ValueError(
             f"Layer '{layer.name}' cannot be copied: from_config(get_config()) of its class "
-            f"{type(layer).__name__} fails."
+            f"{type(layer).__name__} fails. {_advice(type(layer))}"
         ) from error
     if copy.name != layer.name:  # a plain operation's config does not hold its name
         copy.name = layer.name
     return copy
+
+
+def _advice(layer_class: type) -> str:
+    """What to do about a layer that does not serialize."""
+    library = layer_class.__module__.partition(".")[0]
+    if library not in ("keras", "keras_hub", "keras_cv"):
+        return "Let `get_config` return all arguments of the constructor."
+    return (
+        f"The class is {library}'s and does not serialize: gates can only be put on what the model returns, "
+        "keras.Model(model.inputs, keras_das.DASLayer()(model.output))."
+    )
 
 
 def is_plain(model: keras.Model) -> bool:
@@ -158,6 +169,18 @@ def _copy_state(source: keras.layers.Layer, target: keras.layers.Layer) -> None:
                 old.save_assets(folder)
                 new.load_assets(folder)
         new.trainable = old.trainable  # the outer layers come first, so the inner ones have the last word
+    _copy_flags_of_weights(source, target)
+
+
+def _copy_flags_of_weights(source: keras.layers.Layer, target: keras.layers.Layer) -> None:
+    """Copies the trainable flags of single weights.
+
+    They are paired by their names, for a layer that is built quantized has its weights in another order.
+    """
+    pairs = [sorted(layer.weights, key=lambda weight: weight.name) for layer in (source, target)]
+    for old, new in zip(*pairs, strict=True):
+        if new.trainable != old.trainable:
+            new.trainable = old.trainable
 
 
 def check_gates(
@@ -251,10 +274,9 @@ def _with_dtype(config: Any, old: keras.DTypePolicy, new: keras.DTypePolicy) -> 
         return [_with_dtype(value, old, new) for value in config]
     if not isinstance(config, dict):
         return config
-    name, inner = _policy_name(old), config.get("config")
-    if config.get("class_name") == "DTypePolicyMap":
-        return serialize_policy(new)
-    if config.get("class_name") == "DTypePolicy" and inner["name"] == name:
+    name, inner = _policy_name(old), config.get("config") or {}
+    kind = config.get("class_name")
+    if kind == "DTypePolicyMap" or (kind == "DTypePolicy" and inner["name"] == name):
         return serialize_policy(new)
     if isinstance(inner, dict) and inner.get("source_name") == name:
         return {**config, "config": {**inner, "source_name": _policy_name(new)}}

@@ -46,7 +46,8 @@ def find_stages(model: keras.Model) -> dict[str, Tensor]:
     if not present:
         raise ValueError(
             f"Model '{model.name}' has no feature map of 1/4 to 1/32 of its input's rows and columns. "
-            "Name the layers to gate in `at`."
+            "Name the layers to gate in `at`"
+            + _examples(nodes, levels, dominators, max(levels.values(), default=0))
         )
     _warn_of_deeper_stages(model, nodes, levels, dominators)
     trunk = _trunk_of_outputs(model, nodes, levels, dominators, present[-1])
@@ -57,7 +58,8 @@ def find_stages(model: keras.Model) -> dict[str, Tensor]:
         if end is None:
             raise ValueError(
                 f"No single layer of model '{model.name}' ends its level P{level} (1/{2**level} of the "
-                "image's rows and columns): every one is bypassed. Name the layers to gate in `at`."
+                "image's rows and columns): every one is bypassed. Name the layers to gate in `at`"
+                + _examples(nodes, levels, dominators, level)
             )
         stages[f"P{level}"] = end.outputs[0]
         trunk = _members(dominators[end], nodes)
@@ -69,9 +71,27 @@ def _image_input(model: keras.Model) -> Tensor:
     if len(images) != 1:
         raise ValueError(
             f"To find the stages of model '{model.name}' it must have one input of images. Received: inputs "
-            f"of shapes {[tensor.shape for tensor in model.inputs]}. Name the layers to gate in `at`."
+            f"of shapes {[tensor.shape for tensor in model.inputs]}. "
+            + (_advice_to_gate_inside(model) or "Name the layers to gate in `at`.")
         )
     return images[0]
+
+
+def _advice_to_gate_inside(model: keras.Model) -> str:
+    """What to do if the images run through a network inside the model, as in siamese networks."""
+    names = [
+        layer.name
+        for layer in model.layers
+        if isinstance(layer, keras.Sequential | keras.Function)
+        and [len(tensor.shape) for tensor in layer.inputs] == [4]
+        and layer.weights
+    ]
+    if not names:
+        return ""
+    return (
+        f"Attach gates to the model inside it that sees the images, {' or '.join(map(repr, names))}: "
+        f"attach_das(model.get_layer('{names[0]}')), and build the rest around the result."
+    )
 
 
 def _nodes_after(image: Tensor, outputs: Iterable[Tensor]) -> list[Node]:
@@ -206,8 +226,25 @@ def _stage_end(stage: Sequence[Node], deepest: bool) -> Node | None:
         while end + 1 < len(stage) and kinds[end + 1] in _ACTIVATIONS:
             end += 1
         return stage[end]
-    features = [node for node, kind in zip(stage, kinds, strict=True) if kind not in _NOT_FEATURES]
+    features = _features(stage)
     return features[-1] if features else None
+
+
+def _examples(
+    nodes: Sequence[Node], levels: Mapping[Node, int], dominators: Mapping[Node, int], level: int
+) -> str:
+    """The end of a sentence: layers that can be gated, near the end of a level."""
+    at_level = [node for node in nodes if levels.get(node) == level]
+    if not at_level:
+        return "."
+    stage = [node for node in _members(dominators[at_level[-1]], nodes) if levels.get(node) == level]
+    ends = [_stage_end(stage, deepest=False), *_features(stage)[-2:]]
+    names = dict.fromkeys(node.operation.name for node in ends if node is not None)
+    return f", for example one of {list(names)}." if names else "."
+
+
+def _features(stage: Sequence[Node]) -> list[Node]:
+    return [node for node in stage if type(node.operation).__name__ not in _NOT_FEATURES]
 
 
 def _check_no_nested_stages(trunk: Sequence[Node], levels: dict[Node, int], level: int) -> None:

@@ -280,6 +280,15 @@ def test_offset_groups_that_do_not_divide():
         keras_das.DASLayer(offset_groups=3).build((None, 8, 8, 10))
 
 
+def test_one_channel_is_said():
+    """The norm makes the gate of one channel the same number everywhere."""
+    layer = keras_das.DASLayer(name="gate")
+    with pytest.warns(UserWarning, match="'gate' is on a map of one channel"):
+        layer.build((None, 8, 8, 1))
+    gate = np.asarray(layer.gate(suite.random_images((2, 8, 8, 1))))
+    np.testing.assert_allclose(gate, gate[0, 0, 0, 0])
+
+
 def test_unknown_channels():
     with pytest.raises(ValueError, match="number of channels must be known"):
         keras_das.DASLayer().build((None, 8, 8, None))
