@@ -19,6 +19,10 @@ from typing import Any
 
 if not __package__:  # run as a script: find `examples` and a keras_das that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    import examples
+
+    examples.require("examples", "filelock", "matplotlib", "PIL", "platformdirs", "tensorboard")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 

@@ -38,3 +38,13 @@ def import_extra(name: str, extra: str) -> Any:
         raise ImportError(
             f"keras_das needs {name.partition('.')[0]} for this: pip install 'keras-das[{extra}]' ({error})"
         ) from error
+
+
+def check_keras_3(name: str, value: Any) -> None:
+    """Raises a ValueError for a model, layer or symbolic tensor of Keras 2 given as the argument `name`."""
+    if any(base.__module__.partition(".")[0] == "tf_keras" for base in type(value).__mro__):
+        raise ValueError(
+            f"`{name}` must be of Keras 3. Received: {name} of the Keras 2 class {type(value).__name__}. "
+            "Build the model with Keras 3 (`import keras`; `tf.keras` without the environment variable "
+            "TF_USE_LEGACY_KERAS) and copy the weights: `new.set_weights(old.get_weights())`."
+        )

@@ -25,10 +25,12 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_das._requirements import import_extra
+from keras_das._requirements import check_keras_3, import_extra
 from keras_das.layers import DASLayer, DeformableConv2D
 from keras_das.models.fields import Axis, Field, Fields, fields_of, through, windows_of
 from keras_das.models.graph import run
+from keras_das.models.samples import Sample, sample_of
+from keras_das.ops.deformable import standardize_count
 
 Tensor = Any
 Point = tuple[float, float]
@@ -57,10 +59,11 @@ def sampling_points(
     neighbourhood of the image: a point is the middle of what its sample sees.
 
     Args:
-        model: A Keras model with one input of images, whose layers form a graph: functional, sequential, or
-            a subclass around such a network (which must then get the image as it is).
+        model: A Keras model of images, whose layers form a graph: functional, sequential, or a subclass
+            around such a network (which must then get the image as it is).
         image: What the model takes, without its batch axis or with a batch of one: `(H, W, C)`, or
-            `(C, H, W)` for channels-first models.
+            `(C, H, W)` for channels-first models. Of a functional model of several inputs, a list of what it
+            takes, or a dict by the inputs' names; the layer must see one image among them.
         layer: A `DASLayer` or `DeformableConv2D` of the model or of a model inside it, or its name.
         point: `(y, x)` in pixels of the image. The output position whose middle is nearest is taken.
 
@@ -78,9 +81,8 @@ def sampling_points(
     Reference:
         - [Dai et al., 2017](https://arxiv.org/abs/1703.06211), figure 6
     """
-    pixels = _one_image(model, image)
-    (found,) = _read(model, pixels, [layer])
-    return found.at(_check_point(model, pixels, point))
+    sample, (found,) = _read(model, image, [layer])
+    return found.at(_check_point(model, sample.pixels, point))
 
 
 def stacked_sampling_points(
@@ -114,9 +116,8 @@ def stacked_sampling_points(
     """
     if isinstance(layers, str) or len(layers) < 1:
         raise ValueError(f"`layers` must be a sequence of layers or names. Received: layers={layers!r}")
-    pixels = _one_image(model, image)
-    *earlier, last = _read(model, pixels, layers)
-    found = last.at(_check_point(model, pixels, point))
+    sample, (*earlier, last) = _read(model, image, layers)
+    found = last.at(_check_point(model, sample.pixels, point))
     points, mask, inside = (x.reshape(-1, *x.shape[2:]) for x in (found.points, found.mask, found.inside))
     for reading in reversed(earlier):
         nested = [reading.at(at) for at in points]
@@ -157,7 +158,7 @@ def gate_map(
     if reduce not in ("share", "mean", None):
         raise ValueError(f'`reduce` must be "share", "mean" or None. Received: reduce={reduce!r}')
     gate = _find(model, layer, (DASLayer,))
-    (inputs,) = _inputs_of(model, _one_image(model, image)[None], [gate])
+    (inputs,) = _inputs_of(sample_of(model, image, [gate]).run, [gate])
     return _reduced_gate(gate, inputs, reduce)
 
 
@@ -166,7 +167,7 @@ def gate_inputs(model: keras.Model, images: Any) -> list[tuple[DASLayer, Tensor]
 
     Args:
         model: A Keras model.
-        images: A batch of what the model takes.
+        images: A batch of what the model takes; of several inputs, a list or dict of batches.
 
     Returns:
         The gates in the order in which they run, those of models inside the model too, each with its input
@@ -177,7 +178,7 @@ def gate_inputs(model: keras.Model, images: Any) -> list[tuple[DASLayer, Tensor]
     """
     gates = _of_kind(model, (DASLayer,))
     order: list[Any] = []
-    inputs = _inputs_of(model, images, gates, order)
+    inputs = _inputs_of(lambda: _run(model, images), gates, order)
     by_gate = {id(gate): x for gate, x in zip(gates, inputs, strict=True)}
     return [(gate, by_gate[id(gate)]) for gate in order]
 
@@ -257,9 +258,9 @@ def grad_cam(
         - [Selvaraju et al., 2017](https://arxiv.org/abs/1610.02391), equations 1 and 2
     """
     found = _find(model, layer, (keras.layers.Layer,))
-    batch = _one_image(model, image)[None]
+    sample = sample_of(model, image, [found])
     with _replaced_call([found], lambda of, call, x: call(x)) as seen:
-        outputs = run(model, batch)
+        outputs = sample.run()
     features = _only(found, [output for _, output in seen[id(found)]])
     if not hasattr(outputs, "shape") or len(outputs.shape) != 2:
         raise ValueError(f"`model` must have one output of shape (N, classes). Received: model={model!r}")
@@ -274,7 +275,7 @@ def grad_cam(
 
     def score(change: Tensor) -> Tensor:
         with _replaced_call([found], lambda of, call, x: call(x) + change):
-            return run(model, batch)[0, class_index]
+            return sample.run()[0, class_index]
 
     gradient = _to_numpy(_gradient(score, ops.zeros_like(features)))
     features = _to_numpy(features)
@@ -324,7 +325,8 @@ def plot_sampling_points(
         found = stacked_sampling_points(model, image, layers, point)
         names = list(layers)
     axes = figure.subplots()
-    _show_picture(axes, _picture(model, image, picture))
+    of = [_find(model, layer, _SAMPLING) for layer in names]
+    _show_picture(axes, _picture(model, sample_of(model, image, of).pixels, picture))
     drawn = _scatter(axes, found)
     figure.colorbar(drawn, label="mask" if len(names) == 1 else "product of the masks")
     total, inside = found.inside.size, int(found.inside.sum())
@@ -373,13 +375,15 @@ def plot_gates(
     for name, values in (("labels", labels), ("pictures", pictures)):
         if values is not None and len(values) != count:
             raise ValueError(f"`{name}` must have one for each of {count} images. Received: {len(values)}")
-    pixels = [_one_image(model, image) for image in images]
-    readings = [_read(model, image, layers or _names(model, (DASLayer,)), (DASLayer,)) for image in pixels]
-    if not readings or not readings[0]:
+    _check_built(model)
+    gates = layers or _of_kind(model, (DASLayer,))
+    if not gates or not count:
         raise ValueError(f"`model` must have gates, and `images` an image. Received: {count} images")
+    read = [_read(model, image, gates, (DASLayer,)) for image in images]
+    pixels, readings = [sample.pixels for sample, _ in read], [found for _, found in read]
     figure = _figure(2.1 * (1 + len(readings[0])), 2.1 * count + 0.4)
     grid = figure.subplots(count, 1 + len(readings[0]), squeeze=False)
-    gates = [[_reduced_gate(of.layer, of.inputs, "share") for of in row] for row in readings]
+    maps = [[_reduced_gate(of.layer, of.inputs, "share") for of in row] for row in readings]
     tops = [2 if of.layer.identity_init else 1 for of in readings[0]]
     for number, (row, image) in enumerate(zip(grid, pixels, strict=True)):
         picture = _picture(model, image, None if pictures is None else pictures[number])
@@ -387,15 +391,15 @@ def plot_gates(
         row[0].set_ylabel("" if labels is None else labels[number])
         for column, (axes, reading) in enumerate(zip(row[1:], readings[number], strict=True)):
             _show_picture(axes, picture, gray=True)
-            gate = gates[number][column]
+            gate = maps[number][column]
             shown = _show_map(axes, gate, reading.fields.outputs, cmap="viridis", vmin=0, vmax=tops[column])
             if point is not None:
                 _scatter_sizes(axes, reading.at(_check_point(model, image, point)))
             if number == 0:
-                maps = [row[column] for row in gates]
-                spread = np.mean([of.std() for of in maps])
+                drawn = [of_image[column] for of_image in maps]
+                spread = np.mean([values.std() for values in drawn])
                 size = f"{gate.shape[0]}x{gate.shape[1]}"
-                axes.set_title(f"{reading.layer.name}, {size}\n{np.mean(maps):.2f} ± {spread:.2f}")
+                axes.set_title(f"{reading.layer.name}, {size}\n{np.mean(drawn):.2f} ± {spread:.2f}")
             if number == count - 1:
                 figure.colorbar(shown, ax=list(grid[:, 1 + column]), orientation="horizontal", shrink=0.8)
     return figure
@@ -432,15 +436,16 @@ def plot_grad_cam(
         raise ValueError(f"`models` must hold a model. Received: models={models!r}")
     figure = _figure(3.2 * (1 + len(models)), 3.7)
     first, *others = figure.subplots(1, 1 + len(models))
-    first_model = next(iter(models.values()))[0]
-    shown = _picture(first_model, image, picture)
+    first_model, first_layer = next(iter(models.values()))
+    first_sample = sample_of(first_model, image, [_find(first_model, first_layer, (keras.layers.Layer,))])
+    shown = _picture(first_model, first_sample.pixels, picture)
     _show_picture(first, shown)
     first.set_title("image")
     for axes, (title, (model, layer)) in zip(others, models.items(), strict=True):
         found = _find(model, layer, (keras.layers.Layer,))
         _show_picture(axes, shown, gray=True)
         heat = grad_cam(model, image, found, class_index)
-        field = _fields(model, _one_image(model, image), [found])[0].outputs
+        field = _fields(sample_of(model, image, [found]), [found])[0].outputs
         drawn = _show_map(axes, heat, field, cmap="inferno", vmin=0, vmax=1)
         axes.set_title(f"{title}\n{found.name}")
     figure.colorbar(drawn, ax=[first, *others], label="Grad-CAM", shrink=0.8)
@@ -526,11 +531,10 @@ class TensorBoardFigures(keras.callbacks.Callback):
     ):
         """Checks and keeps the arguments."""
         super().__init__()
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"`every` must be a positive integer. Received: every={every!r}")
         for package in ("matplotlib.figure", "tensorboard"):
             import_extra(package, "viz")  # now, not after the first epochs, if it is missing
-        self.log_dir, self.images, self.every = str(log_dir), images, every
+        self.log_dir, self.images = str(log_dir), images
+        self.every = standardize_count(every, "every")
         self.point, self.labels, self.pictures = point, labels, pictures
 
     def on_train_begin(self, logs: dict | None = None) -> None:
@@ -551,7 +555,8 @@ class TensorBoardFigures(keras.callbacks.Callback):
         writer.close()
 
     def _figures(self) -> Iterator[tuple[str, Any]]:
-        shape = _one_image(self.model, self.images[0]).shape
+        gates = _of_kind(self.model, (DASLayer,))
+        shape = sample_of(self.model, self.images[0], gates).pixels.shape
         rows, columns = _image_size(shape, _data_format(self.model))
         point = ((rows - 1) / 2, (columns - 1) / 2) if self.point is None else self.point
         yield "gates", plot_gates(self.model, self.images, None, point, self.labels, self.pictures)
@@ -660,21 +665,32 @@ class _Reading(NamedTuple):
 
 def _read(
     model: keras.Model,
-    image: np.ndarray,
+    image: Any,
     layers: Sequence[str | keras.layers.Layer],
     kinds: tuple[type, ...] = _SAMPLING,
-) -> list[_Reading]:
+) -> tuple[Sample, list[_Reading]]:
     """Runs the model on one image; the layers' readings in the order in which they run."""
+    _check_built(model)
     found = [_find(model, layer, kinds) for layer in layers]
+    sample = sample_of(model, image, found)
     order: list[Any] = []
-    inputs = _inputs_of(model, image[None], found, order)
-    fields = _fields(model, image, found)
+    inputs = _inputs_of(sample.run, found, order)
+    fields = _fields(sample, found)
     readings = {id(of): _Reading(of, x, field) for of, x, field in zip(found, inputs, fields, strict=True)}
-    return [readings[id(of)] for of in order]
+    return sample, [readings[id(of)] for of in order]
+
+
+def _run(model: keras.Model, images: Any) -> Any:
+    """The model's outputs for a batch, of all of its inputs if it has several."""
+    several = isinstance(model, keras.Function) and len(model.inputs) > 1
+    if several and not isinstance(images, list | tuple | Mapping):
+        names = [tensor.name for tensor in model.inputs]
+        raise ValueError(f"`images` must be a list or dict of batches for the model's inputs {names}.")
+    return model(images, training=False) if several else run(model, images)
 
 
 def _inputs_of(
-    model: keras.Model, images: Any, layers: Sequence[Any], order: list[Any] | None = None
+    run_model: Callable[[], Any], layers: Sequence[Any], order: list[Any] | None = None
 ) -> list[Tensor]:
     """What each of the layers gets when the model runs; `order` receives them as they run."""
     ran: list[Any] = [] if order is None else order
@@ -684,7 +700,7 @@ def _inputs_of(
         return call(x)
 
     with _replaced_call(layers, note) as seen:
-        run(model, images)
+        run_model()
     return [_only(layer, [x for x, _ in seen[id(layer)]]) for layer in layers]
 
 
@@ -742,13 +758,17 @@ def _reduce(values: np.ndarray, features: np.ndarray, reduce: str | None) -> np.
     return np.average(values, axis=-1, weights=weights)
 
 
-def _fields(model: keras.Model, image: np.ndarray, layers: Sequence[Any]) -> list[Fields]:
+def _fields(sample: Sample, layers: Sequence[Any]) -> list[Fields]:
     """Where inputs and outputs of the layers lie."""
+    model = sample.model
     data_format = _data_format(model)
-    size = _image_size(image.shape, data_format)
+    size = _image_size(sample.pixels.shape, data_format)
+    several: dict[str, Any] = (
+        {} if len(sample.arrays) == 1 else {"shapes": sample.shapes, "image": sample.image}
+    )
     found: dict[int, Fields] = {}
     for network in _networks(model):
-        found = {**fields_of(network, size, data_format), **found}  # the outermost has the say
+        found = {**fields_of(network, size, data_format, **several), **found}  # the outermost has the say
         if all(id(layer) in found for layer in layers):
             return [found[id(layer)] for layer in layers]
     missing = [layer.name for layer in layers if id(layer) not in found]
@@ -770,6 +790,7 @@ def _networks(model: keras.Model) -> list[keras.Model]:
 
 def _of_kind(model: keras.Model, kinds: tuple[type, ...]) -> list[Any]:
     """The layers of these classes, those of models inside the model too, but not the parts of gates."""
+    _check_built(model)
     layers = model._flatten_layers(include_self=False)
     parts = {
         id(part)
@@ -809,18 +830,10 @@ def _image_size(shape: Sequence[int], data_format: str) -> tuple[int, int]:
     return (shape[0], shape[1]) if data_format == "channels_last" else (shape[1], shape[2])
 
 
-def _one_image(model: keras.Model, image: Any) -> np.ndarray:
+def _check_built(model: keras.Model) -> None:
+    check_keras_3("model", model)
     if not isinstance(model, keras.Model) or not model.built:
         raise ValueError(f"`model` must be a Keras model that has been built. Received: model={model!r}")
-    pixels = image if isinstance(image, np.ndarray) else ops.convert_to_numpy(image)
-    if pixels.ndim == 4 and len(pixels) == 1:
-        pixels = pixels[0]
-    if pixels.ndim != 3:
-        raise ValueError(
-            "`image` must have the shape (H, W, C) or (C, H, W), or be a batch of one. "
-            f"Received: image.shape={pixels.shape}"
-        )
-    return pixels
 
 
 def _check_point(model: keras.Model, image: np.ndarray, point: Sequence[float]) -> Point:
@@ -872,9 +885,8 @@ def _to_pixels(figure: Any) -> np.ndarray:
     return np.array(canvas.buffer_rgba())
 
 
-def _picture(model: keras.Model, image: Any, picture: np.ndarray | None) -> np.ndarray:
+def _picture(model: keras.Model, pixels: np.ndarray, picture: np.ndarray | None) -> np.ndarray:
     """What to draw of an image: float32 in 0..1, `(H, W)` or `(H, W, 3)`."""
-    pixels = _one_image(model, image)
     size = _image_size(pixels.shape, _data_format(model))
     if picture is None:
         pixels = pixels if _data_format(model) == "channels_last" else np.moveaxis(pixels, 0, -1)

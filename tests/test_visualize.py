@@ -621,7 +621,7 @@ def test_a_layer_that_is_called_twice():
 def test_a_model_of_two_inputs():
     inputs = [keras.Input((8, 8, 4)), keras.Input((8, 8, 4))]
     model = keras.Model(inputs, keras_das.DASLayer(name="gate")(keras.layers.Add()(inputs)))
-    with pytest.raises(ValueError, match="`model` must have one input"):
+    with pytest.raises(ValueError, match="`image` must be a list or dict of what the model takes"):
         visualize.gate_map(model, np.zeros((8, 8, 4)), "gate")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -11,7 +12,8 @@ import numpy as np
 from examples.common import UserError
 from examples.data.pipeline import IN_MEMORY_BYTES, Dataset, FileSplit
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif"}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp"}
+UNREAD_SUFFIXES = {".avif", ".heic", ".jp2", ".tif", ".tiff"}  # images that TensorFlow cannot decode
 SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 VAL_SHARE, TEST_SHARE = 0.15, 0.2
 
@@ -73,8 +75,12 @@ def _find_files(folder: Path) -> Files:
 
 
 def _images(folder: Path) -> list[str]:
-    files = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    return sorted(str(path) for path in files if not path.name.startswith("."))
+    files = [path for path in folder.rglob("*") if not path.name.startswith(".")]
+    if unread := sorted(path.name for path in files if path.suffix.lower() in UNREAD_SUFFIXES):
+        print(
+            f"{folder}: left out {len(unread)} images of other formats, such as {unread[0]}", file=sys.stderr
+        )
+    return sorted(str(path) for path in files if path.suffix.lower() in SUFFIXES)
 
 
 def _check_same_classes(train_folder: Path, train: Files, folder: Path, files: Files) -> None:

@@ -138,7 +138,7 @@ def indices(count: int, key: tf.Tensor | None) -> tf.data.Dataset:
 
 
 def read_image(path: tf.Tensor, size: int) -> tf.Tensor:
-    """Decode a JPEG, PNG, BMP or the first frame of a GIF into uint8 `(size, size, 3)`."""
+    """Decode a JPEG, PNG, BMP, WebP or the first frame of a GIF into uint8 `(size, size, 3)`."""
     return fit_square(decode_image(tf.io.read_file(path)), size)
 
 

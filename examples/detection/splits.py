@@ -15,7 +15,7 @@ from examples.common import RunError, UserError, first_line
 from examples.data import folders, pipeline, voc
 from examples.data.folders import Item
 
-FORMATS = ("JPEG", "PNG", "BMP", "GIF")
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP")
 """What both Pillow, which is asked for the size, and TensorFlow can read."""
 
 

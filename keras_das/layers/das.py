@@ -1,15 +1,18 @@
 """`DASLayer`: the deformable attention gate."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
 from keras import constraints, initializers, ops, regularizers
 
-from keras_das.layers.arguments import standardize_choice, standardize_factor, standardize_positive
+from keras_das.layers.arguments import standardize_choice, standardize_factor
 from keras_das.layers.deformable_conv2d import DeformableConv2D, Identifier, Shape, Tensor
 from keras_das.layers.depthwise import DepthwiseConv2D
-from keras_das.ops.deformable import standardize_count, standardize_implementation
+from keras_das.layers.inputs import check_input
+from keras_das.layers.policies import build_layer, check_not_quantized, quantization_of
+from keras_das.ops.deformable import standardize_count, standardize_implementation, standardize_positive
 from keras_das.ops.geometry import standardize_data_format, standardize_pair
 
 # Those of PyTorch's norms. Keras' own 1e-3 would flatten feature maps of small variance.
@@ -112,6 +115,8 @@ class DASLayer(keras.layers.Layer):
     ):
         """Checks and keeps the arguments; the weights are made by `build`."""
         super().__init__(activity_regularizer=activity_regularizer, **kwargs)
+        check_not_quantized(self)
+        self._quantization: Mapping[str, Any] = {}  # of the layers inside; `from_config` sets it
         self.reduction = standardize_positive(reduction, "reduction")
         self.kernel_size = standardize_pair(kernel_size, "kernel_size")
         self.dilation_rate = standardize_pair(dilation_rate, "dilation_rate")
@@ -146,16 +151,24 @@ class DASLayer(keras.layers.Layer):
                 f"{width}. Received: offset_groups={self.offset_groups}"
             )
         self.input_spec = keras.layers.InputSpec(ndim=4, axes={channel_axis: channels})
+        if channels == 1 and self.norm == "channels":
+            warnings.warn(
+                f"The gate '{self.name}' is on a map of one channel, over which its layer norm is constant: "
+                "it multiplies all pixels by the same number.",
+                stacklevel=2,
+            )
         self._create_layers(channels, width)
         last = input_shape if channel_axis == 3 else (*input_shape[:1], *input_shape[2:], channels)
         shape = tuple(last)
         for layer in self._gate_layers():
-            layer.build(shape)
+            build_layer(layer, shape, self._quantization)
             shape = layer.compute_output_shape(shape)
 
     def _create_layers(self, channels: int, width: int) -> None:
         separable = self.deformable == "separable"
         common = {"data_format": "channels_last", "dtype": self.dtype_policy}
+        # Ahead of the norm, sums of large features are beyond float16.
+        wide = "float32" if self.compute_dtype == "float16" else self.dtype_policy
         weighted = {
             "kernel_regularizer": self.kernel_regularizer,
             "kernel_constraint": self.kernel_constraint,
@@ -168,7 +181,8 @@ class DASLayer(keras.layers.Layer):
             depthwise_regularizer=self.kernel_regularizer,
             depthwise_constraint=self.kernel_constraint,
             name="depthwise",
-            **common,
+            data_format="channels_last",
+            dtype=wide,
         )
         self.depthwise.supports_masking = True  # or it would warn of a mask that this layer hands on
         # The pointwise convolutions are `Dense` on the channels: the same product, and sound for an empty
@@ -178,11 +192,11 @@ class DASLayer(keras.layers.Layer):
             use_bias=False,
             kernel_initializer=_fresh(self.kernel_initializer),
             name="reduce",
-            dtype=self.dtype_policy,
+            dtype=wide,
             **weighted,
         )
         self.instance_norm = keras.layers.GroupNormalization(
-            groups=-1, axis=-1, epsilon=_EPSILON, name="instance_norm", dtype=self.dtype_policy
+            groups=-1, axis=-1, epsilon=_EPSILON, name="instance_norm", dtype=wide
         )
         self.deform = DeformableConv2D(
             width if separable else channels,
@@ -328,6 +342,11 @@ class DASLayer(keras.layers.Layer):
         x = ops.cast(inputs, self.compute_dtype)
         return ops.transpose(x, (0, 2, 3, 1)) if self.data_format == "channels_first" else x
 
+    def __call__(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Checks the input, of whatever kind, and calls the layer."""
+        check_input(inputs)
+        return super().__call__(inputs, *args, **kwargs)
+
     def call(self, inputs: Tensor) -> Tensor:
         """Multiplies the feature map by its gate."""
         return inputs * self.gate(inputs)
@@ -372,12 +391,19 @@ class DASLayer(keras.layers.Layer):
             "kernel_constraint": constraints.serialize(self.kernel_constraint),
             "offset_constraint": constraints.serialize(self.offset_constraint),
         }
+        quantization = quantization_of(self._gate_layers()) if self.built else self._quantization
+        if quantization:
+            config["quantization"] = quantization
         return {**super().get_config(), **config}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "DASLayer":
-        """Makes a layer of `get_config`'s result, also of one that an earlier version saved."""
-        return super().from_config({**_FORMER_DEFAULTS, **config})
+        """Makes a layer of the `get_config` of this or an earlier version, quantized as that layer is."""
+        config = {**_FORMER_DEFAULTS, **config}
+        quantization = config.pop("quantization", {})
+        layer = super().from_config(config)
+        layer._quantization = quantization
+        return layer
 
 
 def _gram(kernel: Tensor) -> Tensor:

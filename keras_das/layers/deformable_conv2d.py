@@ -7,6 +7,8 @@ import keras
 from keras import activations, constraints, initializers, ops, regularizers
 
 from keras_das.layers.arguments import standardize_factor
+from keras_das.layers.inputs import check_input
+from keras_das.layers.policies import check_not_quantized
 from keras_das.ops import deformable_conv2d
 from keras_das.ops.deformable import standardize_count, standardize_implementation
 from keras_das.ops.geometry import (
@@ -112,6 +114,7 @@ class DeformableConv2D(keras.layers.Layer):
     ):
         """Checks and keeps the arguments; the weights are made by `build`."""
         super().__init__(activity_regularizer=activity_regularizer, **kwargs)
+        check_not_quantized(self)
         self.filters = standardize_count(filters, "filters")
         self.kernel_size = standardize_pair(kernel_size, "kernel_size")
         self.strides = standardize_pair(strides, "strides")
@@ -191,6 +194,11 @@ class DeformableConv2D(keras.layers.Layer):
             constraint=self.offset_constraint,
         )
         self.offset_bias = self.add_weight(name="offset_bias", shape=(predictions,), initializer="zeros")
+
+    def __call__(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Checks the input, of whatever kind, and calls the layer."""
+        check_input(inputs)
+        return super().__call__(inputs, *args, **kwargs)
 
     def call(self, inputs: Tensor) -> Tensor:
         """Predicts offsets and mask, and convolves."""

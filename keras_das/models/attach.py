@@ -9,6 +9,7 @@ from typing import Any
 
 import keras
 
+from keras_das._requirements import check_keras_3
 from keras_das.layers import DASLayer
 from keras_das.models.graph import (
     Node,
@@ -24,13 +25,14 @@ from keras_das.models.graph import (
 )
 from keras_das.models.stages import LEVELS, find_stages
 
+Site = str | Any  # the name of a layer or level, or a layer
 _LIBRARIES = ("keras_hub", "keras_cv")
 _LEVEL_NAMES = [f"P{level}" for level in LEVELS]
 
 
 def attach_das(
     model: keras.Model,
-    at: str | Sequence[str] | None = None,
+    at: Site | Sequence[Site] | None = None,
     identity_init: bool = True,
     **das_arguments: Any,
 ) -> keras.Model:
@@ -50,7 +52,7 @@ def attach_das(
 
     Args:
         model: A KerasHub or KerasCV backbone, or a functional or sequential `keras.Model`.
-        at: What to gate: names of layers, or of levels (`"P2"` ... `"P5"`), or a sequence of both. `None`:
+        at: What to gate: layers or their names, or levels (`"P2"` ... `"P5"`), or a sequence of them. `None`:
             the end of each of the levels P2 to P5 (1/4 to 1/32 of the image's rows and columns). These are
             the backbone's taps. In a model without taps they are the last feature maps of their level that
             everything deeper is computed from: after the last residual sum or concatenation if there is one;
@@ -83,12 +85,19 @@ def attach_das(
     Reference:
         - [Salajegheh et al., 2023](https://arxiv.org/abs/2311.12091), section 3: one gate after each stage
     """
+    check_keras_3("model", model)
     library = _library_of(model)
     taps = library.taps(model) if library else {}
     base = view(model, taps)
+    try:
+        sites = _sites(base, taps, at)
+    except ValueError as error:
+        if not (advice := _advice_for_encoders(model)):
+            raise
+        raise ValueError(f"{str(error).rstrip('.')}. {advice}") from error
     gates = {
         node_of(tensor).operation.name: _gate(name, tensor, identity_init, das_arguments)
-        for name, tensor in _sites(base, taps, at).items()
+        for name, tensor in sites.items()
     }
     network = clone_with_gates(base, gates)
     outputs, new_taps = network.output["output"], network.output["taps"]
@@ -141,7 +150,7 @@ def _check_graph(model: keras.Model) -> None:
 
 
 def _sites(
-    base: keras.Model, taps: Mapping[str, Tensor], at: str | Sequence[str] | None
+    base: keras.Model, taps: Mapping[str, Tensor], at: Site | Sequence[Site] | None
 ) -> dict[str, Tensor]:
     """The feature maps to gate, by the names of their gates."""
     nodes = sort_nodes(base.outputs)
@@ -149,7 +158,9 @@ def _sites(
     if at is None:
         chosen = list(_default_levels(base, taps).items())
     else:
-        chosen = _named(base, layers, taps, [at] if isinstance(at, str) else list(at))
+        single = isinstance(at, str | keras.Operation)
+        names = [_name_of(base, nodes, site) for site in ([at] if single else at)]
+        chosen = _named(base, layers, taps, names)
     sites: dict[str, Tensor] = {}
     for name, tensor in chosen:
         _check_site(name, tensor, nodes)
@@ -162,6 +173,16 @@ def _sites(
             raise ValueError(f"Model '{base.name}' has a layer '{gate_name}' already.")
         sites[gate_name] = tensor
     return sites
+
+
+def _advice_for_encoders(model: keras.Model) -> str:
+    """What to do with a backbone that is built around another, such as KerasHub's `RetinaNetBackbone`."""
+    if not isinstance(getattr(model, "image_encoder", None), keras.Model):
+        return ""
+    return (
+        "Attach gates to its image encoder, attach_das(backbone.image_encoder), and build the "
+        f"{type(model).__name__} on the result."
+    )
 
 
 def _default_levels(base: keras.Model, taps: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -192,6 +213,18 @@ def _named(
             + "".join(_hint(str(name), base, known) for name in unknown)
         )
     return [(name, known[name]) for name in names]
+
+
+def _name_of(base: keras.Model, nodes: Sequence[Node], site: Site) -> str:
+    """The name of a layer of the model that was given as itself."""
+    if not isinstance(site, keras.Operation):
+        return site
+    if not any(node.operation is site for node in nodes):
+        raise ValueError(
+            f"`at` must hold layers of the model '{base.name}'. Received: '{site.name}', a "
+            f"{type(site).__name__} that is no layer of it." + _hint(site.name, base, {})
+        )
+    return site.name
 
 
 def _hint(name: str, base: keras.Model, known: Mapping[str, Tensor]) -> str:
@@ -236,9 +269,13 @@ def _gate(name: str, tensor: Tensor, identity_init: bool, das_arguments: Mapping
     return DASLayer(**{**fitting, **das_arguments}, identity_init=identity_init, name=name)
 
 
-def _precision(tensor: Tensor) -> Any:
-    """The precision of the layer that makes the tensor, or if it has none that fits, one that does."""
-    policy = getattr(node_of(tensor).operation, "dtype_policy", None)
-    if policy is not None and policy.compute_dtype == tensor.dtype:
-        return policy
-    return f"mixed_{tensor.dtype}" if tensor.dtype in ("float16", "bfloat16") else tensor.dtype
+def _precision(tensor: Tensor) -> str:
+    """The precision of the layer that makes the tensor, without its quantization, or one that fits.
+
+    A gate quantizes what is inside it; it has no quantized form of its own.
+    """
+    operation = node_of(tensor).operation
+    if getattr(operation, "compute_dtype", None) != tensor.dtype:  # a plain operation has none
+        return f"mixed_{tensor.dtype}" if tensor.dtype in ("float16", "bfloat16") else tensor.dtype
+    mixed = operation.variable_dtype != tensor.dtype
+    return f"mixed_{tensor.dtype}" if mixed else tensor.dtype

@@ -63,6 +63,7 @@ class Axis(NamedTuple):
         return Axis(size, self.stride * ratio, self.low + shift, self.high + shift)
 
 
+Shape = tuple[int | None, ...]
 Field = tuple[Axis, Axis]  # rows and columns
 
 
@@ -87,7 +88,13 @@ def through(field: Field, windows: tuple[Window, Window]) -> Field:
     return rows, columns
 
 
-def fields_of(model: keras.Model, size: tuple[int, int], data_format: str) -> dict[int, Fields]:
+def fields_of(
+    model: keras.Model,
+    size: tuple[int, int],
+    data_format: str,
+    shapes: Sequence[Shape] | None = None,
+    image: int | None = None,
+) -> dict[int, Fields]:
     """Finds where the feature maps of a model lie in an image, models inside it included.
 
     A window (convolution, pooling) sees the union of what its taps see. So does a sum, product or
@@ -98,23 +105,32 @@ def fields_of(model: keras.Model, size: tuple[int, int], data_format: str) -> di
         model: A functional or sequential model.
         size: Rows and columns of the image.
         data_format: `"channels_last"` or `"channels_first"`, of all feature maps.
+        shapes: The shapes of the model's inputs if it has several, a batch of one.
+        image: Which of them the image is; `None`: each that has the rank of one is an image of this size.
 
     Returns:
         By the `id` of each layer, in the order in which the layers run.
     """
     field = Axis(size[0], 1, 0, 0), Axis(size[1], 1, 0, 0)
     found: dict[int, Fields] = {}
-    images = [field if len(tensor.shape) == 4 else None for tensor in model.inputs]
-    _follow(model, images, data_format, found)
+    images = [
+        field if len(tensor.shape) == 4 and image in (None, i) else None
+        for i, tensor in enumerate(model.inputs)
+    ]
+    _follow(model, images, data_format, found, shapes)
     return found
 
 
 def _follow(
-    model: keras.Model, inputs: Sequence[Field | None], data_format: str, found: dict[int, Fields]
+    model: keras.Model,
+    inputs: Sequence[Field | None],
+    data_format: str,
+    found: dict[int, Fields],
+    shapes: Sequence[Shape] | None = None,
 ) -> list[Field | None]:
     """The fields of the model's outputs; notes those of its layers."""
     nodes = sort_nodes(model.outputs)
-    sizes = dict(_sizes(model, nodes, inputs, data_format))
+    sizes = dict(_sizes(model, nodes, inputs, data_format, shapes))
     fields = {id(tensor): field for tensor, field in zip(model.inputs, inputs, strict=True)}
     for node in (node for node in nodes if not node.is_input):
         operation = node.operation
@@ -132,13 +148,17 @@ def _follow(
 
 
 def _sizes(
-    model: keras.Model, nodes: Sequence[Node], inputs: Sequence[Field | None], data_format: str
+    model: keras.Model,
+    nodes: Sequence[Node],
+    inputs: Sequence[Field | None],
+    data_format: str,
+    known: Sequence[Shape] | None,
 ) -> Iterator[tuple[int, tuple[int, int]]]:
     """By the `id` of each feature map, its rows and columns."""
     first = 1 if data_format == "channels_last" else 2
     shapes = []
-    for tensor, field in zip(model.inputs, inputs, strict=True):
-        shape = [1, *tensor.shape[1:]]
+    for i, (tensor, field) in enumerate(zip(model.inputs, inputs, strict=True)):
+        shape = list(known[i]) if known else [1, *tensor.shape[1:]]
         if field:
             shape[first : first + 2] = [axis.size for axis in field]
         shapes.append(tuple(shape))

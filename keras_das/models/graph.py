@@ -1,5 +1,7 @@
 """Functional graphs: how they run, what lies on a path, and copies of them with gates in between."""
 
+import copy
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -127,11 +129,22 @@ def _clone_layer(layer: Any, clone: Callable[[Any], Any]) -> Any:
     except Exception as error:
         raise ValueError(
             f"Layer '{layer.name}' cannot be copied: from_config(get_config()) of its class "
-            f"{type(layer).__name__} fails."
+            f"{type(layer).__name__} fails. {_advice(type(layer))}"
         ) from error
     if copy.name != layer.name:  # a plain operation's config does not hold its name
         copy.name = layer.name
     return copy
+
+
+def _advice(layer_class: type) -> str:
+    """What to do about a layer that does not serialize."""
+    library = layer_class.__module__.partition(".")[0]
+    if library not in ("keras", "keras_hub", "keras_cv"):
+        return "Let `get_config` return all arguments of the constructor."
+    return (
+        f"The class is {library}'s and does not serialize: gates can only be put on what the model returns, "
+        "keras.Model(model.inputs, keras_das.DASLayer()(model.output))."
+    )
 
 
 def is_plain(model: keras.Model) -> bool:
@@ -141,7 +154,7 @@ def is_plain(model: keras.Model) -> bool:
 
 
 def _copy_state(source: keras.layers.Layer, target: keras.layers.Layer) -> None:
-    """Copies weights and trainable flags, inner layers' too."""
+    """Copies weights, assets and trainable flags, inner layers' too."""
     for old, new in zip(source._flatten_layers(), target._flatten_layers(), strict=True):
         # As a file would, for some layers derive state from what they load (`Normalization`).
         store: dict[str, Any] = {}
@@ -151,7 +164,23 @@ def _copy_state(source: keras.layers.Layer, target: keras.layers.Layer) -> None:
             new.load_own_variables(
                 {key: value.numpy() if hasattr(value, "numpy") else value for key, value in store.items()}
             )
+        if hasattr(old, "save_assets"):  # such as the vocabulary of a `StringLookup`
+            with tempfile.TemporaryDirectory() as folder:
+                old.save_assets(folder)
+                new.load_assets(folder)
         new.trainable = old.trainable  # the outer layers come first, so the inner ones have the last word
+    _copy_flags_of_weights(source, target)
+
+
+def _copy_flags_of_weights(source: keras.layers.Layer, target: keras.layers.Layer) -> None:
+    """Copies the trainable flags of single weights.
+
+    They are paired by their names, for a layer that is built quantized has its weights in another order.
+    """
+    pairs = [sorted(layer.weights, key=lambda weight: weight.name) for layer in (source, target)]
+    for old, new in zip(*pairs, strict=True):
+        if new.trainable != old.trainable:
+            new.trainable = old.trainable
 
 
 def check_gates(
@@ -208,8 +237,8 @@ def deserialize_network(
     Returns:
         Functional model with the outputs `{"output": ..., "taps": {level: ...}}`.
     """
-    if dtypes and dtypes[0] != dtypes[1]:
-        config = _with_dtype(config, dtypes[0].name, keras.dtype_policies.serialize(dtypes[1]))
+    if dtypes and not _same_policy(*dtypes):
+        config = _with_dtype(config, *dtypes)
     layers = [
         _with_input_shape(layer, [None, *input_shape]) if layer["class_name"] == "InputLayer" else layer
         for layer in config["config"]["layers"]
@@ -221,11 +250,34 @@ def _with_input_shape(layer: dict[str, Any], shape: list[int | None]) -> dict[st
     return {**layer, "config": {**layer["config"], "batch_shape": shape}}
 
 
-def _with_dtype(config: Any, old: str, new: dict[str, Any]) -> Any:
+def serialize_policy(policy: keras.DTypePolicy) -> dict[str, Any]:
+    """A policy's configuration. Keras changes the policies in a map when it writes it: here a copy's."""
+    return keras.dtype_policies.serialize(copy.deepcopy(policy))
+
+
+def _same_policy(a: keras.DTypePolicy, b: keras.DTypePolicy) -> bool:
+    """Whether two policies are equal; Keras cannot compare a map of policies with a policy."""
+    return serialize_policy(a) == serialize_policy(b)
+
+
+def _policy_name(policy: keras.DTypePolicy) -> str:
+    """The name of a policy; of a map of policies that of the layers not in it."""
+    return getattr(policy, "default_policy", policy).name
+
+
+def _with_dtype(config: Any, old: keras.DTypePolicy, new: keras.DTypePolicy) -> Any:
+    """The configuration with one policy in place of another, in quantized policies too.
+
+    Maps of policies are replaced as a whole: they are the policy of a whole backbone.
+    """
     if isinstance(config, list | tuple):
         return [_with_dtype(value, old, new) for value in config]
     if not isinstance(config, dict):
         return config
-    if config.get("class_name") == "DTypePolicy" and config["config"]["name"] == old:
-        return new
+    name, inner = _policy_name(old), config.get("config") or {}
+    kind = config.get("class_name")
+    if kind == "DTypePolicyMap" or (kind == "DTypePolicy" and inner["name"] == name):
+        return serialize_policy(new)
+    if isinstance(inner, dict) and inner.get("source_name") == name:
+        return {**config, "config": {**inner, "source_name": _policy_name(new)}}
     return {key: _with_dtype(value, old, new) for key, value in config.items()}

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import keras_hub
 
-from keras_das.models.graph import Tensor, deserialize_network, serialize_network
+from keras_das.models.graph import Tensor, deserialize_network, serialize_network, serialize_policy
 
 
 def taps(model: keras.Model) -> dict[str, Tensor]:
@@ -48,11 +48,15 @@ class DASHubBackbone(keras_hub.models.FeaturePyramidBackbone):
 
     def get_config(self) -> dict[str, Any]:
         """The graph of the layers, and what to rebuild it for."""
-        config = super().get_config()
+        # Not KerasHub's configuration: it holds a map of the quantized layers' precisions, which `network`
+        # has already, and writing the map changes the policies of these layers.
+        dtype = serialize_policy(self.dtype_policy)
         return {
-            **config,
+            "name": self.name,
+            "trainable": self.trainable,
             "network": serialize_network(self, self.pyramid_outputs),
-            "network_dtype": config["dtype"],
+            "dtype": dtype,
+            "network_dtype": dtype,
             "image_shape": self.image_shape,
             "data_format": self.data_format,
         }
@@ -67,13 +71,23 @@ class DASHubBackbone(keras_hub.models.FeaturePyramidBackbone):
         return cls(network, dtype=dtype, **config)
 
 
+class _AnyImageClassifier(type(keras_hub.models.ImageClassifier)):  # type: ignore[misc]
+    """Counts every image classifier as a subclass of a class.
+
+    KerasHub reads a preset of a task only if its class is a subclass of the one that goes with the backbone.
+    A preset of a gated backbone is of whatever image classifier was built on it.
+    """
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return keras_hub.models.ImageClassifier in subclass.__mro__
+
+
 @keras.saving.register_keras_serializable("keras_das")
-class DASImageClassifier(keras_hub.models.ImageClassifier):
+class DASImageClassifier(keras_hub.models.ImageClassifier, metaclass=_AnyImageClassifier):
     """KerasHub's `ImageClassifier` for gated backbones.
 
     It lets `keras_hub.models.ImageClassifier.from_preset(folder)` find a classifier for a folder that holds
-    a gated backbone. Save a classifier with its head to a preset from this class, as you would from
-    `keras_hub.models.ResNetImageClassifier`.
+    a gated backbone, or a classifier with its head on one.
     """
 
     backbone_cls = DASHubBackbone

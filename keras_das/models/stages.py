@@ -1,7 +1,8 @@
 """Where the stages of a CNN end, found in its graph alone."""
 
 import math
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -12,11 +13,15 @@ from keras_das.models.graph import Node, Tensor, data_format_of, node_of, shapes
 LEVELS = (2, 3, 4, 5)
 _PROBE = 512  # rows and columns of an image to run through models that take any size
 _ACTIVATIONS = {"Activation", "ReLU", "Relu", "LeakyReLU", "PReLU", "ELU", "Gelu", "Silu", "HardSilu"}
-_NOT_FEATURES = {"ZeroPadding2D", "Pad", "Dropout", "SpatialDropout2D", "InputLayer"}
+_PADDINGS = {"ZeroPadding2D", "Pad"}
+_NOT_FEATURES = {*_PADDINGS, "Dropout", "SpatialDropout2D", "InputLayer"}
 
 
 def find_stages(model: keras.Model) -> dict[str, Tensor]:
     """Finds the last feature map of each level from P2 (1/4 of the image's rows and columns) to P5 (1/32).
+
+    The image is what the first layers with weights get: a resizing, cropping or pooling of the model's input
+    ahead of them is preprocessing, and what it makes is no feature map.
 
     A stage ends in a feature map that everything deeper is computed from. Of several, the one after the last
     residual sum or concatenation (and its activation) is taken, for what comes after it already prepares the
@@ -27,21 +32,24 @@ def find_stages(model: keras.Model) -> dict[str, Tensor]:
         model: A functional model.
 
     Returns:
-        The feature maps by level, shallow to deep. Levels that the model leaps over are not in it.
+        The feature maps by level, shallow to deep. Levels that the model leaps over are not in it. A warning
+        says if the model goes deeper than P5.
 
     Raises:
         ValueError: If the model has no level from P2 to P5, or a level without such a feature map.
     """
     image = _image_input(model)
     nodes = _nodes_after(image, model.outputs)
-    levels = _levels(model, image, nodes)
+    dominators = _dominators(nodes)
+    levels = _levels(model, image, nodes, *_preprocessing(nodes, dominators))
     present = [level for level in LEVELS if level in levels.values()]
     if not present:
         raise ValueError(
             f"Model '{model.name}' has no feature map of 1/4 to 1/32 of its input's rows and columns. "
-            "Name the layers to gate in `at`."
+            "Name the layers to gate in `at`"
+            + _examples(nodes, levels, dominators, max(levels.values(), default=0))
         )
-    dominators = _dominators(nodes)
+    _warn_of_deeper_stages(model, nodes, levels, dominators)
     trunk = _trunk_of_outputs(model, nodes, levels, dominators, present[-1])
     stages: dict[str, Tensor] = {}
     for level in reversed(present):
@@ -50,7 +58,8 @@ def find_stages(model: keras.Model) -> dict[str, Tensor]:
         if end is None:
             raise ValueError(
                 f"No single layer of model '{model.name}' ends its level P{level} (1/{2**level} of the "
-                "image's rows and columns): every one is bypassed. Name the layers to gate in `at`."
+                "image's rows and columns): every one is bypassed. Name the layers to gate in `at`"
+                + _examples(nodes, levels, dominators, level)
             )
         stages[f"P{level}"] = end.outputs[0]
         trunk = _members(dominators[end], nodes)
@@ -62,9 +71,27 @@ def _image_input(model: keras.Model) -> Tensor:
     if len(images) != 1:
         raise ValueError(
             f"To find the stages of model '{model.name}' it must have one input of images. Received: inputs "
-            f"of shapes {[tensor.shape for tensor in model.inputs]}. Name the layers to gate in `at`."
+            f"of shapes {[tensor.shape for tensor in model.inputs]}. "
+            + (_advice_to_gate_inside(model) or "Name the layers to gate in `at`.")
         )
     return images[0]
+
+
+def _advice_to_gate_inside(model: keras.Model) -> str:
+    """What to do if the images run through a network inside the model, as in siamese networks."""
+    names = [
+        layer.name
+        for layer in model.layers
+        if isinstance(layer, keras.Sequential | keras.Function)
+        and [len(tensor.shape) for tensor in layer.inputs] == [4]
+        and layer.weights
+    ]
+    if not names:
+        return ""
+    return (
+        f"Attach gates to the model inside it that sees the images, {' or '.join(map(repr, names))}: "
+        f"attach_das(model.get_layer('{names[0]}')), and build the rest around the result."
+    )
 
 
 def _nodes_after(image: Tensor, outputs: Iterable[Tensor]) -> list[Node]:
@@ -76,16 +103,75 @@ def _nodes_after(image: Tensor, outputs: Iterable[Tensor]) -> list[Node]:
     return [node for node in sort_nodes(outputs) if node in after]
 
 
-def _levels(model: keras.Model, image: Tensor, nodes: Sequence[Node]) -> dict[Node, int]:
+def _preprocessing(nodes: Sequence[Node], dominators: dict[Node, int]) -> tuple[set[Node], list[Node]]:
+    """The calls that no layer with weights is ahead of, and those of them that the whole network sees.
+
+    The paddings of the first convolution are not among the latter.
+    """
+    learnt: set[Node] = set()
+    first: list[Node] = []
+    for node in nodes:
+        if not learnt.isdisjoint(node.parent_nodes):
+            learnt.add(node)
+        elif _has_weights(node.operation):
+            learnt.add(node)
+            first.append(node)
+    if not first:  # whatever its layers are, they are the network
+        return set(nodes[:1]), list(nodes[:1])
+    shared = -1
+    for node in first:
+        shared &= dominators[node]
+    seen = [node for node in _members(shared, nodes) if node not in learnt]
+    while len(seen) > 1 and type(seen[-1].operation).__name__ in _PADDINGS:
+        seen.pop()
+    return set(nodes) - learnt, seen
+
+
+def _has_weights(operation: Any) -> bool:
+    """Whether a layer has weights other than the statistics of the `Normalization` layers in it."""
+    if not isinstance(operation, keras.layers.Layer):
+        return False
+    inside = operation._flatten_layers()
+    statistics = [
+        w for layer in inside if isinstance(layer, keras.layers.Normalization) for w in layer.weights
+    ]
+    return len(operation.weights) > len(statistics)
+
+
+def _levels(
+    model: keras.Model,
+    image: Tensor,
+    nodes: Sequence[Node],
+    preprocessing: set[Node],
+    seen: Sequence[Node],
+) -> dict[Node, int]:
     """The level of each call that makes a feature map."""
     maps = [node for node in nodes if len(node.outputs) == 1 and len(node.outputs[0].shape) == 4]
     shapes = _shapes(model, image, [node.outputs[0] for node in maps])
     rows, columns = (1, 2) if data_format_of(maps[-1].outputs[0]) == "channels_last" else (2, 3)
     sizes = {node: (shape[rows], shape[columns]) for node, shape in zip(maps, shapes, strict=True)}
-    image_rows = sizes[node_of(image)][0]
+    image_rows = [sizes[node][0] for node in seen if node in sizes and sizes[node][0]][-1]
     # One pixel has no places to choose from: a pooled vector, such as in squeeze-and-excitation.
     known = {node: size[0] for node, size in sizes.items() if size[0] and size != (1, 1)}
-    return {node: round(math.log2(image_rows / size)) for node, size in known.items()}
+    return {
+        node: round(math.log2(image_rows / size)) for node, size in known.items() if node not in preprocessing
+    }
+
+
+def _warn_of_deeper_stages(
+    model: keras.Model, nodes: Sequence[Node], levels: Mapping[Node, int], dominators: Mapping[Node, int]
+) -> None:
+    """Says what is left out, not counting branches that are pooled and come back."""
+    trunks = 0
+    for output in model.outputs:
+        trunks |= dominators.get(node_of(output), 0)
+    deeper = [node for node in _members(trunks, nodes) if levels.get(node, 0) > LEVELS[-1]]
+    if deeper:
+        warnings.warn(
+            f"Model '{model.name}' has feature maps smaller than 1/{2 ** LEVELS[-1]} of the image, from "
+            f"layer '{deeper[0].operation.name}' on. They are not gated unless `at` names their layers.",
+            stacklevel=6,
+        )
 
 
 def _shapes(model: keras.Model, image: Tensor, tensors: list[Tensor]) -> list[tuple[Any, ...]]:
@@ -140,8 +226,25 @@ def _stage_end(stage: Sequence[Node], deepest: bool) -> Node | None:
         while end + 1 < len(stage) and kinds[end + 1] in _ACTIVATIONS:
             end += 1
         return stage[end]
-    features = [node for node, kind in zip(stage, kinds, strict=True) if kind not in _NOT_FEATURES]
+    features = _features(stage)
     return features[-1] if features else None
+
+
+def _examples(
+    nodes: Sequence[Node], levels: Mapping[Node, int], dominators: Mapping[Node, int], level: int
+) -> str:
+    """The end of a sentence: layers that can be gated, near the end of a level."""
+    at_level = [node for node in nodes if levels.get(node) == level]
+    if not at_level:
+        return "."
+    stage = [node for node in _members(dominators[at_level[-1]], nodes) if levels.get(node) == level]
+    ends = [_stage_end(stage, deepest=False), *_features(stage)[-2:]]
+    names = dict.fromkeys(node.operation.name for node in ends if node is not None)
+    return f", for example one of {list(names)}." if names else "."
+
+
+def _features(stage: Sequence[Node]) -> list[Node]:
+    return [node for node in stage if type(node.operation).__name__ not in _NOT_FEATURES]
 
 
 def _check_no_nested_stages(trunk: Sequence[Node], levels: dict[Node, int], level: int) -> None:

@@ -2,6 +2,8 @@
 
 import contextlib
 import contextvars
+import math
+import numbers
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,6 +14,7 @@ from keras_das.ops import native, reference
 from keras_das.ops.geometry import (
     Geometry,
     Padding,
+    as_integer,
     make_windows,
     standardize_data_format,
     standardize_padding,
@@ -250,9 +253,17 @@ class DeformableConv2DOperation(keras.Operation):
 
 def standardize_count(value: int, name: str) -> int:
     """Returns `value` if it is a positive integer, or raises an error that names the argument."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    count = as_integer(value)
+    if count is None or count < 1:
         raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
-    return value
+    return count
+
+
+def standardize_positive(value: float, name: str) -> float:
+    """Returns `value` as a float if it is a positive number, or raises an error that names the argument."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < math.inf:
+        raise ValueError(f"`{name}` must be a positive number. Received: {name}={value!r}")
+    return float(value)
 
 
 def standardize_implementation(implementation: str) -> str:

@@ -1,20 +1,34 @@
 """The arithmetic of windows: how arguments are standardised and where a kernel's taps lie."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import keras
+import numpy as np
 from keras import ops
 
 Padding = str | tuple[tuple[int, int], tuple[int, int]]
 
 
+def as_integer(value: Any) -> int | None:
+    """The Python integer that `value` is, NumPy's included, or `None`."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
 def standardize_pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
     """Returns `value` as a pair of positive integers, or raises an error that names the argument."""
-    pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()
-    if len(pair) != 2 or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in pair):
+    single = as_integer(value)
+    values = value if isinstance(value, Sequence | np.ndarray) else ()
+    pair = (single, single) if single is not None else tuple(as_integer(v) for v in values)
+    if len(pair) != 2 or any(v is None or v < 1 for v in pair):
         raise ValueError(f"`{name}` must be a positive integer or a pair of them. Received: {name}={value!r}")
-    return pair[0], pair[1]
+    return cast(tuple[int, int], pair)
 
 
 def standardize_padding(padding: Any) -> Padding:
@@ -23,9 +37,9 @@ def standardize_padding(padding: Any) -> Padding:
         return padding.lower()
     try:
         (top, bottom), (left, right) = padding
-        pads = (top, bottom, left, right)
-        if not isinstance(padding, str) and all(type(p) is int and p >= 0 for p in pads):
-            return (top, bottom), (left, right)
+        pads = [as_integer(p) for p in (top, bottom, left, right)]
+        if not isinstance(padding, str) and all(p is not None and p >= 0 for p in pads):
+            return cast(Padding, (tuple(pads[:2]), tuple(pads[2:])))
     except (TypeError, ValueError):
         pass  # Not a pair of pairs: the error below says what was expected.
     raise ValueError(

@@ -79,6 +79,17 @@ def test_small_sets_are_decoded_once(image_folder: MakeFolder) -> None:
     np.testing.assert_allclose(means, [COLOURS["green"], COLOURS["red"]], atol=10)
 
 
+def test_webp_is_read_and_other_formats_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, suffix in (("red", ".webp"), ("green", ".png"), ("green", ".tif")):
+        write_images(tmp_path / name, 10, COLOURS[name], suffix)
+    dataset = folders.load(str(tmp_path), 8, seed=0)
+    assert sum(sum(numbers) for numbers in counts(dataset).values()) == 20
+    split = dataset.splits["train"]
+    assert isinstance(split, ArraySplit)
+    np.testing.assert_allclose(split.images[split.labels == 1].mean(axis=(0, 1, 2)), COLOURS["red"], atol=15)
+    assert "green: left out 10 images of other formats, such as 000.tif" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "CMYK", "gif"])
 def test_kinds_of_images(tmp_path: Path, mode: str) -> None:
     image = Image.new("RGB", (30, 20), (200, 40, 40))

@@ -312,6 +312,19 @@ def test_half_precision_survives_large_values():
     assert np.isfinite(np.asarray(layer(images))).all()
 
 
+@pytest.mark.parametrize("dtype", ["mixed_float16", "float16"])
+@pytest.mark.parametrize("arguments", [{}, {"deformable": "dense"}, {"reduction": 1}, {"kernel_size": 5}])
+def test_identity_start_at_the_limit_of_float16(arguments, dtype, rng):
+    """Sums of the largest features, of either sign, are not infinite ahead of the norm."""
+    layer = keras_das.DASLayer(identity_init=True, dtype=dtype, **arguments)
+    shape, limit = (2, 6, 6, 4), 65504
+    extremes = np.full(shape, limit), rng.choice([-limit, limit], shape), rng.uniform(3e4, 6e4, shape)
+    for images in extremes:
+        images = images.astype("float16")
+        np.testing.assert_array_equal(np.asarray(layer(images)), images)
+        assert np.isfinite(np.asarray(layer.gate(images))).all()
+
+
 def test_the_samples_follow_the_offsets():
     """Moving a bright spot by what an offset says moves what the gate sees with it, rows before columns."""
     layer = keras_das.DASLayer(reduction=1, kernel_size=1, modulated=False, norm="channels")
@@ -351,6 +364,15 @@ def test_bad_arguments(arguments, words):
 def test_offset_groups_that_do_not_divide():
     with pytest.raises(ValueError, match=r"`offset_groups` must divide .*= 2.*offset_groups=3"):
         keras_das.DASLayer(offset_groups=3).build((None, 8, 8, 10))
+
+
+def test_one_channel_is_said():
+    """The norm over channels makes the gate of one channel the same number everywhere."""
+    layer = keras_das.DASLayer(name="gate", norm="channels")
+    with pytest.warns(UserWarning, match="'gate' is on a map of one channel"):
+        layer.build((None, 8, 8, 1))
+    gate = np.asarray(layer.gate(suite.random_images((2, 8, 8, 1))))
+    np.testing.assert_allclose(gate, gate[0, 0, 0, 0])
 
 
 def test_unknown_channels():

@@ -204,6 +204,21 @@ def test_task_preset(tmp_path, rng):
     assert_same(loaded(x), classifier(x))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ImageClassifier", "ResNetImageClassifier"])
+def test_preset_of_any_image_classifier(name, tmp_path, rng):
+    gated = attach_das(hub_resnet(), at="P5", **SMALL_GATE)
+    classifier = getattr(keras_hub.models, name)(gated, num_classes=3)
+    classifier.save_to_preset(str(tmp_path))
+    loaded = keras_hub.models.ImageClassifier.from_preset(str(tmp_path))
+    assert type(loaded) is type(classifier)
+    x = images(rng)
+    assert_same(loaded(x), classifier(x))
+    other = keras_hub.models.ImageClassifier.from_preset(str(tmp_path), num_classes=5)
+    assert other(x).shape == (2, 5)
+    assert_same(other.backbone(x), gated(x))
+
+
 def test_tasks_are_refused():
     classifier = keras_hub.models.ImageClassifier(hub_resnet(), num_classes=3)
     with pytest.raises(ValueError, match=r"attach_das\(task.backbone\)"):

@@ -125,3 +125,84 @@ def test_stages_inside_a_nested_model():
     model = keras.Model(image, keras.layers.Conv2D(2, 1)(nested(image)))
     with pytest.raises(ValueError, match=r"inside the nested model 'encoder'.*get_layer\('encoder'\)"):
         find_stages(model)
+
+
+def sequence(size, *preprocessing, nested=False):
+    """Preprocessing, then five convolutions that halve the image."""
+    convolutions = [keras.layers.Conv2D(2, 3, 2, padding="same", name=f"conv_{i}") for i in range(1, 6)]
+    image = keras.Input((size, size, 3))
+    if nested:
+        preprocessing = [keras.Sequential([keras.Input((size, size, 3)), *preprocessing])]
+    x = image
+    for layer in [*preprocessing, *convolutions]:
+        x = layer(x)
+    return keras.Model(image, x, name="sequence")
+
+
+def space_to_depth(x):
+    _, rows, columns, channels = x.shape
+    x = keras.ops.reshape(x, (-1, rows // 2, 2, columns // 2, 2, channels))
+    x = keras.ops.transpose(x, (0, 1, 3, 2, 4, 5))
+    return keras.ops.reshape(x, (-1, rows // 2, columns // 2, 4 * channels))
+
+
+PREPROCESSING = {
+    "resizing": (None, lambda: [keras.layers.Resizing(64, 64), keras.layers.Rescaling(1 / 255)]),
+    "resizing up": (16, lambda: [keras.layers.Resizing(64, 64)]),
+    "center crop": (300, lambda: [keras.layers.CenterCrop(64, 64)]),
+    "random crop": (256, lambda: [keras.layers.RandomCrop(64, 64), keras.layers.RandomFlip()]),
+    "average pooling": (256, lambda: [keras.layers.AveragePooling2D(4)]),
+    "space to depth": (128, lambda: [space_to_depth]),
+    "statistics": (
+        None,
+        lambda: [keras.layers.Resizing(64, 64), keras.layers.Normalization(mean=1, variance=1)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PREPROCESSING)
+def test_levels_are_counted_from_what_the_network_sees(name):
+    size, layers = PREPROCESSING[name]
+    expected = {f"P{level}": f"conv_{level}" for level in (2, 3, 4, 5)}
+    assert names(find_stages(sequence(size, *layers()))) == expected
+    if name != "space to depth":
+        assert names(find_stages(sequence(size, *layers(), nested=True))) == expected
+
+
+def test_padding_belongs_to_the_first_convolution():
+    """Half of 128 padded pixels is the size of the image of 64: level 0."""
+    model = sequence(64, keras.layers.Rescaling(1 / 255), keras.layers.ZeroPadding2D(32))
+    assert names(find_stages(model)) == {"P2": "conv_3", "P3": "conv_4", "P4": "conv_5"}
+
+
+def test_adapted_statistics_are_no_network(rng):
+    layer = keras.layers.Normalization()
+    layer.adapt(rng.normal(size=(2, 8, 8, 3)))
+    found = names(find_stages(sequence(None, keras.layers.Resizing(64, 64), layer)))
+    assert found == {f"P{level}": f"conv_{level}" for level in (2, 3, 4, 5)}
+
+
+def test_two_scales_of_one_image():
+    """Pooling in a branch is no preprocessing: the other branch sees the image as it is."""
+    image = keras.Input((64, 64, 3))
+    fine = keras.layers.Conv2D(2, 3, 4, padding="same", name="fine")(image)
+    coarse = keras.layers.Conv2D(2, 3, padding="same", name="coarse")(keras.layers.AveragePooling2D(4)(image))
+    x = keras.layers.Add(name="both")([fine, coarse])
+    assert names(find_stages(keras.Model(image, x))) == {"P2": "both"}
+
+
+def test_stages_that_are_left_out_are_said():
+    model = sequence(256)
+    x = model.output
+    for i in range(2):
+        x = keras.layers.Conv2D(2, 3, 2, padding="same", name=f"deep_{i}")(x)
+    with pytest.warns(UserWarning, match="smaller than 1/32 of the image, from layer 'deep_0' on"):
+        assert list(find_stages(keras.Model(model.input, x))) == ["P2", "P3", "P4", "P5"]
+
+
+def test_pooled_branches_are_not_left_out():
+    """A pyramid of pooled maps that come back, as in PSPNet, is part of its stage."""
+    model = sequence(256)
+    pooled = keras.layers.Conv2D(2, 1)(keras.layers.AveragePooling2D(4)(model.output))
+    x = keras.layers.Concatenate()([model.output, keras.layers.UpSampling2D(4)(pooled)])
+    assert list(find_stages(keras.Model(model.input, x))) == ["P2", "P3", "P4", "P5"]

@@ -1,0 +1,21 @@
+"""What the layers accept as input."""
+
+from typing import Any
+
+import keras
+
+from keras_das._requirements import check_keras_3
+
+
+def check_input(inputs: Any) -> None:
+    """Raises a ValueError for what is of Keras 2 or not floating."""
+    check_keras_3("inputs", inputs)
+    dtype = getattr(inputs, "dtype", None)
+    if dtype is None:  # not a tensor yet
+        return
+    name = keras.backend.standardize_dtype(dtype)
+    if not keras.backend.is_float_dtype(name):
+        raise ValueError(
+            "`inputs` must be floating: cast them, or put a `keras.layers.Rescaling` ahead of the layer. "
+            f"Received: inputs.dtype={name}"
+        )
