@@ -344,12 +344,14 @@ def _fit(
     records: list[keras.callbacks.Callback] = []
     if chief:
         records = training.make_records(output, bool(config.resume))
-    monitor = keras_das.visualize.GateMonitor(_examples(dataset, 16)[0], output / "logs" if chief else None)
     clock, timer = pipeline.EpochClock(config.seed), training.StepTimer()
     classes, splits = len(dataset.class_names), dataset.splits
     layers = augmentation(config.augment, config.data)
     batches = pipeline.training_batches(splits["train"], classes, config.batch_size, clock, layers)
     with training.explaining(dataset, backup):
+        monitor = keras_das.visualize.GateMonitor(
+            _examples(dataset, 16)[0], output / "logs" if chief else None
+        )
         model.fit(
             batches,
             validation_data=pipeline.evaluation_batches(splits["val"], classes, config.batch_size),

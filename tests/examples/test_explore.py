@@ -164,7 +164,7 @@ def same(a, b):
 def test_gates(gated, picture):
     drawing = gated.gate(picture, 1)
     values = visualize.gate_map(gated.model, gated.fit(picture).astype("float32"), "das_2")
-    assert drawing.caption == f"das_2, 16x16: {values.min():.4f} to {values.max():.4f} of the map's magnitude"
+    assert drawing.caption == f"das_2, 16x16: {values.mean():.2f} ± {values.std():.2f} of the map's magnitude"
     assert not same(drawing, gated.gate(picture, 0))
     assert not same(drawing, gated.gate(toys.photograph(seed=1), 1))
 
