@@ -81,13 +81,12 @@ test-gpu: $(VENV)/.test ## The kernels on an NVIDIA GPU: the oracle's cases, tra
 	$(RUN) -m pytest tests/gpu
 	TF_DETERMINISTIC_OPS=1 $(RUN) -m pytest tests/ops tests/layers # they compare bits
 
-gpu-report: $(VENV)/.test $(VENV)/.all-kernels ## On an NVIDIA GPU: is it right, fast, worth it? BUDGET=540 DATA=woof:FOLDER; DEVICE=cpu rehearses
+gpu-report: DEVICE ?= gpu
+gpu-report: BUDGET ?= 540
+gpu-report: OUTPUT ?= runs/$(DEVICE)
+gpu-report: $(VENV)/.test $(if $(filter cpu,$(DEVICE)),$(VENV)/.all-kernels) ## On an NVIDIA GPU: is it right, fast, worth it? BUDGET=540 (seconds) DATA=woof:FOLDER; DEVICE=cpu rehearses
 	$(if $(filter cpu,$(DEVICE)),,$(RUN) -m keras_das build --framework all --cuda)
 	$(RUN) benchmarks/gpu_report.py --device $(DEVICE) --budget $(BUDGET) $(addprefix --data ,$(DATA)) --output $(OUTPUT)
-
-BUDGET ?= 540
-gpu-report: DEVICE ?= gpu
-gpu-report: OUTPUT ?= runs/$(DEVICE)
 
 test-torch: $(VENV)-torch/.test ## The op on Keras' torch backend, in an environment without TensorFlow
 	KERAS_BACKEND=torch $(VENV)-torch/bin/python -m pytest tests/ops/test_backends.py

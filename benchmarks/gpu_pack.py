@@ -3,10 +3,10 @@
     python benchmarks/gpu_pack.py build/gpu_pack --data woof:FOLDER [--arch sm_90] [--python 3.12]
 
 What is packed: kernel libraries with CUDA, the peers' packages, and images to train on. nvcc compiles the
-libraries here, for the versions of TensorFlow and JAX that are installed here: the other machine must have the
-same. The pack is written to folders OUTPUT/part0, part1, ... of at most 60 MiB each. The commands to type on
-the other machine are printed, and are in OUTPUT/COMMANDS. That machine must have this repository, TensorFlow
-or JAX, and torch.
+libraries here, for the versions of TensorFlow and JAX that are installed here: the other machine must have
+the same ones. The pack is written to folders OUTPUT/part0, part1, ... of at most 60 MiB each. The commands to
+type on the other machine are printed, and are in OUTPUT/COMMANDS. That machine must have this repository,
+TensorFlow or JAX, and torch.
 """
 
 import argparse

@@ -5,11 +5,11 @@
     python benchmarks/report.py runs/gpu/report.json                    # into RESULTS.md
 
 Three phases: the kernels, layers and trainings are right; the operation and a ResNet-50 beside their peers;
-trainings with attention and without. Each has its share of the budget, which is in seconds, and leaves what it
-does not use to the next. A check is a process of its own with a time limit. OUTPUT/report.jsonl has its outcome
-as soon as it has ended, and OUTPUT/checks what it printed. Type the command again to resume an interrupted
-report: it runs what has not passed yet. A new report begins if the package's sources, the GPU or the data have
-changed.
+trainings with attention and without. Each has its share of the budget, which is in seconds, and leaves what
+it does not use to the next. A check is a process of its own with a time limit. OUTPUT/report.jsonl has its
+outcome as soon as it has ended, and OUTPUT/checks what it printed. Type the command again to resume an
+interrupted report: it runs what has not passed yet. A new report begins if the package's sources, the GPU or
+the data have changed.
 
 Needs TensorFlow, or JAX for what runs on it, and a kernel library (`keras-das build --cuda --framework all`).
 Peers that are not installed are absent from the tables. `gpu_pack.py` packs what a machine without a network

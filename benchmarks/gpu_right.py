@@ -155,7 +155,7 @@ def _offset_kernels(model) -> list[np.ndarray]:
     import keras_das
 
     layers = model._flatten_layers()
-    return [np.array(x.offset_kernel) for x in layers if isinstance(x, keras_das.DeformableConv2D)]
+    return [np.copy(x.offset_kernel.numpy()) for x in layers if isinstance(x, keras_das.DeformableConv2D)]
 
 
 def determinism(device: str) -> Result:

@@ -1,4 +1,4 @@
-"""The report about a GPU: its budget, what an interruption leaves, and a rehearsal of the whole on the CPU."""
+"""The report about a GPU: its budget, what an interruption leaves, and a rehearsal on the CPU."""
 
 import json
 import pathlib
