@@ -10,7 +10,7 @@ TORCH ?= torch==2.13.0
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 DEMO_MODEL := runs/demo/model.keras
 
-.PHONY: help demo demo-none demo-detect explore test test-all test-fast test-slow lint sanitize cuda test-gpu test-torch \
+.PHONY: help demo demo-none demo-detect explore test test-all test-fast test-slow lint sanitize cuda test-gpu gpu-report test-torch \
 	docs docs-serve wheel clean
 .NOTPARALLEL: # one set-up at a time; what takes long brings its own parallelism
 .DEFAULT_GOAL := help
@@ -80,6 +80,13 @@ test-gpu: $(VENV)/.test ## The kernels on an NVIDIA GPU: the oracle's cases, tra
 	$(RUN) -m keras_das build --framework tensorflow --cuda
 	$(RUN) -m pytest tests/gpu
 	TF_DETERMINISTIC_OPS=1 $(RUN) -m pytest tests/ops tests/layers # they compare bits
+
+gpu-report: DEVICE ?= gpu
+gpu-report: BUDGET ?= 540
+gpu-report: OUTPUT ?= runs/$(DEVICE)
+gpu-report: $(VENV)/.test $(if $(filter cpu,$(DEVICE)),$(VENV)/.all-kernels) ## On an NVIDIA GPU: is it right, fast, worth it? BUDGET=540 (seconds) DATA=woof:FOLDER; DEVICE=cpu rehearses
+	$(if $(filter cpu,$(DEVICE)),,$(RUN) -m keras_das build --framework all --cuda)
+	$(RUN) benchmarks/gpu_report.py --device $(DEVICE) --budget $(BUDGET) $(addprefix --data ,$(DATA)) --output $(OUTPUT)
 
 test-torch: $(VENV)-torch/.test ## The op on Keras' torch backend, in an environment without TensorFlow
 	KERAS_BACKEND=torch $(VENV)-torch/bin/python -m pytest tests/ops/test_backends.py

@@ -1,5 +1,6 @@
 """The tasks of accuracy.py: images, the network without attention, and how it is trained."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import pathlib
@@ -79,11 +80,15 @@ def _read(folder: pathlib.Path, classes: Sequence[str], size: int) -> Split:
         (file, label) for label, name in enumerate(classes) for file in sorted((folder / name).iterdir())
     ]
     images = np.empty((len(files), size, size, 3), "uint8")
-    for index, (file, _) in enumerate(files):
-        with Image.open(file) as image:
+
+    def read(index: int) -> None:
+        with Image.open(files[index][0]) as image:
             left, top = ((side - min(image.size)) // 2 for side in image.size)
             square = (left, top, left + min(image.size), top + min(image.size))
             images[index] = image.convert("RGB").resize((size, size), Image.Resampling.BOX, square)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        list(pool.map(read, range(len(files))))
     return Split(images, np.array([label for _, label in files]))
 
 
@@ -213,6 +218,12 @@ TASKS = {
         functools.partial(_folder, size=72),
         _small_resnet,
         Recipe(15, 64, "sgd", 0.1, 5e-3, warmup_epochs=1, label_smoothing=0.1, crop=64),
+    ),
+    "dogs": Task(
+        "Stanford Dogs at 112 pixels, ResNet of 0.7 M weights, from scratch",
+        functools.partial(_folder, size=128),
+        _small_resnet,
+        Recipe(30, 64, "sgd", 0.1, 5e-3, warmup_epochs=1, label_smoothing=0.1, crop=112),
     ),
     "grocery": Task(
         "GroceryStore at 96 pixels, adapters on a frozen ImageNet ResNet-18",

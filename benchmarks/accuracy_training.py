@@ -1,5 +1,6 @@
 """One training of accuracy.py, and what it reports."""
 
+import dataclasses
 import pathlib
 import time
 from collections.abc import Callable
@@ -11,6 +12,15 @@ import tensorflow as tf
 
 import accuracy_gates
 from accuracy_tasks import Recipe, Split, Task, Trunk
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How trainings run: the results that accuracy.py compares are those of the defaults."""
+
+    policy: str = "float32"
+    jit_compile: bool = False
+    epoch_in_one_call: bool = False
 
 
 class Batches(keras.utils.PyDataset):
@@ -55,17 +65,17 @@ def centre(images: np.ndarray, size: int | None) -> np.ndarray:
 
 
 class _Clock(keras.callbacks.Callback):
-    """The median time of a step, those of the first epoch left out."""
+    """The time of each call, of one step or more."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.steps: list[float] = []
+        self.calls: list[float] = []
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         self.began = time.perf_counter()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        self.steps.append(time.perf_counter() - self.began)
+        self.calls.append(time.perf_counter() - self.began)
 
 
 def train(
@@ -74,8 +84,10 @@ def train(
     seed: int,
     data: pathlib.Path | None,
     weights: pathlib.Path | None,
+    execution: Execution = Execution(),
 ) -> dict[str, Any]:
     """Trains one model, and returns its figures."""
+    keras.config.set_dtype_policy(execution.policy)
     keras.utils.set_random_seed(seed)
     recipe = task.recipe
     training, test = task.load(data)
@@ -88,15 +100,20 @@ def train(
     classes = int(training.labels.max()) + 1
     # Made before the attention, so that with one seed all variants start from the same head.
     head = keras.layers.Dense(
-        classes, name="classes", kernel_initializer=keras.initializers.GlorotUniform(seed)
+        classes,
+        name="classes",
+        kernel_initializer=keras.initializers.GlorotUniform(seed),
+        dtype="float32",
     )
     features = attach(trunk)
     model = _classifier(features, head)
     batches, clock = Batches(training, recipe, seed), _Clock()
-    _compile(model, recipe, len(batches))
+    steps_per_call = len(batches) if execution.epoch_in_one_call else 1
+    _compile(model, recipe, len(batches), execution.jit_compile, steps_per_call)
     history = model.fit(batches, epochs=recipe.epochs, verbose=2, callbacks=[clock]).history
     images = centre(test.images, recipe.crop)
     logits = model.predict(images, batch_size=recipe.batch_size, verbose=0)
+    calls = clock.calls[len(batches) // steps_per_call :] or clock.calls  # without those of the first epoch
     cam = {}
     if test.boxes is not None:
         last = features.output._keras_history.operation.name
@@ -105,7 +122,7 @@ def train(
         "test_accuracy": float(np.mean(logits.argmax(-1) == test.labels)),
         "parameters": model.count_params(),
         "multiply_adds": accuracy_gates.multiply_adds(model),
-        "seconds_per_step": float(np.median(clock.steps[len(batches) :] or clock.steps)),
+        "seconds_per_step": float(np.median(calls)) / steps_per_call,
         "gates": accuracy_gates.describe(model, images, test.boxes),
         **cam,
         "history": {name: [round(value, 5) for value in values] for name, values in history.items()},
@@ -117,7 +134,7 @@ def _classifier(features: keras.Model, head: keras.layers.Layer) -> keras.Model:
     return keras.Model(features.input, head(x), name="classifier")
 
 
-def _compile(model: keras.Model, recipe: Recipe, steps: int) -> None:
+def _compile(model: keras.Model, recipe: Recipe, steps: int, jit_compile: bool, steps_per_call: int) -> None:
     warmup = int(recipe.warmup_epochs * steps)
     rate = keras.optimizers.schedules.CosineDecay(
         0.0 if warmup else recipe.learning_rate,
@@ -136,4 +153,10 @@ def _compile(model: keras.Model, recipe: Recipe, steps: int) -> None:
             targets, logits, from_logits=True, label_smoothing=recipe.label_smoothing
         )
 
-    model.compile(optimizer, loss, metrics=["sparse_categorical_accuracy"], jit_compile=False)
+    model.compile(
+        optimizer,
+        loss,
+        metrics=["sparse_categorical_accuracy"],
+        jit_compile=jit_compile,
+        steps_per_execution=steps_per_call,
+    )

@@ -12,7 +12,6 @@ compared. `report.py` writes the tables into RESULTS.md.
 """
 
 import datetime
-import json
 import os
 import shlex
 import sys
@@ -20,7 +19,7 @@ import tempfile
 
 import machine
 import report
-from harness import DEVICES, Failed, OtherLoad, Worker, comma_separated, interleave, make_parser
+from harness import DEVICES, Failed, OtherLoad, Worker, comma_separated, interleave, make_parser, write_json
 
 MODELS = {
     f"{gates}-{how}": f"{text}, {'XLA' if how == 'xla' else 'graph'}"
@@ -53,11 +52,13 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for mode in options.mode:
             for names in turns:
-                document["cells"] += time_models(names, mode, options, folder)
-    for cell in document["cells"]:
-        document["versions"][cell["contender"]] = cell.pop("versions", {})
+                cells = time_models(names, mode, options, folder)
+                for cell in cells:
+                    document["versions"][cell["contender"]] = cell.pop("versions", {})
+                document["cells"] += cells
+                write_json(options.output, document)  # for what ends before its time
     report.print_model(document)
-    options.output.write_text(json.dumps(document, indent=1) + "\n")
+    write_json(options.output, document)
     print(f"\nwritten to {options.output}")
 
 
@@ -70,6 +71,7 @@ def parse_arguments():
     add("--policy", choices=list(BOUND), default="float32", help="Keras' dtype policy")
     add("--batch", type=int, help="default: 8, and 128 on a GPU")
     add("--image-size", type=int, default=224)
+    add("--network", default="ResNet50", help="a name in keras.applications (default: ResNet50)")
     options = parser.parse_args()
     options.batch = options.batch or {"cpu": 8, "gpu": 128}[options.device]
     return options
@@ -89,7 +91,8 @@ def time_models(names, mode, options, folder) -> list[dict]:
         try:
             worker = Worker(name, "model_worker.py", options.threads, settings=DEVICES[options.device])
             workers.append(worker)
-            arguments = {key: getattr(options, key) for key in ("batch", "image_size", "device", "policy")}
+            chosen = ("network", "batch", "image_size", "device", "policy")
+            arguments = {key: getattr(options, key) for key in chosen}
             cells[name] |= worker.ask("load", mode=mode, **arguments)
             path = os.path.join(folder, f"{mode}-{'none' if gates == 'none' else 'gated'}.npz")
             compare(worker, path, BOUND[options.policy])

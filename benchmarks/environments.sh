@@ -5,9 +5,9 @@
 #
 # Each is a venv of that name in $KERAS_DAS_BENCHMARK_ENVS (default benchmarks/.envs), 7 GB in all, most of it
 # torchvision's: its wheels load beside the CUDA build of torch alone. $PYTHON (default python3) must be
-# Python 3.11 for tfa, tensorflow-addons' last release being for TensorFlow 2.15. dcnv4 is there for GPUs: pip compiles
-# it, with nvcc, for the torch that it finds. keras_das itself is measured in the environment that bench_op.py is
-# started from.
+# Python 3.11 for tfa, tensorflow-addons' last release being for TensorFlow 2.15, and 3.12 or newer for deformops.
+# deformops, tvdcn and dcnv4 are for GPUs: pip compiles the last, with nvcc, for the torch that it finds. A peer without an
+# environment runs in the one that bench_op.py is started from, if its package is there, and keras_das always does.
 set -eu
 
 envs=${KERAS_DAS_BENCHMARK_ENVS:-$(dirname "$0")/.envs}
@@ -22,6 +22,8 @@ for name in "${@:-onnxruntime openvino tfa torchvision}"; do
       openvino) packages='openvino==2026.4.1' ;;
       tfa) packages='tensorflow==2.15.1 tensorflow-addons==0.23.0' ;;
       torchvision) packages='torchvision==0.29.2' ;;
+      deformops) packages='deformops==3.0.1' ;;
+      tvdcn) packages='tvdcn==1.1.0' ;;
       dcnv4) packages='torch setuptools wheel ninja' compiled='DCNv4==1.0.0.post2' ;;
       *) echo "environments.sh: no peer is called '$peer'" >&2; exit 2 ;;
     esac

@@ -8,8 +8,10 @@ import argparse
 import collections
 import contextlib
 import ctypes
+import functools
 import gc
 import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
@@ -30,6 +32,7 @@ DEVICES = {
     "gpu": {
         "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0"),
         "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     },
 }
 # So that memory is given back when it is freed; without, a peak shows only what was not kept from earlier.
@@ -49,10 +52,7 @@ class Worker:
     def __init__(self, name, script, threads, environment="", settings=None):
         """Starts `script NAME` in one of the environments, on that many cores."""
         self.name = name
-        here = pathlib.Path(sys.executable)
-        python = ENVIRONMENTS / environment / "bin" / "python" if environment else here
-        if not python.exists():
-            raise Failed(f"no {python}; set it up with: benchmarks/environments.sh {environment}")
+        python = _python(environment)
         cores = sorted(os.sched_getaffinity(0))[:threads]
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, it lives as long as the process
         self._process = subprocess.Popen(
@@ -104,6 +104,17 @@ class Worker:
         self._errors.close()
 
 
+def _python(environment: str) -> pathlib.Path:
+    """The interpreter of an environment, or this one if it has the package that the environment is for."""
+    here = pathlib.Path(sys.executable)
+    python = ENVIRONMENTS / environment / "bin" / "python" if environment else here
+    if python.exists():
+        return python
+    if importlib.util.find_spec(environment):
+        return here
+    raise Failed(f"no {python}; set it up with: benchmarks/environments.sh {environment}")
+
+
 def make_parser(description: str, output: str) -> argparse.ArgumentParser:
     """A parser with the options that all benchmarks have; `output` is where results go by default."""
     parser = argparse.ArgumentParser(
@@ -113,6 +124,13 @@ def make_parser(description: str, output: str) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--output", type=pathlib.Path, default=HERE / output)
     return parser
+
+
+def write_json(path: pathlib.Path, document) -> None:
+    """Writes a document, in place of the one before, as a whole or not at all."""
+    written = path.with_name(path.name + ".part")
+    written.write_text(json.dumps(document, indent=1) + "\n")
+    written.replace(path)
 
 
 def comma_separated(known):
@@ -137,11 +155,11 @@ def serve(methods: dict):
             answer = {"result": methods[method](**arguments)}
         except Exception as error:
             traceback.print_exc()
-            answer = {"failed": _in_one_line(error)}
+            answer = {"failed": in_one_line(error)}
         print(json.dumps(answer), file=answers)
 
 
-def _in_one_line(error: Exception) -> str:
+def in_one_line(error: Exception) -> str:
     """What an error says, without the trace that TensorFlow puts ahead and Keras' highlighting."""
     kind = type(error).__name__
     said = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).rpartition(f"{kind}: ")[2]
@@ -177,15 +195,27 @@ def time_calls(run, seconds: float, wait=None) -> list[float]:
 
 
 def _time_batches(run, seconds: float, wait) -> list[float]:
-    batches, calls, times = 5, 1, []
-    while True:
-        took = _time_batch(run, calls, wait)
-        if took >= seconds / (2 * batches) or calls >= 1 << 16:
-            break
+    batches, calls, most = 5, 1, 1 << 16
+    time_batch = functools.partial(_time_batch, wait=wait)
+    if "torch" in sys.modules:
+        # CUDA's clock is exact: batches may be short. Long ones would outlast the GPU's sleep.
+        time_batch, most = _time_cuda_batch, 32
+    while time_batch(run, calls) < seconds / (2 * batches) and calls < most:
         calls *= 2
-    for _ in range(batches):
-        times.append(1e3 * _time_batch(run, calls, wait) / calls)
-    return times
+    return [1e3 * time_batch(run, calls) / calls for _ in range(batches)]
+
+
+def _time_cuda_batch(run, calls: int) -> float:
+    """Seconds between two of torch's CUDA events; the GPU sleeps until the calls between them are queued."""
+    cuda = sys.modules["torch"].cuda
+    begin, end = (cuda.Event(enable_timing=True) for _ in range(2))
+    cuda._sleep(2_000_000 * calls)  # clock cycles: about a millisecond a call
+    begin.record()
+    for _ in range(calls):
+        run()
+    end.record()
+    end.synchronize()
+    return 1e-3 * begin.elapsed_time(end)
 
 
 def _time_batch(run, calls: int, wait) -> float:
@@ -201,6 +231,8 @@ def wait_for_gpu():
     """Returns when a GPU has done all that this process gave it."""
     if "torch" in sys.modules:
         sys.modules["torch"].cuda.synchronize()
+    elif os.environ["KERAS_BACKEND"] == "jax":  # programs run in the order in which they were started
+        sys.modules["jax"].numpy.zeros(()).block_until_ready()
     else:
         sys.modules["tensorflow"].test.experimental.sync_devices()
 

@@ -9,13 +9,13 @@ from problem import largest_error
 
 
 class ModelWorker:
-    """A ResNet-50, with gates or without, compiled by XLA or not; what bench_model.py can ask of it."""
+    """A network, with gates or without, compiled by XLA or not; what bench_model.py can ask of it."""
 
     def __init__(self, name):
         # "none", "native" or "reference"; "graph" or "xla".
         self.implementation, self.compiler = name.split("-")
 
-    def load(self, mode, batch, image_size, device="cpu", policy="float32"):
+    def load(self, mode, network, batch, image_size, device="cpu", policy="float32"):
         """Builds the model and takes two steps; the versions of what it runs on."""
         import keras
         import keras_das
@@ -26,7 +26,7 @@ class ModelWorker:
             raise RuntimeError("TensorFlow sees no GPU")
         keras.config.set_dtype_policy(policy)
         keras.utils.set_random_seed(0)  # so that all have the same weights and data
-        base = keras.applications.ResNet50(
+        base = getattr(keras.applications, network)(
             weights=None, input_shape=(image_size, image_size, 3), classifier_activation=None
         )
         model = base

@@ -10,6 +10,8 @@ import harness
 from contenders import CONTENDERS
 from problem import Problem, largest_error
 
+_problem = functools.lru_cache(1)(Problem)  # its modes follow one another
+
 
 class OpWorker:
     """What bench_op.py can ask for."""
@@ -24,10 +26,10 @@ class OpWorker:
         self.module = importlib.import_module(f"contenders.{self.contender.module}")
         return harness.installed(self.module.VERSIONS)
 
-    def prepare(self, operation, shape, mode):
+    def prepare(self, operation, shape, mode, dtype="float32"):
         """Sets the contender up for a problem, in place of the one before, and runs it once."""
         self.run = self.collect = None
-        self.problem, self.mode = Problem(operation, shape), mode
+        self.problem, self.mode = _problem(operation, shape, dtype), mode
         self.run, self.collect = self._prepare(self.problem)
         self.run()
 
@@ -41,22 +43,23 @@ class OpWorker:
             return largest_error(self.collect(self.run()), expected.values())
 
     def sample(self, seconds):
-        return harness.time_calls(self.run, seconds, self.wait)
+        """Milliseconds of single calls."""
+        calls = self.contender.options.get("calls", 1)
+        return [took / calls for took in harness.time_calls(self.run, seconds, self.wait)]
 
     def device(self):
         """The kind of device that results lie on: "CPU" or "GPU"."""
         result = self.run()[0]
         if hasattr(result, "is_cuda"):  # torch's
             return "GPU" if result.is_cuda else "CPU"
-        return "GPU" if "GPU" in getattr(result, "device", "") else "CPU"
+        # TensorFlow's are strings that end in "GPU:0", and JAX's are objects with a platform.
+        device = getattr(result, "device", "")
+        return "GPU" if "GPU" in getattr(device, "platform", str(device)).upper() else "CPU"
 
     def copy_rate(self):
-        """Bytes that TensorFlow's GPU reads and writes a second when it copies a tensor."""
-        import tensorflow as tf
-
-        tensor = tf.zeros((1 << 28,))
+        """Bytes that the GPU reads and writes a second when it copies a tensor."""
+        milliseconds = harness.time_calls(self.module.copy(1 << 28), 0.5, harness.wait_for_gpu)
         # Twice the tensor's size: it is read, and written.
-        milliseconds = harness.time_calls(lambda: tf.raw_ops.DeepCopy(x=tensor), 0.5, harness.wait_for_gpu)
         return 2 * 4 * (1 << 28) / (1e-3 * min(milliseconds))
 
     def memory(self, operation, shape, mode):

@@ -3,13 +3,16 @@
 Needs NumPy alone, for it is imported in every contender's environment.
 """
 
-from dataclasses import dataclass, field
+import functools
+import math
+from dataclasses import dataclass
 
 import numpy as np
 
 # "aggregation" is what DCNv4 computes: "depthwise" with a kernel of ones, which no gradient is asked for.
 OPERATIONS = ("depthwise", "dense", "aggregation")
 MODES = ("forward", "forward_backward")
+DTYPES = ("float32", "float16")
 # A gate's deformable convolution after each stage of a ResNet-50: eight images at 224x224, one at 640x640.
 SHAPES = (
     "8x56x56x51",
@@ -34,30 +37,43 @@ TAPS = 9
 class Problem:
     """A modulated 3x3 deformable convolution: stride 1, same padding, one offset group, no bias.
 
-    `shape` is the input's as text, "NxHxWxC". Tensors are float32 NumPy arrays in keras_das' layout.
+    `shape` is the input's as text, "NxHxWxC". Tensors are NumPy arrays of one dtype in keras_das' layout.
     """
 
     operation: str
     shape: str
-    arrays: dict[str, np.ndarray] = field(init=False, repr=False, compare=False)
+    dtype: str = "float32"
 
-    def __post_init__(self):
-        n, h, w, c = self.sizes
-        generator = np.random.default_rng(0)
-        # Odd multiples of 2^-11: no position is a whole pixel, where the gradient jumps, and float32 holds
-        # every position exactly, so that all contenders read the same cells.
-        offsets = (np.floor(generator.normal(0, 2, (n, h, w, TAPS * 2)) * 1024) + 0.5) / 1024
-        kernel_shape = (3, 3, 1 if self.depthwise else c, self.filters)
+    @functools.cached_property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The tensors: the arguments, and the gradient for the output."""
+        generator, shapes = np.random.default_rng(0), self.shapes
+        # Odd multiples of 2^-11 (2^-7 for float16): no position is a whole pixel, where the gradient jumps,
+        # and float32 holds every position exactly, so that all contenders read the same cells.
+        steps = 1024 if self.dtype == "float32" else 64
+        offsets = (np.floor(generator.normal(0, 2, shapes["offsets"]) * steps) + 0.5) / steps
         arrays = {
-            "inputs": generator.standard_normal((n, h, w, c)),
-            "kernel": generator.standard_normal(kernel_shape) / np.sqrt(TAPS * kernel_shape[2]),
+            "inputs": generator.standard_normal(shapes["inputs"]),
+            "kernel": generator.standard_normal(shapes["kernel"]) / np.sqrt(TAPS * shapes["kernel"][2]),
             "offsets": offsets,
-            "mask": generator.random((n, h, w, TAPS)),
-            "grad_output": generator.standard_normal((n, h, w, self.filters)),
+            "mask": generator.random(shapes["mask"]),
+            "grad_output": generator.standard_normal(shapes["grad_output"]),
         }
         if self.operation == "aggregation":
-            arrays["kernel"] = np.ones(kernel_shape)
-        object.__setattr__(self, "arrays", {name: a.astype(np.float32) for name, a in arrays.items()})
+            arrays["kernel"] = np.ones(shapes["kernel"])
+        return {name: array.astype(self.dtype) for name, array in arrays.items()}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors' shapes."""
+        n, h, w, c = self.sizes
+        return {
+            "inputs": (n, h, w, c),
+            "kernel": (3, 3, 1 if self.depthwise else c, self.filters),
+            "offsets": (n, h, w, TAPS * 2),
+            "mask": (n, h, w, TAPS),
+            "grad_output": (n, h, w, self.filters),
+        }
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -88,12 +104,12 @@ class Problem:
 
     def result_bytes(self, mode: str) -> int:
         """Size of what a run returns: the output, and the gradients with `forward_backward`."""
-        output = self.arrays["grad_output"].nbytes
+        output = self._bytes("grad_output")
         return output if mode == "forward" else output + self._input_bytes()
 
     def least_bytes(self, mode: str) -> int:
         """Bytes moved if each pass reads each of its inputs once and writes each of its results once."""
-        output, inputs = self.arrays["grad_output"].nbytes, self._input_bytes()
+        output, inputs = self._bytes("grad_output"), self._input_bytes()
         forward = inputs + output
         backward = inputs + output + inputs
         return forward if mode == "forward" else forward + backward
@@ -109,7 +125,10 @@ class Problem:
         return samples * (forward if mode == "forward" else forward + backward)
 
     def _input_bytes(self) -> int:
-        return sum(a.nbytes for name, a in self.arrays.items() if name != "grad_output")
+        return self._bytes("inputs", "kernel", "offsets", "mask")
+
+    def _bytes(self, *names: str) -> int:
+        return sum(math.prod(self.shapes[name]) for name in names) * np.dtype(self.dtype).itemsize
 
 
 def channels_first(array: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Turns what the benchmarks wrote into tables.
 
 python benchmarks/report.py [op.json] [model.json] [export.json]  # writes them between RESULTS.md's markers
+python benchmarks/report.py runs/gpu/report.json                  # what gpu_report.py found
 """
 
 import itertools
@@ -27,13 +28,16 @@ def print_model(document):
 def op_lines(document) -> list[str]:
     """Markdown of bench_op.py's results."""
     lines = [*_setting(document), *_rates(document)]
+    dtype = document.get("dtype", "float32")
     groups = itertools.groupby(document["cells"], key=lambda cell: (cell["op"], cell["mode"]))
     for (operation, mode), cells in groups:
         cells = list(cells)
         for batch in dict.fromkeys(_batch(cell) for cell in cells):
             of_batch = [cell for cell in cells if _batch(cell) == batch]
-            lines += ["", f"### {operation}, {TITLES[mode]}, batch {batch}", ""]
-            lines += _times(of_batch, operation, mode, document["rates"])
+            half = "" if dtype == "float32" else f", {dtype}"
+            lines += ["", f"### {operation}, {TITLES[mode]}, batch {batch}{half}", ""]
+            problems = {cell["shape"]: Problem(operation, cell["shape"], dtype) for cell in of_batch}
+            lines += _times(of_batch, problems, mode, document["rates"])
     lines += _memory(document["memory"])
     return lines
 
@@ -84,9 +88,12 @@ def _beside(cell, base) -> tuple[float | None, float | None, float | None]:
     return took, without, took / without if took and without else None
 
 
-def _times(cells, operation, mode, rates) -> list[str]:
-    """One row a contender, fastest last sum first, then what the machine could do."""
-    shapes = list(dict.fromkeys(cell["shape"] for cell in cells))
+def _times(cells, problems, mode, rates) -> list[str]:
+    """One row a contender, fastest last sum first, then what the machine could do.
+
+    On a GPU, beside each time, the floor's share of it: how much of the copy bandwidth was used.
+    """
+    shapes = list(problems)
     times = {}
     for cell in cells:
         if "milliseconds" in cell:
@@ -94,13 +101,19 @@ def _times(cells, operation, mode, rates) -> list[str]:
     sums = {name: sum(by_shape.values()) for name, by_shape in times.items() if len(by_shape) == len(shapes)}
     peers = {name: total for name, total in sums.items() if not CONTENDERS[name].native}
     fastest = min(peers, key=peers.get, default=None)
-    floors = {shape: floor(Problem(operation, shape), mode, rates) for shape in shapes}
+    floors = {shape: floor(problem, mode, rates) for shape, problem in problems.items()}
+    of_bandwidth = not isinstance(rates, str) and "multiply_adds_per_second" not in rates
     least = None if None in floors.values() else sum(floors.values())
 
     rows = []
     for name in sorted(times, key=lambda name: sums.get(name, float("inf"))):
         total = sums.get(name)
-        row = [_emphasize(name), *(_number(times[name].get(shape)) for shape in shapes), _number(total)]
+        row = [_emphasize(name)]
+        for shape in shapes:
+            took = times[name].get(shape)
+            share = f" ({floors[shape] / took:.0%})" if took and of_bandwidth else ""
+            row.append(_number(took) + share)
+        row.append(_number(total))
         row.append(_number(peers[fastest] / total if fastest and total else None, "x"))
         row.append(_number(total / least if least and total else None, "x"))
         rows.append(row)
@@ -212,12 +225,22 @@ def write(results: pathlib.Path, name: str, lines: list[str]):
 WRITERS = {"op": op_lines, "model": model_lines, "export": export_lines}
 
 
+def _writer(document):
+    if document["benchmark"] == "gpu-report":
+        import gpu_tables  # which imports this module
+
+        return gpu_tables.lines
+    return WRITERS[document["benchmark"]]
+
+
 def main():
     default = [HERE / f"{name}.json" for name in WRITERS]
     paths = [pathlib.Path(path) for path in sys.argv[1:]] or default
     for path in paths:
         document = json.loads(path.read_text())
-        lines = WRITERS[document["benchmark"]](document)
+        if document.get("rehearsal"):
+            raise SystemExit(f"{path} is a rehearsal: its figures are no results")
+        lines = _writer(document)(document)
         gpu = "-gpu" if document.get("device") == "gpu" else ""
         write(HERE / "RESULTS.md", document["benchmark"] + gpu, lines)
 

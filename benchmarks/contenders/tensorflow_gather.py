@@ -9,6 +9,9 @@ from problem import TAPS
 VERSIONS = ("tensorflow", "tensorflow-cpu")
 
 
+copy = tensorflow_run.copy
+
+
 def prepare(problem, mode, threads, how, taps_at_once):
     return tensorflow_run.prepare(problem, mode, how, _convolution(problem, taps_at_once))
 

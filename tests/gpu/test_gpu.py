@@ -58,32 +58,8 @@ def test_random_cases(rng, mode, count):
     random_cases.check(compute, count, rng)
 
 
-DETERMINISM = """
-import hashlib, sys
-import keras, numpy as np, tensorflow as tf
-
-keras.utils.set_random_seed(0)
-if sys.argv[1] == "on":
-    tf.config.experimental.enable_op_determinism()
-from tests.ops.op_cases import Case, draw
-from tests.ops.tf_harness import runner
-
-for groups in (64, 1):
-    case = Case("", batch=8, image=(32, 32), channels=64, filters=64, groups=groups, padding="same")
-    tensors = draw(case, np.random.default_rng(0))
-    tensors["offsets"][:] = np.round(tensors["offsets"] - np.arange(32)[:, None, None] / 2)  # many meet
-    for mode in ("eager", "xla"):
-        compute, found = runner(case, mode, implementation="native"), set()
-        for _ in range(10):
-            outputs, gradients = compute(tensors)
-            arrays = [outputs, *(gradients[name] for name in sorted(gradients))]
-            found.add(hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)).hexdigest())
-        print(groups, mode, *sorted(found))
-"""
-
-
 def test_op_determinism_gives_the_same_bits():
-    printed = [_run_script(DETERMINISM, "on") for _ in range(2)]
+    printed = [_run("-m", "tests.ops.determinism") for _ in range(2)]
     assert printed[0] == printed[1]
     assert all(len(line.split()) == 3 for line in printed[0].splitlines())
 
@@ -175,12 +151,12 @@ print("the same")
 
 @needs_two
 def test_replicas_train_as_one_does():
-    assert _run_script(REPLICAS).strip().endswith("the same")
+    assert _run("-c", REPLICAS).strip().endswith("the same")
 
 
-def _run_script(script, *arguments):
+def _run(*arguments):
     result = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
+        [sys.executable, *arguments],
         cwd=REPOSITORY,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *sys.path])},
         capture_output=True,

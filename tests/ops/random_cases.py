@@ -71,7 +71,8 @@ def check(value_and_gradients, count, rng, dtypes=DTYPES):
             raise
 
 
-def _function(door):
+def function_of(door):
+    """What `check` holds to the oracle, for a name that the command line accepts."""
     if door in ("eager", "graph", "xla"):
         from tests.ops.tf_harness import kernels_value_and_gradients
 
@@ -107,7 +108,7 @@ def main():
     options = parser.parse_args()
     if options.door == "jax":  # before anything imports them
         os.environ |= {"KERAS_BACKEND": "jax", "JAX_ENABLE_X64": "1"}
-    check(_function(options.door), options.count, np.random.default_rng(options.seed))
+    check(function_of(options.door), options.count, np.random.default_rng(options.seed))
     print(f"{options.count} random cases agree with the oracle")
 
 

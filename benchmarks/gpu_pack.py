@@ -1,0 +1,111 @@
+"""Packs what gpu_report.py needs on a machine without a network that takes files in small transfers.
+
+    python benchmarks/gpu_pack.py build/gpu_pack --data woof:FOLDER [--arch sm_90] [--python 3.12]
+
+What is packed: kernel libraries with CUDA, the peers' packages, and images to train on. nvcc compiles the
+libraries here, for the versions of TensorFlow and JAX that are installed here: the other machine must have
+the same ones. The pack is written to folders OUTPUT/part0, part1, ... of at most 60 MiB each. The commands to
+type on the other machine are printed, and are in OUTPUT/COMMANDS. That machine must have this repository,
+TensorFlow or JAX, and torch.
+"""
+
+import argparse
+import pathlib
+import shlex
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+
+from gpu_report import data_folder
+
+PEERS = ("deformops==3.0.1", "tvdcn==1.1.0")
+PLATFORMS = ("manylinux_2_34_x86_64", "manylinux_2_28_x86_64", "manylinux2014_x86_64")
+THERE = "/tmp/keras_das_pack"
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("output", type=pathlib.Path, help="a folder, which may not exist yet")
+    add("--data", type=data_folder, help="woof:FOLDER or dogs:FOLDER, with train/ and test/")
+    add("--arch", default="sm_90", help="the GPU's architecture (default: sm_90)")
+    add("--python", default="3.12", help="the other machine's Python (default: 3.12)")
+    add("--libraries", type=pathlib.Path, help="a folder of libraries that are built, to build none")
+    add("--mib", type=int, default=60, help="size of a part (default: 60)")
+    options = parser.parse_args()
+    options.output.mkdir(parents=True)
+    with tempfile.TemporaryDirectory() as made:
+        folder = pathlib.Path(made)
+        libraries = options.libraries or build_libraries(folder / "libraries", options.arch)
+        site = download_peers(folder, options.python)
+        contents = {"libraries": libraries, "site": site}
+        task = ""
+        if options.data:
+            task, _, images = options.data.partition(":")
+            contents["data"] = pathlib.Path(images)
+        parts = write_parts(contents, options.output, options.mib << 20)
+    text = "\n".join(commands(parts, task)) + "\n"
+    (options.output / "COMMANDS").write_text(text)
+    print(text, end="")
+
+
+def build_libraries(folder: pathlib.Path, arch: str) -> pathlib.Path:
+    """The kernel libraries of the frameworks that are installed, with CUDA kernels."""
+    build = [sys.executable, "-m", "keras_das", "build", "--framework", "all", "--cuda", "--arch", arch]
+    subprocess.run([*build, "--output", str(folder)], check=True)
+    return folder
+
+
+def download_peers(folder: pathlib.Path, python: str) -> pathlib.Path:
+    """The peers' wheels, unpacked: a folder to have on PYTHONPATH."""
+    wheels, site = folder / "wheels", folder / "site"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    command += ["--implementation", "cp", "--python-version", python, "--dest", str(wheels)]
+    for platform in PLATFORMS:
+        command += ["--platform", platform]
+    subprocess.run([*command, *PEERS], check=True)
+    for wheel in wheels.glob("*.whl"):
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(site)
+    return site
+
+
+def write_parts(contents: dict[str, pathlib.Path], output: pathlib.Path, size: int) -> list[pathlib.Path]:
+    """One archive, in files of at most that size, each in a folder of its own."""
+    parts = []
+    with tempfile.TemporaryFile() as archive:
+        with tarfile.open(fileobj=archive, mode="w:gz") as tar:
+            for name, folder in contents.items():
+                tar.add(folder, name)
+        archive.seek(0)
+        while piece := archive.read(size):
+            part = output / f"part{len(parts)}" / f"pack.{len(parts):03}"
+            part.parent.mkdir()
+            part.write_bytes(piece)
+            parts.append(part)
+    return parts
+
+
+def commands(parts: list[pathlib.Path], task: str) -> list[str]:
+    """What to type on the other machine, in the repository's folder."""
+    report = ["python3", "benchmarks/gpu_report.py", "--budget", "540", "--output", "runs/gpu"]
+    if task:
+        report += ["--data", f"{task}:{THERE}/data"]
+    return [
+        f"# After the transfer of each of {len(parts)} parts:",
+        f"mkdir -p {THERE} && cp PART/pack.* {THERE}/",
+        "# When all are there:",
+        f"cat {THERE}/pack.* | tar -xz -C {THERE}",
+        f"export KERAS_DAS_CACHE={THERE}/libraries PYTHONPATH={THERE}/site:$PYTHONPATH",
+        shlex.join(report),
+        "# To resume it, with its phases or one of them (--phases right), type the last command again.",
+    ]
+
+
+if __name__ == "__main__":
+    main()

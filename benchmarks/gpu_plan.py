@@ -1,0 +1,112 @@
+"""What gpu_report.py runs, in the order of its worth: on a GPU, or on toy sizes on a CPU, to rehearse."""
+
+import pathlib
+from collections.abc import Iterator
+
+from gpu_runner import Check
+
+HERE = pathlib.Path(__file__).parent
+PHASES = ("right", "fast", "worth")
+# Of the budget. A CPU takes its time to compile, whatever is then computed.
+SHARES = {"gpu": (150 / 540, 150 / 540, 240 / 540), "cpu": (0.45, 0.35, 0.2)}
+TENSORFLOW, JAX = {"KERAS_BACKEND": "tensorflow"}, {"KERAS_BACKEND": "jax", "JAX_ENABLE_X64": "1"}
+# What runs once needs no program that is tuned for it.
+UNTUNED = {**TENSORFLOW, "XLA_FLAGS": "--xla_gpu_autotune_level=0"}
+
+RIGHT = {  # what a check is expected to take on a GPU, in seconds
+    "xla": 25,
+    "op": 25,
+    "training-mixed_bfloat16": 30,
+    "training-float32": 30,
+    "training-mixed_float16": 30,
+    "jax": 15,
+    "determinism": 15,
+}
+# Contender and dtype, with the seconds. Loops show what kernels take, eager calls what starting one takes.
+FAST = {
+    ("native-xla-loop", "float32"): 25,
+    ("deformops", "float32"): 20,
+    ("torchvision", "float32"): 20,
+    ("native-xla-loop", "float16"): 25,
+    ("deformops", "float16"): 20,
+    ("torchvision", "float16"): 20,
+    ("native-eager", "float32"): 20,
+    ("native-jax", "float32"): 20,
+    ("tvdcn", "float32"): 20,
+    ("reference-xla-loop", "float32"): 40,
+    ("dcnv4", "float32"): 15,
+}
+_OPERATIONS = {"native-xla-loop": "depthwise,dense,aggregation", "dcnv4": "aggregation"}
+_AFTER = ("torchvision", "float32")  # comes the model
+_TOY = 15.0  # seconds for a toy
+
+
+def checks(device: str, data: str | None) -> Iterator[Check]:
+    """All checks.
+
+    Args:
+        device: "gpu" or "cpu".
+        data: What `gpu_worth.py` trains on: TASK:FOLDER.
+    """
+    for name, seconds in RIGHT.items():
+        yield _right(name, seconds, device)
+    for (contender, dtype), seconds in FAST.items():
+        yield _operation(contender, dtype, seconds, device)
+        if (contender, dtype) == _AFTER:
+            yield _model(device)
+    yield _worth(device, data)
+
+
+def _right(name: str, seconds: float, device: str) -> Check:
+    environment = {"jax": JAX, "determinism": TENSORFLOW}.get(name, UNTUNED)
+    return Check(
+        "right",
+        name,
+        (str(HERE / "gpu_right.py"), name, device),
+        _expected(seconds, device),
+        needs=("jax",) if name == "jax" else ("tensorflow",),
+        environment=environment,
+    )
+
+
+def _operation(contender: str, dtype: str, seconds: float, device: str) -> Check:
+    arguments = [str(HERE / "bench_op.py"), "--device", device, "--dtype", dtype, "--contenders", contender]
+    arguments += ["--op", _OPERATIONS.get(contender, "depthwise,dense"), "--repetitions", "3", "--no-memory"]
+    if device == "cpu":
+        arguments += ["--shapes", "2x5x6x8,2x3x4x16", "--no-rates"]
+    framework = {"native": "tensorflow", "reference": "tensorflow"}.get(contender.partition("-")[0])
+    needs = "jax" if contender == "native-jax" else framework
+    return Check(
+        "fast",
+        f"{contender}-{dtype}",
+        (*arguments, "--output"),
+        _expected(seconds, device),
+        needs=(needs,) if needs else (),
+        peer=not needs,
+    )
+
+
+def _model(device: str) -> Check:
+    toy = ["--network", "MobileNet", "--image-size", "32", "--batch", "2"] if device == "cpu" else []
+    arguments = [str(HERE / "bench_model.py"), "--device", device, "--policy", "mixed_bfloat16", *toy]
+    arguments += ["--models", "none-xla,native-xla", "--repetitions", "3", "--output"]
+    seconds = _expected(90, device)
+    return Check("fast", "model", tuple(arguments), seconds, ("tensorflow",))
+
+
+def _worth(device: str, data: str | None) -> Check:
+    toy = device == "cpu"
+    return Check(
+        "worth",
+        "training",
+        (str(HERE / "gpu_worth.py"), device, data or "toy"),
+        _expected(60, device),
+        needs=("tensorflow", "scipy", "PIL"),
+        absent="" if data or toy else "no images: name a folder with --data woof:FOLDER or dogs:FOLDER",
+        environment=TENSORFLOW,
+        resumes=True,
+    )
+
+
+def _expected(seconds: float, device: str) -> float:
+    return seconds if device == "gpu" else _TOY

@@ -1,0 +1,129 @@
+"""Everything about a GPU in one command: is it right, is it fast, is it worth it?
+
+    python benchmarks/gpu_report.py --budget 540 --data woof:FOLDER     # on a machine with an NVIDIA GPU
+    python benchmarks/gpu_report.py --device cpu --budget 200           # the same on toy sizes: a rehearsal
+    python benchmarks/report.py runs/gpu/report.json                    # into RESULTS.md
+
+Three phases: the kernels, layers and trainings are right; the operation and a ResNet-50 beside their peers;
+trainings with attention and without. Each has its share of the budget, which is in seconds, and leaves what
+it does not use to the next. A check is a process of its own with a time limit. OUTPUT/report.jsonl has its
+outcome as soon as it has ended, and OUTPUT/checks what it printed. Type the command again to resume an
+interrupted report: it runs what has not passed yet. A new report begins if the package's sources, the GPU or
+the data have changed.
+
+Needs TensorFlow, or JAX for what runs on it, and a kernel library (`keras-das build --cuda --framework all`).
+Peers that are not installed are absent from the tables. `gpu_pack.py` packs what a machine without a network
+needs.
+"""
+
+import argparse
+import datetime
+import functools
+import hashlib
+import os
+import pathlib
+import shlex
+import sys
+import time
+
+import gpu_plan
+import gpu_runner
+import gpu_tables
+import harness
+import machine
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def main() -> int:
+    """The command line; returns 1 if a check has failed."""
+    options = parse_arguments()
+    options.output.mkdir(parents=True, exist_ok=True)
+    prepare_environment(options.device)
+    checks = [c for c in gpu_plan.checks(options.device, options.data) if c.phase in options.phases]
+    ends = phase_ends(options.device, options.phases, time.monotonic(), options.budget)
+    journal = gpu_runner.Journal(options.output / "report.jsonl", about(options))
+    folder = options.output / "checks"
+    folder.mkdir(exist_ok=True)
+    start = functools.partial(gpu_runner.start_process, folder=folder)
+    gpu_runner.run(checks, journal, ends, start)
+    # With those of other phases, which an earlier run has done.
+    everything = list(gpu_plan.checks(options.device, options.data))
+    document = {
+        "benchmark": "gpu-report",
+        "rehearsal": options.device == "cpu",
+        "command": shlex.join(["python", "benchmarks/gpu_report.py", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "machine": machine.describe(),
+        "outcomes": gpu_runner.summarize(everything, journal),
+    }
+    harness.write_json(options.output / "report.json", document)
+    print("\n" + "\n".join(gpu_tables.lines(document)))
+    print(f"\nwritten to {options.output / 'report.json'}")
+    return int(any(outcome["status"] in ("failed", "timed out") for outcome in document["outcomes"]))
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line's arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--budget", type=float, default=540, help="seconds in all (default: 540)")
+    add("--device", choices=list(gpu_plan.SHARES), default="gpu")
+    add(
+        "--data", type=data_folder, help="what to train on: woof:FOLDER or dogs:FOLDER, with train/ and test/"
+    )
+    phases = ",".join(gpu_plan.PHASES)
+    add("--phases", type=harness.comma_separated(gpu_plan.PHASES), default=gpu_plan.PHASES, help=phases)
+    add("--output", type=pathlib.Path, default=ROOT / "runs" / "gpu", help="a folder (default: runs/gpu)")
+    options = parser.parse_args()
+    options.output = options.output.resolve()
+    return options
+
+
+def data_folder(text: str) -> str:
+    """A type for argparse: a task of `gpu_worth.py`, and its folder."""
+    task, _, folder = text.partition(":")
+    path = pathlib.Path(folder).resolve()
+    if task not in ("woof", "dogs") or not (path / "train").is_dir() or not (path / "test").is_dir():
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not woof:FOLDER or dogs:FOLDER with folders train and test in FOLDER"
+        )
+    return f"{task}:{path}"
+
+
+def prepare_environment(device: str) -> None:
+    """What all checks have in their environment."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ |= {**harness.DEVICES[device], "PYTHONPATH": os.pathsep.join(paths)}
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+def phase_ends(device: str, phases: list[str], now: float, budget: float) -> dict[str, float]:
+    """When each phase ends: the budget is shared among those that run."""
+    shares = dict(zip(gpu_plan.PHASES, gpu_plan.SHARES[device], strict=True))
+    chosen = [phase for phase in gpu_plan.PHASES if phase in phases]
+    whole, so_far, ends = sum(shares[phase] for phase in chosen), 0.0, {}
+    for phase in chosen:
+        so_far += shares[phase]
+        ends[phase] = now + budget * so_far / whole
+    return ends
+
+
+def about(options: argparse.Namespace) -> dict[str, str]:
+    """What a report is of: an interrupted one resumes if this is the same."""
+    hashed = hashlib.sha256()
+    for path in sorted((ROOT / "keras_das").rglob("*")):
+        if path.suffix in (".py", ".cc", ".h"):
+            hashed.update(path.read_bytes())
+    return {
+        "device": options.device,
+        "data": options.data or "",
+        "gpu": machine.describe()["gpu"],
+        "sources": hashed.hexdigest()[:16],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
