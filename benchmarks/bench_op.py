@@ -1,19 +1,18 @@
-"""Times deformable convolution: keras_das against what else there is, all in one run.
+"""Times deformable convolution: keras_das and its alternatives, in one run.
 
     python benchmarks/bench_op.py                                   # everything: about an hour on two cores
     python benchmarks/bench_op.py --op depthwise --mode forward --shapes 8x56x56x51 --repetitions 5
     python benchmarks/bench_op.py --contenders native-eager,gather-taps-xla --output /tmp/op.json
     python benchmarks/bench_op.py --device gpu                      # batches of 64, on the first NVIDIA GPU
 
-Contenders run in turn, each in a process of its own; a figure is the median of the repetitions. First each
-contender's results are compared with float64 NumPy loops on a small problem, and then, on each problem that
-is timed, with one another's. The peers' environments come from benchmarks/environments.sh; one that is
-missing is reported. `report.py` writes the tables into RESULTS.md.
+Contenders alternate in separate processes; figures are medians over repetitions. The results of each
+contender are compared with float64 NumPy loops on a small problem, and with the other contenders on each
+timed problem. benchmarks/environments.sh creates the environments of the alternatives; missing ones are
+reported. `report.py` writes the tables into RESULTS.md.
 
-On a GPU one contender is done with everything before the next is started: processes that share a GPU slow
-each other down even while they wait. Calls are put in its queue by batches, and a batch's time is shared
-among them. The floor is then that of the bytes moved, at the speed at which the GPU copies; memory is not
-measured.
+On a GPU, contenders run one after another, because processes that share a GPU slow each other down. Calls are
+queued in batches, and the time of a batch is divided by its calls. The floor is that of the bytes moved at
+the copy bandwidth of the GPU; memory is not measured.
 """
 
 import datetime
@@ -35,9 +34,9 @@ from problem import GPU_SHAPES, MODES, OPERATIONS, SHAPES, Problem
 sys.path.append(str(pathlib.Path(__file__).parents[1]))
 from tests import oracle
 
-# Worst deviation allowed, relative to a tensor's largest value.
+# The largest allowed deviation, relative to the largest value of a tensor.
 SMALL, SMALL_BOUND = "2x7x6x8", 1e-5
-BOUND = 1e-4  # float32 sums of up to 25,600 terms, each in an order of its own
+BOUND = 1e-4  # float32 sums of up to 25,600 terms in different orders
 
 
 def main():
@@ -58,7 +57,7 @@ def main():
         "memory": [],
     }
     problems = [(o, mode, shape) for o in options.op for mode in options.mode for shape in options.shapes[o]]
-    # Kernels are measured by the others, not the others by them.
+    # The kernels are compared with the others, not the others with them.
     contenders = sorted(options.contenders, key=lambda name: CONTENDERS[name].native)
     with tempfile.TemporaryDirectory() as folder:
         expected = {operation: write_expected(operation, folder) for operation in options.op}
@@ -84,17 +83,17 @@ def parse_arguments():
 
     here = [name for name, contender in CONTENDERS.items() if not contender.environment]
     add = parser.add_argument
-    op_help = f"{','.join(OPERATIONS)}; the last is on a GPU only, unless asked for"
+    op_help = f"{','.join(OPERATIONS)} (default: all on a GPU, without the last on a CPU)"
     add("--op", type=comma_separated(OPERATIONS), help=op_help)
     add("--mode", type=comma_separated(MODES), default=MODES, help=",".join(MODES))
     add("--device", choices=list(DEVICES), default="cpu")
-    alone_help = "one contender after another, as on a GPU, rather than all in turn"
+    alone_help = "run contenders one after another, as on a GPU, instead of alternating"
     add("--alone", action="store_true", help=alone_help)
-    add("--shapes", type=lambda text: text.split(","), help="of the inputs: NxHxWxC,...")
+    add("--shapes", type=lambda text: text.split(","), help="shapes of the inputs: NxHxWxC,...")
     add("--contenders", type=comma_separated(CONTENDERS), help=",".join(CONTENDERS))
-    memory_help = f"whose memory to measure: {','.join(here)}"
+    memory_help = f"contenders whose memory is measured: {','.join(here)}"
     add("--memory", type=comma_separated(here), default=["native-eager"], help=memory_help)
-    add("--no-memory", dest="memory", action="store_const", const=[], help="measure no memory")
+    add("--no-memory", dest="memory", action="store_const", const=[], help="do not measure memory")
     options = parser.parse_args()
     gpu = options.device == "gpu"
     options.alone |= gpu
@@ -108,7 +107,7 @@ def parse_arguments():
 
 
 def measure_gpu(workers) -> dict | None:
-    """What the GPU copies a second, by the first contender that runs on TensorFlow."""
+    """The copy bandwidth of the GPU, measured by the first contender on TensorFlow."""
     for worker in workers:
         if not CONTENDERS[worker.name].environment:
             return {"copy_bytes_per_second": worker.ask("copy_rate")}
@@ -116,7 +115,7 @@ def measure_gpu(workers) -> dict | None:
 
 
 def start(names, options, document, expected) -> list[Worker]:
-    """A worker for each contender that can be reached and that computes what the oracle does."""
+    """A worker for each available contender whose results equal those of the oracle."""
     workers = []
     for name in names:
         try:
@@ -145,7 +144,7 @@ def start_one(name, options, document, expected) -> Worker:
 
 
 def write_expected(operation, folder) -> dict[str, str]:
-    """The small problem's results for each mode, by the loops that the tests measure everything with."""
+    """The results of the small problem for each mode, from the oracle of the tests."""
     problem = Problem(operation, SMALL)
     arrays = dict(problem.arrays)
     upstream = arrays.pop("grad_output")
@@ -159,14 +158,14 @@ def write_expected(operation, folder) -> dict[str, str]:
 
 
 def check(worker, path, bound, of):
-    """Raises `Failed` unless the results are those of a file."""
+    """Raises `Failed` unless the results equal those of a file."""
     error = worker.ask("error", path=path)
     if not error <= bound:
         raise Failed(f"its results are not those of {of}: they deviate by {error:.1e}, more than {bound:.0e}")
 
 
 def time_cell(workers, operation, mode, shape, options, folder) -> list[dict]:
-    """One problem for every contender that can do it; what the first computes, the others must."""
+    """Times one problem for every contender that supports it; all results must equal the first."""
     ready, failures = [], {}
     path = os.path.join(folder, f"{operation}-{mode}-{shape}.npz")
     for worker in [worker for worker in workers if CONTENDERS[worker.name].can(operation, mode)]:
@@ -179,7 +178,7 @@ def time_cell(workers, operation, mode, shape, options, folder) -> list[dict]:
             ready.append(worker)
         except Failed as failure:
             failures[worker.name] = str(failure)
-    if not options.alone:  # else the contenders to come need it
+    if not options.alone:  # otherwise, later contenders need it
         pathlib.Path(path).unlink(missing_ok=True)
     load = OtherLoad(ready)
     figures, failed = interleave(ready, options.repetitions)
@@ -196,7 +195,7 @@ def time_cell(workers, operation, mode, shape, options, folder) -> list[dict]:
 
 
 def measure_memory(options) -> list[dict]:
-    """Each figure from a process of its own."""
+    """Measures each figure in a separate process."""
     rows = []
     for name in options.memory:
         for operation in options.op:

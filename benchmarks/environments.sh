@@ -1,20 +1,19 @@
 #!/bin/sh
-# Sets up the environments of the peers, which cannot share one:
+# Creates the environments of the alternatives, which cannot share one:
 #
-#   benchmarks/environments.sh [NAME ...]      without a name: onnxruntime openvino tfa torchvision
+#   benchmarks/environments.sh [NAME ...]      default: onnxruntime openvino tfa torchvision
 #
-# Each is a venv of that name in $KERAS_DAS_BENCHMARK_ENVS (default benchmarks/.envs), 7 GB in all, most of it
-# torchvision's: its wheels load beside the CUDA build of torch alone. $PYTHON (default python3) must be
-# Python 3.11 for tfa, tensorflow-addons' last release being for TensorFlow 2.15. dcnv4 is there for GPUs: pip compiles
-# it, with nvcc, for the torch that it finds. keras_das itself is measured in the environment that bench_op.py is
-# started from.
+# Each is a venv in $KERAS_DAS_BENCHMARK_ENVS (default benchmarks/.envs). They need 7 GB, mostly for torchvision, whose
+# wheels require the CUDA build of torch. $PYTHON (default python3) must be Python 3.11 for tfa, because the last
+# release of tensorflow-addons requires TensorFlow 2.15. dcnv4 is for GPUs: pip compiles it with nvcc for the installed
+# torch. keras_das itself runs in the environment of bench_op.py.
 set -eu
 
 envs=${KERAS_DAS_BENCHMARK_ENVS:-$(dirname "$0")/.envs}
 python=${PYTHON:-python3}
 
 for name in "${@:-onnxruntime openvino tfa torchvision}"; do
-  # Unquoted: the default is a list of words.
+  # Unquoted, because the default is a list of words.
   for peer in $name; do
     compiled=
     case $peer in
@@ -29,7 +28,7 @@ for name in "${@:-onnxruntime openvino tfa torchvision}"; do
     "$python" -m venv "$envs/$peer"
     # shellcheck disable=SC2086
     "$envs/$peer/bin/python" -m pip install --quiet $packages
-    # With the packages above, not in an environment of its own.
+    # Without isolation, to compile with the packages above.
     test -z "$compiled" || "$envs/$peer/bin/python" -m pip install --quiet --no-build-isolation "$compiled"
   done
 done

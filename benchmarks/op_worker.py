@@ -1,4 +1,4 @@
-"""One contender of bench_op.py in a process of its own: `python op_worker.py NAME`."""
+"""One contender of bench_op.py in a separate process: `python op_worker.py NAME`."""
 
 import functools
 import importlib
@@ -12,31 +12,31 @@ from problem import Problem, largest_error
 
 
 class OpWorker:
-    """What bench_op.py can ask for."""
+    """The methods that bench_op.py calls."""
 
     def __init__(self, contender):
         self.contender = contender
 
     def load(self, threads, device="cpu"):
-        """Imports the contender; its versions."""
+        """Imports the contender and returns versions."""
         self.threads = threads
         self.wait = harness.wait_for_gpu if device == "gpu" else None
         self.module = importlib.import_module(f"contenders.{self.contender.module}")
         return harness.installed(self.module.VERSIONS)
 
     def prepare(self, operation, shape, mode):
-        """Sets the contender up for a problem, in place of the one before, and runs it once."""
+        """Prepares the contender for a problem, replacing the previous one, and runs it once."""
         self.run = self.collect = None
         self.problem, self.mode = Problem(operation, shape), mode
         self.run, self.collect = self._prepare(self.problem)
         self.run()
 
     def save(self, path):
-        """Writes the results, for others to be compared with."""
+        """Writes the results, for comparison."""
         np.savez(path, *self.collect(self.run()))
 
     def error(self, path):
-        """How far the results are from those in a file."""
+        """The deviation of the results from those of a file."""
         with np.load(path) as expected:
             return largest_error(self.collect(self.run()), expected.values())
 
@@ -44,26 +44,26 @@ class OpWorker:
         return harness.time_calls(self.run, seconds, self.wait)
 
     def device(self):
-        """The kind of device that results lie on: "CPU" or "GPU"."""
+        """The kind of device of the results: "CPU" or "GPU"."""
         result = self.run()[0]
-        if hasattr(result, "is_cuda"):  # torch's
+        if hasattr(result, "is_cuda"):  # torch
             return "GPU" if result.is_cuda else "CPU"
         return "GPU" if "GPU" in getattr(result, "device", "") else "CPU"
 
     def copy_rate(self):
-        """Bytes that TensorFlow's GPU reads and writes a second when it copies a tensor."""
+        """Bytes that the GPU reads and writes per second when TensorFlow copies a tensor."""
         import tensorflow as tf
 
         tensor = tf.zeros((1 << 28,))
-        # Twice the tensor's size: it is read, and written.
+        # Twice the size of the tensor, which is read and written.
         milliseconds = harness.time_calls(lambda: tf.raw_ops.DeepCopy(x=tensor), 0.5, harness.wait_for_gpu)
         return 2 * 4 * (1 << 28) / (1e-3 * min(milliseconds))
 
     def memory(self, operation, shape, mode):
-        """Bytes needed at most during a run, beyond the problem's own tensors and the results.
+        """Peak memory during a run in bytes, beyond the tensors of the problem and the results.
 
-        What a contender keeps from one call to the next counts: only a small problem goes before. Those that
-        compile have to run once before.
+        This includes memory that is kept between calls, as only a small problem runs before. Contenders that
+        compile run once before.
         """
         self.prepare(operation, "1x4x4x3", mode)
         if self.contender.options["how"] == "eager":

@@ -1,16 +1,16 @@
-"""What is computed: shapes, tensors, and the least work that a machine must do for it.
+"""Problems: shapes, tensors, and lower bounds of the work.
 
-Needs NumPy alone, for it is imported in every contender's environment.
+This module uses only NumPy, because it is imported in the environment of every contender.
 """
 
 from dataclasses import dataclass, field
 
 import numpy as np
 
-# "aggregation" is what DCNv4 computes: "depthwise" with a kernel of ones, which no gradient is asked for.
+# "aggregation" is the operation of DCNv4: "depthwise" with a kernel of ones and without its gradient.
 OPERATIONS = ("depthwise", "dense", "aggregation")
 MODES = ("forward", "forward_backward")
-# A gate's deformable convolution after each stage of a ResNet-50: eight images at 224x224, one at 640x640.
+# The convolutions of gates after the stages of a ResNet-50: eight images at 224x224, one at 640x640.
 SHAPES = (
     "8x56x56x51",
     "8x28x28x102",
@@ -21,7 +21,7 @@ SHAPES = (
     "1x40x40x205",
     "1x20x20x410",
 )
-# The same for a training step of 64 images, on a GPU. DCNv4 takes channels by eights.
+# The same for a training step of 64 images on a GPU. DCNv4 requires a multiple of eight channels.
 GPU_SHAPES = {
     "depthwise": ("64x56x56x51", "64x28x28x102", "64x14x14x205", "64x7x7x410"),
     "dense": ("64x56x56x51", "64x28x28x102", "64x14x14x205", "64x7x7x410"),
@@ -44,8 +44,8 @@ class Problem:
     def __post_init__(self):
         n, h, w, c = self.sizes
         generator = np.random.default_rng(0)
-        # Odd multiples of 2^-11: no position is a whole pixel, where the gradient jumps, and float32 holds
-        # every position exactly, so that all contenders read the same cells.
+        # Odd multiples of 2^-11: no position is a whole pixel, where the gradient jumps, and all positions
+        # are exact in float32, so that all contenders read the same pixels.
         offsets = (np.floor(generator.normal(0, 2, (n, h, w, TAPS * 2)) * 1024) + 0.5) / 1024
         kernel_shape = (3, 3, 1 if self.depthwise else c, self.filters)
         arrays = {
@@ -87,24 +87,24 @@ class Problem:
         return self.channels if self.depthwise else 1
 
     def result_bytes(self, mode: str) -> int:
-        """Size of what a run returns: the output, and the gradients with `forward_backward`."""
+        """The size of the results: the output and, with `forward_backward`, the gradients."""
         output = self.arrays["grad_output"].nbytes
         return output if mode == "forward" else output + self._input_bytes()
 
     def least_bytes(self, mode: str) -> int:
-        """Bytes moved if each pass reads each of its inputs once and writes each of its results once."""
+        """Bytes moved if each pass reads each input once and writes each result once."""
         output, inputs = self.arrays["grad_output"].nbytes, self._input_bytes()
         forward = inputs + output
         backward = inputs + output + inputs
         return forward if mode == "forward" else forward + backward
 
     def multiply_adds(self, mode: str) -> int:
-        """Multiply-adds of a pass that stores no columns, so that the backward pass samples again."""
+        """Multiply-adds of a pass that stores no samples, so that the backward pass samples again."""
         n, h, w, c = self.sizes
         samples = n * h * w * TAPS * c
         kernel = 1 if self.depthwise else self.filters
         forward = 4 + kernel  # four corners, then the kernel
-        # The four corners for the kernel's gradient, for those of offsets and mask, and for the input's.
+        # Four corners each for the gradients of the kernel, of offsets and mask, and of the inputs.
         backward = 4 + 4 + 4 + 2 * kernel
         return samples * (forward if mode == "forward" else forward + backward)
 
@@ -121,7 +121,7 @@ def channels_last(array: np.ndarray) -> np.ndarray:
 
 
 def largest_error(results, expected) -> float:
-    """The worst deviation in any tensor, relative to the tensor's largest value. NaN anywhere gives NaN."""
+    """The largest deviation of any tensor, relative to its largest value. A NaN anywhere gives NaN."""
     errors = [
         np.max(np.abs(np.asarray(result, np.float64) - right)) / np.max(np.abs(right))
         for result, right in zip(results, expected, strict=True)

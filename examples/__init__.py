@@ -1,1 +1,1 @@
-"""Training scripts, one file a task: run them (`python examples/classify.py --help`) or import them."""
+"""Training scripts, one file per task: run them (`python examples/classify.py --help`) or import them."""

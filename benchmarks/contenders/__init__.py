@@ -1,12 +1,13 @@
-"""What is measured. To add a contender: a line in `CONTENDERS`, and a module unless one here already fits.
+"""The contenders. To add one, add a line to `CONTENDERS` and a module, unless an existing module fits.
 
-A module has `VERSIONS`, names of the distributions whose versions are reported, and
+A module contains `VERSIONS`, the names of the distributions whose versions are reported, and
 
     prepare(problem, mode, threads, **options) -> (run, collect)
 
-`run()` computes once and returns when the result is there; it alone is timed. `collect(run())` gives the
-result as NumPy arrays in keras_das' layout: the output and, for mode "forward_backward", then the gradients
-for `problem.differentiated`. Layouts are changed ahead of `run` or in `collect`, never in `run`.
+`run()` computes once and returns when the result is available; only `run` is timed. `collect(run())` returns
+the result as NumPy arrays in the layout of keras_das: the output and, for mode "forward_backward", the
+gradients with respect to `problem.differentiated`. Convert layouts before `run` or in `collect`, never in
+`run`.
 """
 
 from dataclasses import dataclass, field
@@ -16,11 +17,11 @@ from problem import MODES, OPERATIONS
 
 @dataclass(frozen=True)
 class Contender:
-    """How to reach a contender."""
+    """How to run a contender."""
 
     module: str
     description: str
-    # Where it runs: "" is the environment that the benchmark is started from, else see environments.sh.
+    # The environment: "" is that of the benchmark; the others are those of environments.sh.
     environment: str = ""
     modes: tuple[str, ...] = MODES
     operations: tuple[str, ...] = OPERATIONS
@@ -28,11 +29,11 @@ class Contender:
 
     @property
     def native(self) -> bool:
-        """Whether it is what the others are compared with."""
+        """Whether it is one of the fused kernels."""
         return self.options.get("implementation") == "native"
 
     def can(self, operation: str, mode: str) -> bool:
-        """Whether it computes that."""
+        """Whether it supports the problem."""
         return operation in self.operations and mode in self.modes
 
 
@@ -48,7 +49,7 @@ def _gather(how: str, taps_at_once: bool) -> Contender:
 
 
 FORWARD = ("forward",)
-# Those that run on a GPU. The environments of torchvision and DCNv4 then need a build of torch for CUDA.
+# Contenders on a GPU. The environments of torchvision and DCNv4 need a CUDA build of torch then.
 ON_GPU = (
     "native-eager",
     "native-graph",

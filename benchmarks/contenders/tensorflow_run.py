@@ -1,4 +1,4 @@
-"""How the contenders written in TensorFlow run: eagerly, in a graph, compiled by XLA."""
+"""Runs contenders written in TensorFlow: eagerly, in a graph, or compiled by XLA."""
 
 import functools
 
@@ -14,7 +14,7 @@ COMPILE = {
 
 def prepare(problem, mode, how, convolve):
     """`run` and `collect` for `convolve(inputs, kernel, offsets, mask)`."""
-    tf.config.experimental.enable_tensor_float_32_execution(False)  # on GPUs: float32 is what is compared
+    tf.config.experimental.enable_tensor_float_32_execution(False)  # on GPUs: compares float32
     tensors = {name: tf.constant(array) for name, array in problem.arrays.items()}
     upstream = tensors["grad_output"]
     arguments = [tensors[name] for name in ARGUMENTS]
@@ -27,7 +27,8 @@ def prepare(problem, mode, how, convolve):
             tape.watch(arguments)
             output = convolve(*arguments)
         sources = [arguments[ARGUMENTS.index(name)] for name in problem.differentiated]
-        # Without the output TensorFlow prunes most of the forward pass: the operation is linear in its input.
+        # Without the output, TensorFlow prunes most of the forward pass, as the operation is linear in its
+        # input.
         return [output, *tape.gradient(output, sources, upstream)]
 
     if mode == "forward":
