@@ -1,40 +1,40 @@
-# Everything runs in $(VENV), which the first target that needs it sets up. Nothing is installed elsewhere, but the
-# kernel library goes to the user's cache folder: `keras-das info` says where, `keras-das build --clean` removes it.
+# All targets run in $(VENV), which is set up on first use. Nothing is installed elsewhere except the kernel library, which
+# is in the user's cache folder: `keras-das info` prints its path, `keras-das build --clean` removes it.
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 # On a machine with an NVIDIA GPU: make demo TENSORFLOW='tensorflow[and-cuda]'
 TENSORFLOW ?= tensorflow
-# An ordinary install of torch brings several GB of CUDA; `make test-torch TORCH=...` takes another build.
+# By default, torch installs several GB of CUDA; `make test-torch TORCH=...` selects another build.
 TORCH ?= torch==2.13.0
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 DEMO_MODEL := runs/demo/model.keras
 
 .PHONY: help demo demo-none demo-detect explore test test-all test-fast test-slow lint sanitize cuda test-gpu gpu-report test-torch \
 	docs docs-serve wheel clean
-.NOTPARALLEL: # one set-up at a time; what takes long brings its own parallelism
+.NOTPARALLEL: # one set-up at a time; long commands are parallel themselves
 .DEFAULT_GOAL := help
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
-# TensorFlow's fast convolutions for CPUs, which it takes unasked on those with AVX-512 alone.
+# Enables TensorFlow's fast CPU convolutions, which are enabled by default only with AVX-512.
 demo demo-none demo-detect test-all test-fast test-slow: export TF_ENABLE_ONEDNN_OPTS ?= 1
 
-demo: $(VENV)/.demo $(VENV)/.kernels ## Train a ResNet-50 with DAS gates on aerial photographs, save it, export it, draw figures
+demo: $(VENV)/.demo $(VENV)/.kernels ## Train a ResNet-50 with DAS gates on aerial photographs, save, export and draw it
 	$(RUN) examples/classify.py $(DEMO) --attention das --identity-init on --output runs/demo --export runs/demo/saved_model
 
-demo-none: $(VENV)/.demo $(VENV)/.kernels ## The same without gates, to compare
+demo-none: $(VENV)/.demo $(VENV)/.kernels ## Train the same network without gates, for comparison
 	$(RUN) examples/classify.py $(DEMO) --attention none --output runs/demo-none
 
-demo-detect: $(VENV)/.demo-detect $(VENV)/.kernels ## Train a RetinaNet with DAS gates to find the crowns of trees, draw what it finds
+demo-detect: $(VENV)/.demo-detect $(VENV)/.kernels ## Train a RetinaNet with DAS gates to detect tree crowns, and draw the detections
 	$(RUN) examples/detect.py $(DEMO_DETECT) --attention das --output runs/demo-detect --export runs/demo-detect/saved_model
 
-explore: $(DEMO_MODEL) $(VENV)/.explore $(VENV)/.kernels ## A page to see where the gates of `make demo` look; compares with demo-none if that was made
+explore: $(DEMO_MODEL) $(VENV)/.explore $(VENV)/.kernels ## Serve a page that shows where the gates of `make demo` sample; includes demo-none if trained
 	$(RUN) examples/explore.py $(DEMO_MODEL) $(addprefix --compare ,$(wildcard runs/demo-none/model.keras)) $(EXPLORE_ARGS)
 
 $(DEMO_MODEL):
-	@echo 'There is no $@ yet: it is trained first, by `make demo`.'
+	@echo '$@ does not exist yet; training it with `make demo`.'
 	$(MAKE) demo
 
 DEMO := --backbone resnet50 --data trees --image-size 64 --epochs 6 --progress bar $(DEMO_ARGS)
@@ -60,10 +60,10 @@ lint: $(VENV)/.test
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-sanitize: $(VENV)/.test ## The kernels' random cases under the address, undefined-behaviour and thread sanitizers
+sanitize: $(VENV)/.test ## Run random cases of the kernels under the address, undefined-behaviour and thread sanitizers
 	$(RUN) -m tests.ops.sanitize
 
-cuda: $(VENV)/.test ## Compile and link the CUDA kernels, where there is nvcc; needs no GPU
+cuda: $(VENV)/.test ## Compile and link the CUDA kernels; needs nvcc, but no GPU
 	$(RUN) -m tests.ops.cuda_build build/cuda
 
 # Matrix products in TF32 are beyond the oracle's bounds; see tests/conftest.py, too.
@@ -94,32 +94,32 @@ test-torch: $(VENV)-torch/.test ## The op on Keras' torch backend, in an environ
 docs: $(VENV)/.docs ## Build the documentation into site/; a warning or a broken link is an error
 	$(MKDOCS) build --strict
 
-docs-serve: $(VENV)/.docs ## Show the documentation on this machine, built anew when a page changes
+docs-serve: $(VENV)/.docs ## Serve the documentation on this machine, and rebuild it when a page changes
 	$(MKDOCS) serve --dev-addr 127.0.0.1:8000
 
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs
 
-wheel: $(VENV)/.test ## Build into dist/: source distribution, pure wheel, wheel with the kernels for this TensorFlow
+wheel: $(VENV)/.test ## Build the source distribution, a pure wheel, and a wheel with the kernels for this TensorFlow into dist/
 	$(RUN) -m build
 	rm -rf build/platform build/prebuilt
 	$(RUN) -m keras_das build --framework tensorflow --output build/prebuilt
 	KERAS_DAS_PREBUILT=$(CURDIR)/build/prebuilt $(RUN) -m build --wheel
 
-clean: ## Remove environments, caches and build results; runs/ is kept
+clean: ## Remove environments, caches and build results, but not runs/
 	rm -rf $(VENV) $(VENV)-torch build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# Warnings of pip and setuptools are left out, errors are shown.
+# Hides the warnings of pip and setuptools, but not their errors.
 PIP_INSTALL = -m pip install --quiet --quiet
-announce = @echo 'Installing $(1) into $(VENV); this takes some minutes'
+announce = @echo 'Installing $(1) into $(VENV); this takes a few minutes'
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo 'keras_das needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ...' >&2; exit 1; }
+		{ echo 'keras_das requires Python 3.11 or newer: make PYTHON=/path/to/python3.11 ...' >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) $(PIP_INSTALL) --upgrade pip
 
 $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
-	$(call announce,TensorFlow and what the examples need)
+	$(call announce,TensorFlow and the packages of the examples)
 	$(RUN) $(PIP_INSTALL) '$(TENSORFLOW)' -e '.[tf,examples]'
 	touch $@
 
@@ -143,9 +143,9 @@ $(VENV)/.docs: pyproject.toml | $(VENV)/bin/python
 	$(RUN) $(PIP_INSTALL) -e '.[docs]'
 	touch $@
 
-# Without a compiler (exit status 1) the reference implementation serves. A build that fails stops the tests, and
-# not the demonstration. There is no stamp then, so that the next run tries again.
-NO_KERNELS := echo 'No fused kernels (see above): going on with the reference implementation.'
+# Without a compiler (exit status 1), the reference implementation runs. A failed build stops the tests, but not the
+# demonstration. It leaves no stamp, so the next run tries again.
+NO_KERNELS := echo 'No fused kernels (see above): using the reference implementation.'
 KERNEL_SOURCES := $(wildcard keras_das/csrc/*) keras_das/ops/library.py
 demo demo-none demo-detect explore: after_failure := $(NO_KERNELS)
 define build_kernels

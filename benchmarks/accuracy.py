@@ -1,14 +1,14 @@
-"""Does DAS help? Trains classifiers with and without it, with other attention and controls, over seeds.
+"""Compares classifiers with DAS, without attention, with other attention and with controls, over seeds.
 
     python benchmarks/accuracy.py run clutter --seeds 0,1,2 --jobs 2
     python benchmarks/accuracy.py run woof --data FOLDER --variants "none;SE;DAS"
     python benchmarks/accuracy.py run grocery --data FOLDER --weights resnet18_imagenet.npz
-    python benchmarks/accuracy.py report               # the tables and the plot, from accuracy.jsonl
+    python benchmarks/accuracy.py report               # the tables, from accuracy.jsonl
 
-Each run is a process of its own on one thread: with one seed, all variants see the same images in the same
-order and start from the same trunk and head, and a rerun on the same kind of machine gives the same figures.
-A finished run is a line of the record. What has its line is not run again, so that an interrupted comparison
-resumes.
+Each run is a separate process with one thread. With the same seed, all variants see the same images in the
+same order and start from the same trunk and head, and a rerun on the same kind of machine gives the same
+figures. Every finished run appends a line to the record. Runs with a line are skipped, so an interrupted
+comparison can be resumed.
 """
 
 import argparse
@@ -35,7 +35,7 @@ RUNS = HERE.parent / "runs" / "accuracy"
 
 
 def run(task: str, variants: list[str], seeds: list[int], jobs: int, arguments: list[str]) -> int:
-    """Runs what the record lacks, and returns how many runs failed."""
+    """Runs what the record lacks, and returns the number of failed runs."""
     done = {(line["task"], line["variant"], line["seed"]) for line in read_record()}
     todo = [(task, variant, seed) for seed in seeds for variant in variants]
     lock, failed = threading.Lock(), []
@@ -59,7 +59,7 @@ def run(task: str, variants: list[str], seeds: list[int], jobs: int, arguments: 
 
 
 def _start_worker(key: tuple[str, str, int], arguments: list[str]) -> str | None:
-    """A run in a process of its own; returns its line."""
+    """Runs one variant in a separate process, and returns its line."""
     command = [sys.executable, __file__, "worker", *map(str, key), *arguments]
     threads = {f"TF_NUM_{kind}_THREADS": "1" for kind in ("INTRAOP", "INTEROP")}
     environment = {**os.environ, **threads, "OMP_NUM_THREADS": "1"}
@@ -78,7 +78,7 @@ def _log(task: str, variant: str, seed: int) -> pathlib.Path:
 
 
 def work(task: str, variant: str, seed: int, data: pathlib.Path | None, weights: pathlib.Path | None) -> None:
-    """Trains one model, and prints its line."""
+    """Trains one model and prints its line."""
     figures = accuracy_training.train(TASKS[task], VARIANTS[variant], seed, data, weights)
     packages = ("keras", "keras-das", "tensorflow")
     line = {
@@ -105,12 +105,12 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    runner = commands.add_parser("run", help="train what the record lacks")
+    runner = commands.add_parser("run", help="train the runs that the record lacks")
     runner.add_argument("task", choices=TASKS)
-    runner.add_argument("--variants", help="some of the variants, separated by semicolons; default: all")
+    runner.add_argument("--variants", help="variants separated by semicolons (default: all)")
     runner.add_argument("--seeds", default="0,1,2")
-    runner.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    worker = commands.add_parser("worker", help="one run; for `run` to start")
+    runner.add_argument("--jobs", type=int, default=1, help="number of parallel runs")
+    worker = commands.add_parser("worker", help="one run; started by `run`")
     worker.add_argument("task", choices=TASKS)
     worker.add_argument("variant", choices=VARIANTS)
     worker.add_argument("seed", type=int)
@@ -119,7 +119,7 @@ def main() -> int:
         command.add_argument(
             "--weights", type=pathlib.Path, help="archive of the ResNet-18's ImageNet weights"
         )
-    commands.add_parser("report", help="write the tables into RESULTS.md, and the plot beside it")
+    commands.add_parser("report", help="write the tables into RESULTS.md")
     options = parser.parse_args()
     if options.command == "report":
         import accuracy_report

@@ -1,4 +1,4 @@
-"""What a trained gate does, and what attention costs in multiply-adds."""
+"""Describes trained gates, and counts the multiply-adds of attention."""
 
 from typing import Any
 
@@ -11,21 +11,21 @@ import attention
 from accuracy_tasks import Split
 
 Tensor = Any
-_IMAGES = 256  # what gates are described on
-_CAM_IMAGES = 64  # Grad-CAM takes a backward pass each
+_IMAGES = 256  # images on which gates are described
+_CAM_IMAGES = 64  # Grad-CAM needs a backward pass for each
 
 
 def describe(model: keras.Model, images: np.ndarray, boxes: np.ndarray | None) -> list[dict[str, Any]]:
-    """What each gate does on some of the test images, in the order in which the gates run."""
+    """Describes each gate on some of the test images, in the order in which the gates run."""
     chosen = np.random.default_rng(0).permutation(len(images))[:_IMAGES]
     found = keras_das.visualize.gate_inputs(model, images[chosen].astype("float32"))
     inside = None if boxes is None else (boxes[chosen], images.shape[1:3])
-    gates = keras_das.DASLayer.call  # a control may do something else with the layers of a gate
+    gates = keras_das.DASLayer.call  # controls may use the layers of a gate differently
     return [_describe_gate(gate, x, inside) for gate, x in found if type(gate).call is gates]
 
 
 def _describe_gate(gate: keras_das.DASLayer, x: Tensor, inside: Any) -> dict[str, Any]:
-    """How far the taps move, how the gate's values spread, and whether they tell an object's place."""
+    """How far the taps move, how the values of the gate vary, and whether they locate the object."""
     offsets, _ = gate.predict_offsets(x)
     offsets, values = np.asarray(offsets, "float64"), np.asarray(gate.gate(x), "float64")
     moved = offsets.reshape(*offsets.shape[:3], -1, 2)
@@ -44,7 +44,7 @@ def _describe_gate(gate: keras_das.DASLayer, x: Tensor, inside: Any) -> dict[str
 
 
 def cam_area(model: keras.Model, layer: str, images: np.ndarray, test: Split) -> float:
-    """How well Grad-CAM for the true class tells the pixels in a box from the others."""
+    """How well Grad-CAM for the true class separates the pixels in a box from the others."""
     chosen = np.random.default_rng(0).permutation(len(images))[:_CAM_IMAGES]
     maps = [
         keras_das.visualize.grad_cam(model, images[i].astype("float32"), layer, int(test.labels[i]))
@@ -73,7 +73,7 @@ def area_under_curve(maps: np.ndarray, boxes: np.ndarray, size: tuple[int, int])
 
 
 def multiply_adds(model: keras.Model) -> int:
-    """Of one image, counted from the layers' weights and outputs; pooling and products left out."""
+    """Multiply-adds for one image, from the weights and outputs of layers, without pooling and products."""
     return sum(_multiply_adds(layer, layer.output.shape[1:-1]) for layer in model.layers if layer.weights)
 
 

@@ -1,4 +1,4 @@
-"""Turns accuracy.py's record into tables: accuracy, what it costs, and what the gates do."""
+"""Converts the record of accuracy.py to tables: accuracy, cost, and statistics of the gates."""
 
 import math
 import pathlib
@@ -16,7 +16,7 @@ _BASES = ("none", "SE")
 
 
 def write(record: Sequence[Line], titles: Mapping[str, str]) -> None:
-    """Writes the tables into RESULTS.md, between its markers; `titles` holds a title for each task."""
+    """Writes the tables between the markers of RESULTS.md; `titles` contains a title for each task."""
     report.write(HERE / "RESULTS.md", "accuracy", lines_of(record, titles))
 
 
@@ -34,9 +34,9 @@ def lines_of(record: Sequence[Line], titles: Mapping[str, str]) -> list[str]:
 
 
 def compare(runs: Mapping[int, float], base: Mapping[int, float]) -> tuple[float, float, float] | None:
-    """Mean of the differences of runs with the same seed, and the ends of its 95 % confidence interval.
+    """The mean difference of runs with the same seed, and its 95 % confidence interval.
 
-    By Student's t; `None` with fewer than two seeds in common.
+    Uses Student's t; `None` with fewer than two seeds in common.
     """
     differences = [runs[seed] - base[seed] for seed in sorted(runs.keys() & base.keys())]
     if len(differences) < 2:
@@ -105,7 +105,7 @@ def _gates(lines: Sequence[Line]) -> list[str]:
 
 
 def _describe(of_seeds: Sequence[Line], with_boxes: bool) -> list[str]:
-    """A gate's cells: means over the seeds."""
+    """The table cells of a gate: means over the seeds."""
 
     def mean(name: str) -> float:
         return statistics.mean(gate[name] for gate in of_seeds)

@@ -1,4 +1,4 @@
-"""The tasks of accuracy.py: images, the network without attention, and how it is trained."""
+"""The tasks of accuracy.py: images, networks without attention, and recipes."""
 
 import concurrent.futures
 import dataclasses
@@ -18,7 +18,7 @@ Tensor = Any
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Images of 0..255 with their labels, and boxes where there are any."""
+    """Images of 0..255 with labels and, optionally, boxes."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -27,7 +27,7 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Trunk:
-    """A network without a head, and the layers that attention follows."""
+    """A network without a head, and the layers to which attention is attached."""
 
     model: keras.Model
     stages: Sequence[str]
@@ -35,7 +35,7 @@ class Trunk:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How all variants of a task are trained."""
+    """The recipe for all variants of a task."""
 
     epochs: int
     batch_size: int
@@ -44,13 +44,13 @@ class Recipe:
     weight_decay: float
     warmup_epochs: float = 0.0
     label_smoothing: float = 0.0
-    crop: int | None = None  # random crops of this size and flips while training, the centre otherwise
-    frozen: bool = False  # whether the trunk keeps its weights
+    crop: int | None = None  # random crops of this size and flips in training, centre crops otherwise
+    frozen: bool = False  # whether the trunk is frozen
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What the variants of attention are compared on."""
+    """A task on which variants of attention are compared."""
 
     title: str
     load: Callable[[pathlib.Path | None], tuple[Split, Split]]
@@ -68,9 +68,9 @@ def _clutter(train: int, fragments: int, scale: tuple[float, float]) -> tuple[Sp
 
 
 def _folder(path: pathlib.Path | None, size: int) -> tuple[Split, Split]:
-    """`train/CLASS/*.jpg` and `test/CLASS/*.jpg`: the centre square of each photograph, resized."""
+    """`train/CLASS/*.jpg` and `test/CLASS/*.jpg`: the resized centre square of each photograph."""
     if path is None:
-        raise SystemExit("name the folder that holds train/ and test/: --data PATH")
+        raise SystemExit("--data is required: the folder that contains train/ and test/")
     classes = sorted(folder.name for folder in (path / "train").iterdir())
     return tuple(_read(path / part, classes, size) for part in ("train", "test"))
 
@@ -135,7 +135,7 @@ def _small_cnn(size: int, weights: pathlib.Path | None, residual: bool) -> Trunk
 
 
 def _small_resnet(size: int, weights: pathlib.Path | None) -> Trunk:
-    """A ResNet of one basic block a stage and 24, 48, 96 and 192 channels: 0.7 M weights."""
+    """A ResNet with one basic block per stage and 24, 48, 96 and 192 channels: 0.7 M weights."""
     inputs = keras.Input((size, size, 3), name="image")
     x = keras.layers.Rescaling(1 / 127.5, -1)(inputs)
     x = _convolution(x, 24, 2, "stem")
@@ -149,13 +149,13 @@ def _small_resnet(size: int, weights: pathlib.Path | None) -> Trunk:
 def _resnet18(size: int, weights: pathlib.Path | None) -> Trunk:
     """KerasHub's ResNet of basic blocks with ImageNet weights, from an archive of arrays.
 
-    The archive holds `stem` and `stageS/blockB/{conv1,conv2,shortcut}`, each with `kernel`, `gamma`, `beta`,
-    `moving_mean` and `moving_variance`, and `mean_rgb`.
+    The archive contains `stem` and `stageS/blockB/{conv1,conv2,shortcut}`, each with `kernel`, `gamma`,
+    `beta`, `moving_mean` and `moving_variance`, and `mean_rgb`.
     """
     import keras_hub
 
     if weights is None:
-        raise SystemExit("name the file of the ResNet-18's weights: --weights PATH")
+        raise SystemExit("--weights is required: the archive of the ResNet-18's weights")
     arrays = np.load(weights)
     backbone = keras_hub.models.ResNetBackbone(
         input_conv_filters=[64],
@@ -177,7 +177,7 @@ def _resnet18(size: int, weights: pathlib.Path | None) -> Trunk:
 
 
 def _flat(model: keras.Model, inner: keras.Model, first: keras.layers.Layer) -> keras.Model:
-    """One graph of `first` and the layers of `inner`."""
+    """Merges `first` and the layers of `inner` into one graph."""
     inputs = keras.Input(model.input.shape[1:], name="image")
     known = {id(inner.input): first(inputs)}
     for layer in inner.layers[1:]:
@@ -187,7 +187,7 @@ def _flat(model: keras.Model, inner: keras.Model, first: keras.layers.Layer) -> 
 
 
 def _fill(backbone: keras.Model, name: str, arrays: Any) -> None:
-    """Sets a convolution and its batch norm."""
+    """Sets the weights of a convolution and its batch norm."""
     target = "conv1"
     if name != "stem":
         stage, block, part = name.split("/")

@@ -1,4 +1,4 @@
-"""One training of accuracy.py, and what it reports."""
+"""One training run of accuracy.py, and its figures."""
 
 import dataclasses
 import pathlib
@@ -24,7 +24,7 @@ class Execution:
 
 
 class Batches(keras.utils.PyDataset):
-    """Batches of a split in an order, with crops and flips, that the seed and the epoch decide."""
+    """Batches of a split, with order, crops and flips determined by the seed and the epoch."""
 
     def __init__(self, split: Split, recipe: Recipe, seed: int) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Batches(keras.utils.PyDataset):
 
 
 def _random_crops(images: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Crops at random places; every other one is flipped, on average."""
+    """Crops at random positions and flips with a probability of one half."""
     spare = images.shape[1] - size
     cropped = np.empty((len(images), size, size, 3), images.dtype)
     for image, out in zip(images, cropped, strict=True):
@@ -59,7 +59,7 @@ def _random_crops(images: np.ndarray, size: int, rng: np.random.Generator) -> np
 
 
 def centre(images: np.ndarray, size: int | None) -> np.ndarray:
-    """The images' centres, as the network sees them outside training."""
+    """The centre crops of the images, for evaluation."""
     margin = 0 if size is None else (images.shape[1] - size) // 2
     return images[:, margin : images.shape[1] - margin, margin : images.shape[2] - margin]
 
@@ -98,7 +98,7 @@ def train(
         for layer in trunk.model.layers:
             layer.trainable = False
     classes = int(training.labels.max()) + 1
-    # Made before the attention, so that with one seed all variants start from the same head.
+    # Created before the attention, so that all variants with one seed start from the same head.
     head = keras.layers.Dense(
         classes,
         name="classes",

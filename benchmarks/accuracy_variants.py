@@ -1,4 +1,4 @@
-"""What accuracy.py compares on each task: networks with DAS in several forms, other attention, controls."""
+"""The variants that accuracy.py compares: DAS in several forms, other attention, controls."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +25,7 @@ class Added(keras_das.DASLayer):
 
 @keras.saving.register_keras_serializable("keras_das_benchmarks")
 class Pooled(keras_das.DASLayer):
-    """DAS with a term of the channels' means, which the instance norm removes: a hidden layer, as in SE."""
+    """DAS with a term of the channel means, which the instance norm removes: a hidden layer, as in SE."""
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         super().build(input_shape)
@@ -41,7 +41,7 @@ class Pooled(keras_das.DASLayer):
 
 
 class _Bounded(keras_das.DeformableConv2D):
-    """Offsets of at most two pixels, by a tanh."""
+    """Offsets limited to two pixels by a tanh."""
 
     def _predict(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
         offsets, mask = super()._predict(inputs)
@@ -58,12 +58,12 @@ class Bounded(keras_das.DASLayer):
 
 
 def _das(**arguments: Any) -> Attach:
-    """`attach_das` with the identity start."""
+    """`attach_das` with identity initialization."""
     return lambda trunk: keras_das.attach_das(trunk.model, trunk.stages, **arguments)
 
 
 def _layers(layer: Callable[..., keras.layers.Layer], **arguments: Any) -> Attach:
-    """Other layers in the same places."""
+    """Other layers at the same positions."""
 
     def attach(trunk: Trunk) -> keras.Model:
         made = {stage: layer(**arguments, name=f"at_{stage}") for stage in trunk.stages}

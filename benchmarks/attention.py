@@ -1,7 +1,7 @@
-"""Other attention modules, each from its paper, to compare `keras_das.DASLayer` with. Channels last.
+"""Other attention modules from their papers, for comparison with `keras_das.DASLayer`. Channels last.
 
-Their gates are `2 * sigmoid` of layers that start at 0: at the first step they are exactly 1, as those of DAS
-are with `identity_init`.
+Their gates are `2 * sigmoid` of layers that start at 0, so they start at exactly 1, like DAS with
+`identity_init`.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from keras import ops
 Tensor = Any
 
 _MIN_UNITS = 4
-"""So that the hidden layer of SE and CBAM is one in narrow networks too, where C / 16 is 1."""
+"""The smallest hidden layer of SE and CBAM, for narrow networks, where C / 16 is 1."""
 
 
 @keras.saving.register_keras_serializable("keras_das_benchmarks")

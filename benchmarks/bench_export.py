@@ -1,10 +1,10 @@
-"""Times a ResNet-18 with four DAS gates in each format of `keras_das.export`, and says how exact it is.
+"""Measures the time and error of a ResNet-18 with four DAS gates in each format of `keras_das.export`.
 
-    python benchmarks/bench_export.py         # everything: some minutes on two cores
+    python benchmarks/bench_export.py         # everything: a few minutes on two cores
     python benchmarks/bench_export.py --forms keras,onnx --image-size 96 --batches 1
 
-Keras itself, and each format in its runtime, with gates and without: in turn, each in a process of its own; a
-figure is the median of the repetitions. `report.py benchmarks/export.json` writes the table into RESULTS.md.
+Keras and each format in its runtime, with and without gates, alternate in separate processes. Figures are
+medians over repetitions. `report.py benchmarks/export.json` writes the table into RESULTS.md.
 """
 
 import datetime
@@ -63,7 +63,7 @@ def parse_arguments():
 
 
 def time_batch(batch, options, folder) -> list[dict]:
-    """One cell for each form, with gates and without."""
+    """One cell for each form, with and without gates."""
     cells, workers = {}, []
     for name in [f"{gates}-{form}" for form in options.forms for gates in GATES]:
         gates, _, form = name.partition("-")

@@ -4,11 +4,10 @@
     python benchmarks/bench_model.py --device gpu --policy mixed_bfloat16  # batch 128, on the first GPU
     python benchmarks/bench_model.py --mode inference --models none-graph,native-graph --repetitions 5
 
-Training steps and inference, with XLA and without, the gates' convolution from the fused kernels and from
-the reference. The models run in turn, each in a process of its own; a figure is the median of the
-repetitions. On a GPU one model is done before the next is started: processes that share one slow each other
-down even while they wait. All gated models start from the same weights, and their first results are
-compared. `report.py` writes the tables into RESULTS.md.
+Measures training steps and inference, with and without XLA, with the fused kernels and the reference. The
+models alternate in separate processes; figures are medians over repetitions. On a GPU they run one after
+another, because processes that share a GPU slow each other down. All gated models start from the same
+weights, and their first results are compared. `report.py` writes the tables into RESULTS.md.
 """
 
 import datetime
@@ -31,7 +30,7 @@ MODELS = {
     }.items()
 }
 MODES = ("training", "inference")
-# Worst deviation between gated models' first results, relative to the largest value.
+# The largest deviation between the first results of gated models, relative to the largest value.
 BOUND = {"float32": 1e-3, "mixed_float16": 2e-2, "mixed_bfloat16": 1e-1}
 
 
@@ -69,7 +68,7 @@ def parse_arguments():
     add("--models", type=comma_separated(MODELS), default=list(MODELS), help=",".join(MODELS))
     add("--device", choices=list(DEVICES), default="cpu")
     add("--policy", choices=list(BOUND), default="float32", help="Keras' dtype policy")
-    add("--batch", type=int, help="default: 8, and 128 on a GPU")
+    add("--batch", type=int, help="batch size (default: 8, on a GPU 128)")
     add("--image-size", type=int, default=224)
     add("--network", default="ResNet50", help="a name in keras.applications (default: ResNet50)")
     options = parser.parse_args()
@@ -78,7 +77,7 @@ def parse_arguments():
 
 
 def time_models(names, mode, options, folder) -> list[dict]:
-    """One cell for each model; processes are started afresh, so that memory is this mode's."""
+    """One cell for each model, in new processes, so that memory is that of this mode."""
     cells, workers = {}, []
     for name in names:
         gates, _, how = name.partition("-")
@@ -116,7 +115,7 @@ def time_models(names, mode, options, folder) -> list[dict]:
 
 
 def compare(worker, path, bound):
-    """Raises `Failed` unless a model starts as the first of its kind did."""
+    """Raises `Failed` unless the first result equals that of the first model of its kind."""
     if not os.path.exists(path):
         worker.ask("save", path=path)
         return

@@ -1,19 +1,18 @@
-"""Times deformable convolution: keras_das against what else there is, all in one run.
+"""Times deformable convolution: keras_das and its alternatives, in one run.
 
     python benchmarks/bench_op.py                                   # everything: about an hour on two cores
     python benchmarks/bench_op.py --op depthwise --mode forward --shapes 8x56x56x51 --repetitions 5
     python benchmarks/bench_op.py --contenders native-eager,gather-taps-xla --output /tmp/op.json
     python benchmarks/bench_op.py --device gpu                      # batches of 64, on the first NVIDIA GPU
 
-Contenders run in turn, each in a process of its own; a figure is the median of the repetitions. First each
-contender's results are compared with float64 NumPy loops on a small problem, and then, on each problem that
-is timed, with one another's. The peers' environments come from benchmarks/environments.sh; one that is
-missing is reported. `report.py` writes the tables into RESULTS.md.
+Contenders alternate in separate processes; figures are medians over repetitions. The results of each
+contender are compared with float64 NumPy loops on a small problem, and with the other contenders on each
+timed problem. benchmarks/environments.sh creates the environments of the alternatives; missing ones are
+reported. `report.py` writes the tables into RESULTS.md.
 
-On a GPU one contender is done with everything before the next is started: processes that share a GPU slow
-each other down even while they wait. Calls are put in its queue by batches, and a batch's time is shared
-among them. The floor is then that of the bytes moved, at the speed at which the GPU copies; memory is not
-measured.
+On a GPU, contenders run one after another, because processes that share a GPU slow each other down. Calls are
+queued in batches, and the time of a batch is divided by its calls. The floor is that of the bytes moved at
+the copy bandwidth of the GPU; memory is not measured.
 """
 
 import datetime
@@ -97,7 +96,7 @@ def parse_arguments():
 
     here = [name for name, contender in CONTENDERS.items() if not contender.environment]
     add = parser.add_argument
-    op_help = f"{','.join(OPERATIONS)}; the last is on a GPU only, unless asked for"
+    op_help = f"{','.join(OPERATIONS)} (default: all on a GPU, without the last on a CPU)"
     add("--op", type=comma_separated(OPERATIONS), help=op_help)
     add("--mode", type=comma_separated(MODES), default=MODES, help=",".join(MODES))
     add("--dtype", choices=DTYPES, default="float32")
@@ -105,11 +104,11 @@ def parse_arguments():
     add("--no-rates", dest="rates", action="store_false", help="do not measure what the CPU can do")
     alone_help = "one contender after another, as on a GPU, rather than all in turn"
     add("--alone", action="store_true", help=alone_help)
-    add("--shapes", type=lambda text: text.split(","), help="of the inputs: NxHxWxC,...")
+    add("--shapes", type=lambda text: text.split(","), help="shapes of the inputs: NxHxWxC,...")
     add("--contenders", type=comma_separated(CONTENDERS), help=",".join(CONTENDERS))
-    memory_help = f"whose memory to measure: {','.join(here)}"
+    memory_help = f"contenders whose memory is measured: {','.join(here)}"
     add("--memory", type=comma_separated(here), default=["native-eager"], help=memory_help)
-    add("--no-memory", dest="memory", action="store_const", const=[], help="measure no memory")
+    add("--no-memory", dest="memory", action="store_const", const=[], help="do not measure memory")
     options = parser.parse_args()
     gpu = options.device == "gpu"
     options.alone |= gpu
@@ -138,7 +137,7 @@ def measure_gpu(workers) -> dict | None:
 
 
 def start(names, options, document, expected) -> list[Worker]:
-    """A worker for each contender that can be reached and that computes what the oracle does."""
+    """A worker for each available contender whose results equal those of the oracle."""
     workers = []
     for name in names:
         try:
@@ -181,14 +180,14 @@ def write_expected(operation, dtype, folder) -> dict[str, str]:
 
 
 def check(worker, path, bound, of):
-    """Raises `Failed` unless the results are those of a file."""
+    """Raises `Failed` unless the results equal those of a file."""
     error = worker.ask("error", path=path)
     if not error <= bound:
         raise Failed(f"its results are not those of {of}: they deviate by {error:.1e}, more than {bound:.0e}")
 
 
 def time_cell(workers, operation, mode, shape, options, folder) -> list[dict]:
-    """One problem for every contender that can do it; what the first computes, the others must."""
+    """Times one problem for every contender that supports it; all results must equal the first."""
     ready, failures = [], {}
     path = os.path.join(folder, f"{operation}-{mode}-{shape}.npz")
     for worker in [worker for worker in workers if CONTENDERS[worker.name].can(operation, mode)]:
@@ -201,7 +200,7 @@ def time_cell(workers, operation, mode, shape, options, folder) -> list[dict]:
             ready.append(worker)
         except Failed as failure:
             failures[worker.name] = str(failure)
-    if not options.alone:  # else the contenders to come need it
+    if not options.alone:  # otherwise, later contenders need it
         pathlib.Path(path).unlink(missing_ok=True)
     load = OtherLoad(ready)
     figures, failed = interleave(ready, options.repetitions)
@@ -218,7 +217,7 @@ def time_cell(workers, operation, mode, shape, options, folder) -> list[dict]:
 
 
 def measure_memory(options) -> list[dict]:
-    """Each figure from a process of its own."""
+    """Measures each figure in a separate process."""
     rows = []
     for name in options.memory:
         for operation in options.op:

@@ -1,6 +1,6 @@
 """Clutter: a digit among fragments of other digits, after the cluttered digits of Mnih et al., 2014.
 
-The digits are scikit-learn's (1,797 of 8x8 pixels). Those of the test images are in no training image.
+The digits are those of scikit-learn (1,797 of 8x8 pixels). Training and test images use different digits.
 
     Reference: Mnih et al., 2014, arXiv 1406.6247, section 4.1.2
 """
@@ -11,13 +11,13 @@ import numpy as np
 from scipy import ndimage
 
 SIZE = 64
-_FRAGMENT = (0.3, 0.5)  # a fragment's sides over those of the digit that it is cut from
+_FRAGMENT = (0.3, 0.5)  # sides of a fragment relative to those of its digit
 _TURN = 30.0  # degrees
 
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """Images with the digit that each shows, and the box around it."""
+    """Images with their digits and the boxes around them."""
 
     images: np.ndarray  # (N, 64, 64, 3), uint8
     labels: np.ndarray  # (N,)
@@ -25,13 +25,13 @@ class Images:
 
 
 def load(train: int, test: int, fragments: int, scale: tuple[float, float]) -> tuple[Images, Images]:
-    """The same training and test images at every call.
+    """Returns the same training and test images at every call.
 
     Args:
         train: Number of training images.
         test: Number of test images.
         fragments: Fragments in each image.
-        scale: Least and largest factor between the digits' 8x8 pixels and what an image shows.
+        scale: Smallest and largest scale of the digits, relative to their 8x8 pixels.
     """
     from sklearn.datasets import load_digits
 
@@ -60,7 +60,7 @@ def _draw(digits, targets, count, fragments, scale, seed) -> Images:
 
 
 def _transform(digit: np.ndarray, scale: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
-    """The digit turned and enlarged, without the empty rows and columns around it."""
+    """The rotated and scaled digit, without empty rows and columns."""
     factor, angle = rng.uniform(*scale), np.deg2rad(rng.uniform(-_TURN, _TURN))
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) / factor
     side = int(np.ceil(8 * 1.5 * factor))
@@ -78,7 +78,7 @@ def _cut(patch: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _place(image: np.ndarray, patch: np.ndarray, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """Draws the patch at a random place, brighter pixels over darker ones, and returns its box."""
+    """Draws the patch at a random position, brighter pixels over darker ones, and returns its box."""
     height, width = patch.shape
     top, left = rng.integers(SIZE - height + 1), rng.integers(SIZE - width + 1)
     region = image[top : top + height, left : left + width]

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Sets up the environments of the peers, which cannot share one:
+# Creates the environments of the alternatives, which cannot share one:
 #
-#   benchmarks/environments.sh [NAME ...]      without a name: onnxruntime openvino tfa torchvision
+#   benchmarks/environments.sh [NAME ...]      default: onnxruntime openvino tfa torchvision
 #
 # Each is a venv of that name in $KERAS_DAS_BENCHMARK_ENVS (default benchmarks/.envs), 7 GB in all, most of it
 # torchvision's: its wheels load beside the CUDA build of torch alone. $PYTHON (default python3) must be
@@ -14,7 +14,7 @@ envs=${KERAS_DAS_BENCHMARK_ENVS:-$(dirname "$0")/.envs}
 python=${PYTHON:-python3}
 
 for name in "${@:-onnxruntime openvino tfa torchvision}"; do
-  # Unquoted: the default is a list of words.
+  # Unquoted, because the default is a list of words.
   for peer in $name; do
     compiled=
     case $peer in
@@ -31,7 +31,7 @@ for name in "${@:-onnxruntime openvino tfa torchvision}"; do
     "$python" -m venv "$envs/$peer"
     # shellcheck disable=SC2086
     "$envs/$peer/bin/python" -m pip install --quiet $packages
-    # With the packages above, not in an environment of its own.
+    # Without isolation, to compile with the packages above.
     test -z "$compiled" || "$envs/$peer/bin/python" -m pip install --quiet --no-build-isolation "$compiled"
   done
 done

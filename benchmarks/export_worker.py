@@ -1,4 +1,4 @@
-"""One contender of bench_export.py in a process of its own: `python export_worker.py NAME`."""
+"""One contender of bench_export.py in a separate process: `python export_worker.py NAME`."""
 
 import pathlib
 import sys
@@ -19,14 +19,14 @@ FILES = {"saved_model": "1", "onnx": "model.onnx", "openvino": "openvino", "lite
 
 
 class ExportWorker:
-    """A ResNet-18, with gates or without, in one of the forms that it can be shipped in."""
+    """A ResNet-18, with or without gates, in one of the export formats."""
 
     def __init__(self, name):
         # "gated" or "plain"; "keras" or a format.
         self.gates, self.form = name.split("-")
 
     def write(self, folder, batches, image_size):
-        """Builds the model and writes it in all formats, with batches and what Keras makes of them."""
+        """Builds the model and writes it in all formats, with batches and the outputs of Keras."""
         import keras
         import keras_das
 
@@ -42,7 +42,7 @@ class ExportWorker:
             np.savez(place / f"{batch}.npz", images=images, outputs=keras.ops.convert_to_numpy(model(images)))
 
     def load(self, folder, batch, threads):
-        """Loads the model as its runtime does; its versions, and the bytes of its files."""
+        """Loads the model in its runtime; returns versions and the size of its files in bytes."""
         self.place = pathlib.Path(folder) / self.gates
         with np.load(self.place / f"{batch}.npz") as arrays:
             images, self.expected = arrays["images"], arrays["outputs"]
@@ -56,7 +56,7 @@ class ExportWorker:
         }
 
     def error(self):
-        """The worst deviation from Keras' outputs, over the largest of them."""
+        """The largest deviation from the outputs of Keras, relative to the largest output."""
         return largest_error([self.run()], [self.expected])
 
     def sample(self, seconds):
@@ -64,7 +64,7 @@ class ExportWorker:
 
     def _load_keras(self, path, images, threads):
         import keras
-        import keras_das  # noqa: F401, its layers are in the file
+        import keras_das  # noqa: F401, registers the layers of the file
 
         model = keras.models.load_model(path, compile=False)
         return lambda: model.predict_on_batch(images)
@@ -116,7 +116,7 @@ def _build(gated):
     features = backbones.resnet18(None)
     if gated:
         stages = [f"stage{number}" for number in range(1, 5)]
-        # Offsets of a pixel and more, as trained gates have; at zero the positions would be whole pixels.
+        # Offsets of one pixel or more, as in trained gates; zero offsets would sample whole pixels.
         offsets = keras.initializers.RandomNormal(stddev=0.05)
         features = keras_das.attach_das(features, stages, identity_init=False, offset_initializer=offsets)
     head = [keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(10, "softmax")]

@@ -1,7 +1,7 @@
-"""Runs contenders, each in a process and an environment of its own, and times them in turn.
+"""Runs contenders in separate processes and environments, and times them alternately.
 
-The benchmark starts `Worker`s and asks them for things; the worker's script answers with `serve`. Needs the
-standard library alone, for it is imported in every contender's environment.
+The benchmark starts `Worker`s and calls their methods; the worker's script answers with `serve`. This module
+uses only the standard library, because it is imported in the environment of every contender.
 """
 
 import argparse
@@ -26,7 +26,8 @@ import traceback
 
 HERE = pathlib.Path(__file__).parent
 ENVIRONMENTS = pathlib.Path(os.environ.get("KERAS_DAS_BENCHMARK_ENVS", HERE / ".envs"))
-# On a GPU: the first, unless the caller names others, and memory as it is needed, for all workers share it.
+# On a GPU: the first one unless the caller selects others, with memory allocated on demand, as workers share
+# it.
 DEVICES = {
     "cpu": {"CUDA_VISIBLE_DEVICES": "-1"},
     "gpu": {
@@ -35,26 +36,26 @@ DEVICES = {
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     },
 }
-# So that memory is given back when it is freed; without, a peak shows only what was not kept from earlier.
+# Returns freed memory to the system; otherwise, peaks exclude memory that was kept from earlier calls.
 GIVE_BACK = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
-    "TF_ENABLE_ONEDNN_OPTS": "0",  # its allocator keeps what it once had
+    "TF_ENABLE_ONEDNN_OPTS": "0",  # its allocator keeps freed memory
 }
 
 
 class Failed(Exception):
-    """A contender that cannot do what it was asked, and why."""
+    """A contender cannot run, with the reason."""
 
 
 class Worker:
     """A contender's process."""
 
     def __init__(self, name, script, threads, environment="", settings=None):
-        """Starts `script NAME` in one of the environments, on that many cores."""
+        """Starts `script NAME` in an environment on a number of cores."""
         self.name = name
         python = _python(environment)
         cores = sorted(os.sched_getaffinity(0))[:threads]
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, it lives as long as the process
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed when the process ends
         self._process = subprocess.Popen(
             [python, HERE / script, name],
             stdin=subprocess.PIPE,
@@ -74,7 +75,7 @@ class Worker:
         )
 
     def ask(self, method: str, **arguments):
-        """Calls one of the methods that the script serves."""
+        """Calls a method that the script serves."""
         try:
             print(json.dumps([method, arguments]), file=self._process.stdin, flush=True)
             line = self._process.stdout.readline()
@@ -90,14 +91,14 @@ class Worker:
         return answer["result"]
 
     def cpu_seconds(self) -> float:
-        """Processor time that it has used, while it runs."""
+        """The processor time of the running process."""
         if self._process.poll() is not None:
-            return 0.0  # then os.times() has it
+            return 0.0  # os.times() includes it then
         fields = pathlib.Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def close(self):
-        with contextlib.suppress(BrokenPipeError):  # it has ended already
+        with contextlib.suppress(BrokenPipeError):  # it has ended
             self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
@@ -116,7 +117,7 @@ def _python(environment: str) -> pathlib.Path:
 
 
 def make_parser(description: str, output: str) -> argparse.ArgumentParser:
-    """A parser with the options that all benchmarks have; `output` is where results go by default."""
+    """A parser with the options of all benchmarks; `output` is the default file of the results."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -134,7 +135,7 @@ def write_json(path: pathlib.Path, document) -> None:
 
 
 def comma_separated(known):
-    """A type for argparse: some of the known names."""
+    """A type for argparse: a comma-separated list of known names."""
 
     def split(text: str) -> list[str]:
         chosen = text.split(",")
@@ -146,9 +147,9 @@ def comma_separated(known):
 
 
 def serve(methods: dict):
-    """Answers a `Worker`'s questions until it closes."""
+    """Answers the calls of a `Worker` until it closes."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # keeps the output of libraries out of the answers
     for line in sys.stdin:
         method, arguments = json.loads(line)
         try:
@@ -167,21 +168,21 @@ def in_one_line(error: Exception) -> str:
 
 
 def installed(distributions) -> dict[str, str]:
-    """Versions of those that this environment has."""
+    """The versions of the installed packages."""
     found = {}
     for name in distributions:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            continue  # One of two names for the same package, such as tensorflow and tensorflow-cpu.
+            continue  # Another name of an installed package, such as tensorflow and tensorflow-cpu.
     return found
 
 
 def time_calls(run, seconds: float, wait=None) -> list[float]:
-    """Milliseconds of single calls, for that long; if calls are shorter, the first does not count.
+    """Milliseconds of single calls during `seconds`; if there are several, the first is dropped.
 
-    With `wait`, calls only put work on a GPU, and `wait` returns when it is done: as many as the time allows
-    go there in one batch, and share what it took. The first batch does not count.
+    With `wait`, calls only queue work on a GPU, and `wait` returns when it is done. Calls are then timed in
+    batches, and the first batch is dropped.
     """
     if wait:
         return _time_batches(run, seconds, wait)
@@ -228,7 +229,7 @@ def _time_batch(run, calls: int, wait) -> float:
 
 
 def wait_for_gpu():
-    """Returns when a GPU has done all that this process gave it."""
+    """Returns when a GPU has completed all work of this process."""
     if "torch" in sys.modules:
         sys.modules["torch"].cuda.synchronize()
     elif os.environ["KERAS_BACKEND"] == "jax":  # programs run in the order in which they were started
@@ -246,10 +247,10 @@ def _time(run) -> float:
 
 
 def memory_rise(run) -> tuple[int, int]:
-    """How far this process' memory rises while `run` runs, and to what: in bytes. Linux only."""
+    """The rise and the peak of the memory of this process during `run`, in bytes. Linux only."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = _resident("VmRSS")
     result = run()
     peak = _resident("VmHWM")
@@ -263,19 +264,19 @@ def _resident(field: str) -> int:
 
 
 def interleave(workers: list[Worker], repetitions: int, seconds: float = 0.05) -> tuple[dict, dict]:
-    """Times all workers in turn, so that whatever else happens on the machine happens to all.
+    """Times all workers alternately, so that other load on the machine affects all of them.
 
     Each repetition is the median of calls over `seconds`, or one longer call.
 
     Returns:
-        By name, the median, lowest and highest repetition in milliseconds; and why workers failed.
+        The median, lowest and highest repetition in milliseconds by name, and the reasons of failures.
     """
     times = {worker.name: [] for worker in workers}
     failures = {}
     order = collections.deque(workers)
     for _ in range(repetitions):
         for worker in tuple(order):
-            time.sleep(0.05)  # until the idle threads of the one before have gone to sleep
+            time.sleep(0.05)  # lets the idle threads of the previous worker go to sleep
             try:
                 times[worker.name].append(statistics.median(worker.ask("sample", seconds=seconds)))
             except Failed as failure:
@@ -295,7 +296,7 @@ def summarize(milliseconds: list[float]) -> dict:
 
 
 class OtherLoad:
-    """Cores that other processes kept busy while the workers were timed: a figure's quality."""
+    """The number of cores used by other processes during the measurement."""
 
     def __init__(self, workers: list[Worker]):
         self._workers = workers

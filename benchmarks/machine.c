@@ -1,8 +1,8 @@
-// What this machine can do at most: how fast it copies memory, how many float32 multiply-adds it does a second.
+// Measures the peak rates of this machine: memory copies and float32 multiply-adds.
 //
 //   cc -O3 -march=native -pthread machine.c -o machine && ./machine THREADS
 //
-// Prints the best of several rounds, for a limit is wanted: bytes read and written a second, multiply-adds a second.
+// Prints the best of several rounds: bytes read and written per second, and multiply-adds per second.
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <stdio.h>
@@ -40,7 +40,7 @@ static void copy(long thread) {
   memcpy(to + thread * part, from + thread * part, part);
 }
 
-// Twelve chains that do not wait for one another keep every multiplier busy.
+// Twelve independent chains keep every multiplier busy.
 static void multiply_add(long thread) {
   Vector sums[CHAINS], factor, term;
   for (int lane = 0; lane < LANES; ++lane) {
@@ -56,7 +56,7 @@ static void multiply_add(long thread) {
 
 static double best_copy = 1e9, best_multiply_add = 1e9;
 
-// All threads start together; the time runs until the last is done.
+// All threads start together; the time ends with the last one.
 static void time_rounds(long thread, void (*work)(long), double* best) {
   for (int round = 0; round < ROUNDS; ++round) {
     pthread_barrier_wait(&barrier);

@@ -1,4 +1,4 @@
-"""The machine: what it is, and what it can do at most."""
+"""The machine: its description and its peak rates."""
 
 import json
 import os
@@ -12,7 +12,7 @@ SOURCE = pathlib.Path(__file__).with_name("machine.c")
 
 
 def describe() -> dict:
-    """Processor, cores that this process may use, memory, system."""
+    """Processor, available cores, memory and system."""
     named = _first_value("/proc/cpuinfo", "model name")
     return {
         "gpu": _gpu(),
@@ -25,13 +25,13 @@ def describe() -> dict:
 
 
 def kind() -> str:
-    """The processor, and whether it has AVX-512. On one kind, runs on one thread repeat to the digit."""
+    """The processor, and whether it has AVX-512. Runs with one thread are repeatable on one kind."""
     wide = "avx512f" in _first_value("/proc/cpuinfo", "flags").split()
     return f"{describe()['processor']}, {'with' if wide else 'without'} AVX-512"
 
 
 def measure_rates(threads: int) -> dict | str:
-    """Bytes copied and multiply-adds done a second on that many threads, or why that is not known."""
+    """Bytes copied and multiply-adds per second with `threads` threads, or why they are unknown."""
     compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
     if compiler is None:
         return "there is no C compiler (cc, gcc or clang; CC names another)"
@@ -50,7 +50,7 @@ def measure_rates(threads: int) -> dict | str:
 
 
 def better(rates: dict | str, other: dict | str) -> dict | str:
-    """The higher of each rate: what else ran on the machine can only lower them."""
+    """The higher of each rate, as other load can only lower them."""
     if isinstance(rates, str):
         return other
     if isinstance(other, str):
@@ -59,7 +59,7 @@ def better(rates: dict | str, other: dict | str) -> dict | str:
 
 
 def _gpu() -> str:
-    """The first GPU's name and driver, or "" without one."""
+    """The name and driver of the first GPU, or "" without a GPU."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return ""

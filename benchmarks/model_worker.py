@@ -1,4 +1,4 @@
-"""One contender of bench_model.py in a process of its own: `python model_worker.py NAME`."""
+"""One contender of bench_model.py in a separate process: `python model_worker.py NAME`."""
 
 import sys
 
@@ -31,7 +31,7 @@ class ModelWorker:
         )
         model = base
         if self.implementation != "none":
-            # The paper's gate: at exactly 1, as `identity_init` starts it, it would hide a wrong convolution.
+            # The paper's gate, because a gate of exactly 1 (`identity_init`) would hide a wrong convolution.
             model = keras_das.attach_das(base, identity_init=False, implementation=self.implementation)
         model.compile(
             keras.optimizers.SGD(1e-3, momentum=0.9),
@@ -41,13 +41,13 @@ class ModelWorker:
         generator = np.random.default_rng(0)
         images = generator.uniform(0, 255, (batch, image_size, image_size, 3)).astype(np.float32)
         labels = generator.integers(0, 1000, batch)
-        if self.gpu:  # where they are before a step, which then takes no time for the way there
+        if self.gpu:  # places the data on the device before the step
             images, labels = tf.constant(images), tf.constant(labels)
         if mode == "inference":
             self.run = lambda: model.predict_on_batch(images)
         else:
             self.run = lambda: np.asarray(model.train_on_batch(images, labels))
-        self.first = self.run()  # logits, or the loss at the weights that all start from
+        self.first = self.run()  # logits, or the loss at the initial weights
         self.run()
         return {
             "versions": harness.installed(("keras-das", "keras", "tensorflow", "tensorflow-cpu")),
@@ -55,11 +55,11 @@ class ModelWorker:
         }
 
     def save(self, path):
-        """Writes the first step's result, for others to be compared with."""
+        """Writes the result of the first step, for comparison."""
         np.savez(path, self.first)
 
     def error(self, path):
-        """How far the first step's result is from the one in a file."""
+        """The deviation of the result of the first step from that of a file."""
         with np.load(path) as expected:
             return largest_error([self.first], expected.values())
 
@@ -67,7 +67,7 @@ class ModelWorker:
         return harness.time_calls(self.run, seconds)
 
     def memory(self):
-        """The most memory that the process has while it takes a step, in bytes."""
+        """The peak memory of the process during a step, in bytes."""
         if self.gpu:
             import tensorflow as tf
 

@@ -1,4 +1,4 @@
-"""One contender of bench_op.py in a process of its own: `python op_worker.py NAME`."""
+"""One contender of bench_op.py in a separate process: `python op_worker.py NAME`."""
 
 import functools
 import importlib
@@ -14,13 +14,13 @@ _problem = functools.lru_cache(1)(Problem)  # its modes follow one another
 
 
 class OpWorker:
-    """What bench_op.py can ask for."""
+    """The methods that bench_op.py calls."""
 
     def __init__(self, contender):
         self.contender = contender
 
     def load(self, threads, device="cpu"):
-        """Imports the contender; its versions."""
+        """Imports the contender and returns versions."""
         self.threads = threads
         self.wait = harness.wait_for_gpu if device == "gpu" else None
         self.module = importlib.import_module(f"contenders.{self.contender.module}")
@@ -34,11 +34,11 @@ class OpWorker:
         self.run()
 
     def save(self, path):
-        """Writes the results, for others to be compared with."""
+        """Writes the results, for comparison."""
         np.savez(path, *self.collect(self.run()))
 
     def error(self, path):
-        """How far the results are from those in a file."""
+        """The deviation of the results from those of a file."""
         with np.load(path) as expected:
             return largest_error(self.collect(self.run()), expected.values())
 
@@ -48,9 +48,9 @@ class OpWorker:
         return [took / calls for took in harness.time_calls(self.run, seconds, self.wait)]
 
     def device(self):
-        """The kind of device that results lie on: "CPU" or "GPU"."""
+        """The kind of device of the results: "CPU" or "GPU"."""
         result = self.run()[0]
-        if hasattr(result, "is_cuda"):  # torch's
+        if hasattr(result, "is_cuda"):  # torch
             return "GPU" if result.is_cuda else "CPU"
         # TensorFlow's are strings that end in "GPU:0", and JAX's are objects with a platform.
         device = getattr(result, "device", "")
@@ -63,10 +63,10 @@ class OpWorker:
         return 2 * 4 * (1 << 28) / (1e-3 * min(milliseconds))
 
     def memory(self, operation, shape, mode):
-        """Bytes needed at most during a run, beyond the problem's own tensors and the results.
+        """Peak memory during a run in bytes, beyond the tensors of the problem and the results.
 
-        What a contender keeps from one call to the next counts: only a small problem goes before. Those that
-        compile have to run once before.
+        This includes memory that is kept between calls, as only a small problem runs before. Contenders that
+        compile run once before.
         """
         self.prepare(operation, "1x4x4x3", mode)
         if self.contender.options["how"] == "eager":

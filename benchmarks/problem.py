@@ -1,6 +1,6 @@
-"""What is computed: shapes, tensors, and the least work that a machine must do for it.
+"""Problems: shapes, tensors, and lower bounds of the work.
 
-Needs NumPy alone, for it is imported in every contender's environment.
+This module uses only NumPy, because it is imported in the environment of every contender.
 """
 
 import functools
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# "aggregation" is what DCNv4 computes: "depthwise" with a kernel of ones, which no gradient is asked for.
+# "aggregation" is the operation of DCNv4: "depthwise" with a kernel of ones and without its gradient.
 OPERATIONS = ("depthwise", "dense", "aggregation")
 MODES = ("forward", "forward_backward")
 DTYPES = ("float32", "float16")
@@ -24,7 +24,7 @@ SHAPES = (
     "1x40x40x205",
     "1x20x20x410",
 )
-# The same for a training step of 64 images, on a GPU. DCNv4 takes channels by eights.
+# The same for a training step of 64 images on a GPU. DCNv4 requires a multiple of eight channels.
 GPU_SHAPES = {
     "depthwise": ("64x56x56x51", "64x28x28x102", "64x14x14x205", "64x7x7x410"),
     "dense": ("64x56x56x51", "64x28x28x102", "64x14x14x205", "64x7x7x410"),
@@ -115,12 +115,12 @@ class Problem:
         return forward if mode == "forward" else forward + backward
 
     def multiply_adds(self, mode: str) -> int:
-        """Multiply-adds of a pass that stores no columns, so that the backward pass samples again."""
+        """Multiply-adds of a pass that stores no samples, so that the backward pass samples again."""
         n, h, w, c = self.sizes
         samples = n * h * w * TAPS * c
         kernel = 1 if self.depthwise else self.filters
         forward = 4 + kernel  # four corners, then the kernel
-        # The four corners for the kernel's gradient, for those of offsets and mask, and for the input's.
+        # Four corners each for the gradients of the kernel, of offsets and mask, and of the inputs.
         backward = 4 + 4 + 4 + 2 * kernel
         return samples * (forward if mode == "forward" else forward + backward)
 
@@ -140,7 +140,7 @@ def channels_last(array: np.ndarray) -> np.ndarray:
 
 
 def largest_error(results, expected) -> float:
-    """The worst deviation in any tensor, relative to the tensor's largest value. NaN anywhere gives NaN."""
+    """The largest deviation of any tensor, relative to its largest value. A NaN anywhere gives NaN."""
     errors = [
         np.max(np.abs(np.asarray(result, np.float64) - right)) / np.max(np.abs(right))
         for result, right in zip(results, expected, strict=True)

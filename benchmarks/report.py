@@ -1,4 +1,4 @@
-"""Turns what the benchmarks wrote into tables.
+"""Converts the results of the benchmarks to tables.
 
 python benchmarks/report.py [op.json] [model.json] [export.json]  # writes them between RESULTS.md's markers
 python benchmarks/report.py runs/gpu/report.json                  # what gpu_report.py found
@@ -26,7 +26,7 @@ def print_model(document):
 
 
 def op_lines(document) -> list[str]:
-    """Markdown of bench_op.py's results."""
+    """Markdown of the results of bench_op.py."""
     lines = [*_setting(document), *_rates(document)]
     dtype = document.get("dtype", "float32")
     groups = itertools.groupby(document["cells"], key=lambda cell: (cell["op"], cell["mode"]))
@@ -43,7 +43,7 @@ def op_lines(document) -> list[str]:
 
 
 def model_lines(document) -> list[str]:
-    """Markdown of bench_model.py's results."""
+    """Markdown of the results of bench_model.py."""
     lines = _setting(document)
     for mode, by_name in _by_mode(document["cells"]):
         rows = []
@@ -52,13 +52,13 @@ def model_lines(document) -> list[str]:
             rows.append(
                 [cell["description"], _number(took), _number(ratio, "x"), _mebibytes(cell.get("memory"))]
             )
-        heading = ["", "ms", "over the same without gates", "resident at most, MiB"]
+        heading = ["", "ms", "relative to no gates", "peak resident memory, MiB"]
         lines += ["", f"### {mode}", "", *table(heading, rows), *_failures(by_name.values())]
     return lines
 
 
 def export_lines(document) -> list[str]:
-    """Markdown of bench_export.py's results."""
+    """Markdown of the results of bench_export.py."""
     lines = _setting(document)
     for mode, by_name in _by_mode(document["cells"]):
         rows = []
@@ -71,19 +71,19 @@ def export_lines(document) -> list[str]:
             rows.append(
                 [cell["description"], error, _number(took), _number(without), _number(ratio, "x"), size]
             )
-        heading = ["", "difference", "ms", "ms without gates", "over without", "MiB of files"]
+        heading = ["", "deviation", "ms", "ms without gates", "relative", "size, MiB"]
         lines += ["", f"### {mode}", "", *table(heading, rows), *_failures(by_name.values())]
     return lines
 
 
 def _by_mode(cells):
-    """Each mode, and its cells by contender."""
+    """Each mode with its cells by contender."""
     for mode, of_mode in itertools.groupby(cells, key=lambda cell: cell["mode"]):
         yield mode, {cell["contender"]: cell for cell in of_mode}
 
 
 def _beside(cell, base) -> tuple[float | None, float | None, float | None]:
-    """Milliseconds of two cells, and their ratio, as far as they were measured."""
+    """Milliseconds of two cells and their ratio, or `None` if not measured."""
     took, without = cell.get("milliseconds"), base.get("milliseconds")
     return took, without, took / without if took and without else None
 
@@ -118,12 +118,18 @@ def _times(cells, problems, mode, rates) -> list[str]:
         row.append(_number(total / least if least and total else None, "x"))
         rows.append(row)
     rows.append(["floor", *(_number(floors[shape]) for shape in shapes), _number(least), "", ""])
-    heading = ["ms", *shapes, "sum", f"times as fast as {fastest or 'the fastest peer'}", "over the floor"]
+    heading = [
+        "ms",
+        *shapes,
+        "sum",
+        f"speed relative to {fastest or 'the fastest peer'}",
+        "relative to the floor",
+    ]
     return [*table(heading, rows), *_failures(cells)]
 
 
 def floor(problem: Problem, mode: str, rates) -> float | None:
-    """Milliseconds that this machine needs at least, or `None` if it could not be measured."""
+    """The lower bound of the time on this machine in milliseconds, or `None` if unknown."""
     if isinstance(rates, str):
         return None
     return 1e3 * max(
@@ -144,7 +150,7 @@ def _memory(rows) -> list[str]:
         [_emphasize(name), operation, TITLES[mode], *(_mebibytes(by_shape.get(shape)) for shape in shapes)]
         for (name, operation, mode), by_shape in found.items()
     ]
-    lines = ["", "### Memory beyond the arguments and the results, at most", ""]
+    lines = ["", "### Peak memory beyond arguments and results", ""]
     return [*lines, *table(["MiB", "", "", *shapes], rows_of), *_failures(rows)]
 
 
@@ -161,8 +167,7 @@ def _setting(document) -> list[str]:
         f"{document['date']}, `{document['command']}`, {document['threads']} threads.",
         f"{gpu}{about['processor']}, {about['cores']} cores, {about['memory_gb']} GB, {about['system']}, "
         f"Python {about['python']}; {listed}.",
-        f"Other processes kept {statistics.median(loads):.2f} cores busy meanwhile "
-        f"({max(loads):.2f} at most).",
+        f"Load of other processes: {statistics.median(loads):.2f} cores (at most {max(loads):.2f}).",
     ]
     return lines + [f"Without {name}: {reason}" for name, reason in document["missing"].items()]
 
@@ -170,15 +175,15 @@ def _setting(document) -> list[str]:
 def _rates(document) -> list[str]:
     rates = document["rates"]
     if isinstance(rates, str):
-        return [f"The floor is not known: {rates}."]
+        return [f"The floor is unknown: {rates}."]
     if "multiply_adds_per_second" not in rates:
         return [
-            f"The GPU copies {rates['copy_bytes_per_second'] / 1e9:.0f} GB/s, bytes read and written, as "
-            "measured here."
+            f"Measured copy bandwidth of the GPU (read and write): "
+            f"{rates['copy_bytes_per_second'] / 1e9:.0f} GB/s."
         ]
     return [
-        f"The machine copies {rates['copy_bytes_per_second'] / 1e9:.1f} GB/s and does "
-        f"{rates['multiply_adds_per_second'] / 1e9:.1f} G float32 multiply-adds a second, as measured here."
+        f"Measured rates: {rates['copy_bytes_per_second'] / 1e9:.1f} GB/s copied, "
+        f"{rates['multiply_adds_per_second'] / 1e9:.1f} G float32 multiply-adds per second."
     ]
 
 
@@ -213,7 +218,7 @@ def _batch(cell) -> str:
 
 
 def write(results: pathlib.Path, name: str, lines: list[str]):
-    """Replaces what stands between the markers of that name."""
+    """Replaces the text between the markers `name`."""
     begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->\n"
     text = results.read_text()
     if begin not in text or end not in text:

@@ -1,11 +1,11 @@
-"""A griffe extension: our docstrings' sections that the Google style does not know, as Markdown."""
+"""A griffe extension that formats docstring sections unknown to the Google style as Markdown."""
 
 import re
 from typing import Any
 
 import griffe
 
-# "Example:" and what follows it, up to the next section. The text of an example is not indented.
+# "Example:" and its text, up to the next section. The text of an example is not indented.
 _EXAMPLE = re.compile(r"^Example:\n\n(?P<text>.*?)(?=^Reference:|\Z)", re.MULTILINE | re.DOTALL)
 _INDENTED = re.compile(
     r"^(?P<title>Input shape|Output shape|Reference):\n(?P<text>(?:(?:    .*)?\n)*(?:    .*)?)", re.MULTILINE
@@ -13,10 +13,10 @@ _INDENTED = re.compile(
 
 
 class Sections(griffe.Extension):
-    """Rewrites each docstring that is read, whatever it belongs to."""
+    """Rewrites all docstrings."""
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Rewrites one; that of a constructor says nothing that the class's does not."""
+        """Rewrites one docstring; constructors have none of their own on the site."""
         if obj.name == "__init__" and obj.is_function:
             obj.docstring = None
         if obj.docstring:
@@ -24,7 +24,7 @@ class Sections(griffe.Extension):
 
 
 def rewrite(docstring: str) -> str:
-    """Bold titles, and sessions as blocks of code."""
+    """Makes titles bold and sessions blocks of code."""
     docstring = _EXAMPLE.sub(lambda found: f"**Example**\n\n{_sessions(found['text'])}\n\n", docstring)
     return _INDENTED.sub(lambda found: f"**{found['title']}**\n\n{_dedent(found['text'])}\n", docstring)
 

@@ -1,6 +1,6 @@
-"""Draws the figures of these pages into docs/images.
+"""Draws the figures of the documentation into docs/images.
 
-python docs/figures.py runs/demo/model.keras    # after `make demo`, on the photographs of its test split
+python docs/figures.py runs/demo/model.keras    # after `make demo`, on photographs of its test split
 """
 
 import argparse
@@ -24,29 +24,29 @@ from examples.data import pipeline
 IMAGES = Path(__file__).resolve().parent / "images"
 GATES = ("das_p2", "das_p3")
 PICTURE, POINT = 250, (31.5, 31.5)
-"""Which image of the test split is drawn, and the place in it that the points are read for, (y, x)."""
-MAP, WORK, LEARNT = "#dbe7f5", "#f3f3f3", "#fbe6cf"  # feature maps, layers, what is predicted
+"""The image of the test split that is drawn, and the point `(y, x)` whose sampled positions are shown."""
+MAP, WORK, LEARNT = "#dbe7f5", "#f3f3f3", "#fbe6cf"  # feature maps, layers, predictions
 
 
 def main() -> None:
-    """Draws all of them."""
+    """Draws all figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("model", type=Path, help="what `make demo` has written to runs/demo/model.keras")
+    parser.add_argument("model", type=Path, help="the model of `make demo`: runs/demo/model.keras")
     model = keras.models.load_model(parser.parse_args().model, compile=False)
-    matplotlib.rcParams["svg.hashsalt"] = "keras_das"  # the same file at every run
+    matplotlib.rcParams["svg.hashsalt"] = "keras_das"  # reproducible files
     save(draw_gate(), "gate.svg")
     save(draw_border(), "border.svg")
     save(draw_taps(model, test_picture()), "taps.png")
 
 
 def save(figure: Figure, name: str) -> None:
-    """Writes it without a date and versions."""
+    """Writes a figure without dates and versions."""
     unwanted = "Date" if name.endswith(".svg") else "Software"
     figure.savefig(IMAGES / name, dpi=110, metadata={unwanted: None})
 
 
 def test_picture() -> np.ndarray:
-    """A photograph that the demonstration's model was not trained on."""
+    """Returns a photograph of the demonstration's test split."""
     dataset = data.load("trees", 64, 0)
     batches = pipeline.evaluation_batches(dataset.splits["test"], len(dataset.class_names), PICTURE + 1)
     images, _ = next(iter(batches))
@@ -54,7 +54,7 @@ def test_picture() -> np.ndarray:
 
 
 def draw_gate() -> Figure:
-    """How data flows through a gate."""
+    """Draws the data flow of a gate."""
     figure = Figure(figsize=(9.6, 3.3), layout="constrained")
     axes = figure.subplots()
     axes.set(xlim=(-0.1, 19.4), ylim=(-0.5, 6.1))
@@ -100,7 +100,7 @@ def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> 
 
 
 def draw_border() -> Figure:
-    """What a sample gives at and beyond the edge of an image of five rows that is 1 everywhere."""
+    """Draws samples at and beyond the border of an image of ones with five rows."""
     y = np.linspace(-2, 6, 321).astype("float32")
     offsets = np.zeros((len(y), 5, 5, 2), "float32")
     offsets[..., 0] = y[:, None, None] - np.arange(5)[:, None]
@@ -116,7 +116,7 @@ def draw_border() -> Figure:
 
 
 def draw_taps(model: keras.Model, picture: np.ndarray) -> Figure:
-    """The nine points of two gates, before and after training, coloured by their masks."""
+    """Draws the nine points of two gates, before and after training, coloured by their masks."""
     after = [keras_das.visualize.sampling_points(model, picture, name, POINT) for name in GATES]
     for gate, _ in keras_das.visualize.gate_inputs(model, picture[None]):
         for weight in (gate.deform.offset_kernel, gate.deform.offset_bias):

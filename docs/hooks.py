@@ -1,7 +1,7 @@
-"""What MkDocs is told beyond mkdocs.yml: pages that lie elsewhere in the repository, and equations.
+"""MkDocs hooks: pages from other folders of the repository, and equations.
 
-Equations stand in the pages as GitHub reads them too, `$...$` and `$$...$$`, and become MathML, which
-browsers draw without a script.
+Pages contain equations in GitHub's notation, `$...$` and `$$...$$`. They become MathML, which browsers
+render without a script.
 """
 
 import html
@@ -13,7 +13,14 @@ from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
-ELSEWHERE = ("CHANGELOG.md", "benchmarks/RESULTS.md", "benchmarks/accuracy.png", "examples/serve.md")
+ELSEWHERE = {
+    "CHANGELOG.md": "CHANGELOG.md",
+    "benchmarks/METHOD.md": "METHOD.md",
+    "benchmarks/RESULTS.md": "RESULTS.md",
+    "examples/README.md": "training.md",
+    "examples/serve.md": "serve.md",
+}
+"""Files of the repository, and their names on the site."""
 _EQUATION = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<latex>.*?)\\[)\]]</(?P=tag)>(?P<after>[.,:;)]*)',
     re.DOTALL,
@@ -21,17 +28,17 @@ _EQUATION = re.compile(
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Adds the files that the site shares with the repository."""
-    for path in ELSEWHERE:
-        files.append(File.generated(config, Path(path).name, abs_src_path=str(ROOT / path)))
+    """Adds the pages from other folders."""
+    for path, name in ELSEWHERE.items():
+        files.append(File.generated(config, name, abs_src_path=str(ROOT / path)))
     return files
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Has links to these files, which lead out of `docs` on GitHub, lead to the pages."""
-    for path in ELSEWHERE:
-        markdown = markdown.replace(f"](../{path}", f"]({Path(path).name}")
-    return markdown
+    """Rewrites links between `docs` and other folders, which are correct on GitHub, for the site."""
+    for path, name in ELSEWHERE.items():
+        markdown = markdown.replace(f"](../{path}", f"]({name}")
+    return markdown.replace("](../docs/", "](")
 
 
 def on_page_content(content: str, **_: Any) -> str:

@@ -1,4 +1,4 @@
-"""Backbones by name: keras.applications, ResNets 18 and 20, and presets of KerasCV and KerasHub."""
+"""Backbones by name: `keras.applications`, ResNet-18 and -20, and presets of KerasCV and KerasHub."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from examples.common import UserError, first_line
 NAMES = ("resnet18", "resnet20", "resnet50", "mobilenet_v2")
 LIBRARIES = ("keras_cv", "keras_hub")
 CAFFE_MEAN = (103.939, 116.779, 123.68)
-"""The blue, green and red that the ImageNet weights of keras.applications' ResNets expect as zero."""
+"""Mean blue, green and red, subtracted for the ImageNet weights of keras.applications' ResNets."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Backbone:
-    """A functional CNN without a head, and what turns pixels of 0..255 into its inputs."""
+    """A functional CNN without a head, and the preprocessing of pixels of 0..255."""
 
     model: keras.Model
     preprocess: Callable[[Any], Any]
     stages: Sequence[str] | None = None
-    """The layers that end the stages; None if `keras_das.attach_das` finds them on its own."""
+    """The last layers of the stages; `None` if `keras_das.attach_das` detects them."""
 
 
 def build(spec: str, image_size: int, pretrained: bool, small_stem: bool = False) -> Backbone:
-    """The backbone `spec` names, with the weights that come with it or with random ones.
+    """Builds the backbone `spec`, with pretrained or random weights.
 
-    `small_stem` gives `resnet18` a first layer without stride, for images of about 32 pixels.
+    `small_stem` removes the stride of the first layer of `resnet18`, for images of about 32 pixels.
     """
     if small_stem and spec != "resnet18":
         raise UserError("--small-stem goes with --backbone resnet18 only")
@@ -41,7 +41,7 @@ def build(spec: str, image_size: int, pretrained: bool, small_stem: bool = False
         raise UserError(f"--backbone must be one of {choices}, not {spec!r}")
     if spec in ("resnet18", "resnet20"):
         if pretrained:
-            raise UserError(f"{spec} has no ImageNet weights; name a weights file or take resnet50")
+            raise UserError(f"{spec} has no ImageNet weights; pass a weights file or use resnet50")
         model = resnet18(image_size, small_stem) if spec == "resnet18" else resnet20(image_size)
         stages = [layer.name for layer in model.layers if re.fullmatch(r"stage\d", layer.name)]
         return Backbone(model, _to_unit_range, stages)
@@ -49,7 +49,7 @@ def build(spec: str, image_size: int, pretrained: bool, small_stem: bool = False
         if spec in NAMES:
             return _application(spec, image_size, pretrained)
         return {"keras_cv": _keras_cv, "keras_hub": _keras_hub}[library](preset, pretrained)
-    # Whatever the library raises: no network, a preset or folder it does not know, a file it cannot read.
+    # Any error of the library: no network, an unknown preset or folder, an unreadable file.
     except Exception as error:
         raise UserError(f"cannot load backbone {spec}: {first_line(error)}") from error
 
@@ -76,7 +76,7 @@ def _application(name: str, image_size: int, pretrained: bool) -> Backbone:
 def _keras_cv(preset: str, pretrained: bool) -> Backbone:
     library = import_library("keras_cv", "cv")
     model = library.models.Backbone.from_preset(preset, load_weights=pretrained)
-    # Its presets scale pixels themselves, unless they were made not to.
+    # Its presets rescale pixels unless configured otherwise.
     scales = getattr(model, "include_rescaling", False)
     return Backbone(model, (lambda pixels: pixels) if scales else keras.layers.Rescaling(1 / 255))
 
@@ -87,7 +87,7 @@ def _keras_hub(preset: str, pretrained: bool) -> Backbone:
     model = library.models.Backbone.from_preset(preset, load_weights=pretrained, dtype=policy)
     try:
         converter = library.layers.ImageConverter.from_preset(preset)
-    except (OSError, ValueError):  # a folder of a backbone alone says nothing about its inputs' range
+    except (OSError, ValueError):  # a folder of only a backbone does not specify the range of its inputs
         return Backbone(model, _to_unit_range)
     scale, offset = converter.scale, converter.offset
     return Backbone(
@@ -96,7 +96,7 @@ def _keras_hub(preset: str, pretrained: bool) -> Backbone:
 
 
 def import_library(name: str, extra: str) -> Any:
-    """KerasCV or KerasHub, or a line that says how to get it."""
+    """Imports KerasCV or KerasHub; the error says how to install it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -106,7 +106,7 @@ def import_library(name: str, extra: str) -> Any:
 
 
 def resnet18(image_size: int, small_stem: bool = False) -> keras.Model:
-    """ResNet-18 (He et al., 2015, arXiv 1512.03385) with random weights; stage `i` ends in `stage{i}`."""
+    """ResNet-18 (He et al., 2015, arXiv 1512.03385) with random weights; `stage{i}` ends stage `i`."""
     inputs = keras.Input((image_size, image_size, 3))
     if small_stem:
         x = _convolution(inputs, 64, 3, 1, "stem")
@@ -117,14 +117,14 @@ def resnet18(image_size: int, small_stem: bool = False) -> keras.Model:
 
 
 def resnet20(image_size: int) -> keras.Model:
-    """The ResNet-20 of the same paper's section 4.2, for images of about 32 pixels: three stages."""
+    """ResNet-20 of section 4.2 of the same paper, for images of about 32 pixels: three stages."""
     inputs = keras.Input((image_size, image_size, 3))
     x = _convolution(inputs, 16, 3, 1, "stem")
     return keras.Model(inputs, _stages(x, (16, 32, 64), 3), name="resnet20")
 
 
 def _stages(x: Any, filters: Sequence[int], blocks: int) -> Any:
-    """Stages of basic blocks; all but the first begin with a stride of 2, and each ends in `stage{i}`."""
+    """Stages of basic blocks; all except the first start with a stride of 2, and `stage{i}` ends each."""
     for number, width in enumerate(filters, start=1):
         for block in range(1, blocks + 1):
             name = f"stage{number}_block{block}"
@@ -144,7 +144,7 @@ def _basic_block(x: Any, filters: int, stride: int, name: str, output_name: str 
 
 
 def _convolution(x: Any, filters: int, size: int, stride: int, name: str, relu: bool = True) -> Any:
-    """A convolution without bias, batch normalisation and, as a rule, a ReLU."""
+    """A convolution without bias, batch normalization and, by default, a ReLU."""
     x = keras.layers.Conv2D(
         filters, size, stride, "same", use_bias=False, kernel_initializer="he_normal", name=f"{name}_conv"
     )(x)

@@ -3,7 +3,7 @@
     python examples/classify.py --backbone resnet50 --attention das --data trees
     python examples/classify.py --help
 
-`train` is the whole run as a function; it returns what `results.json` holds.
+`train` runs the script as a function and returns the contents of `results.json`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # run as a script: find `examples` and a keras_das that is not installed
+if not __package__:  # run as a script: make `examples` and an uninstalled keras_das importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 if __name__ == "__main__":
     import examples
@@ -54,7 +54,7 @@ class Config:
     train: str = "all"
     gate_rate: float = 1.0
     freeze_batch_norm: bool = False
-    # Keras's 0.99 is for long runs: over a few hundred steps its averages would not forget where they began.
+    # Keras' 0.99 suits long runs: a few hundred steps are too few to forget the initial averages.
     norm_momentum: float = 0.9
     dropout: float = 0.0
     epochs: int = 6
@@ -77,17 +77,17 @@ class Config:
     baseline: str | None = None
 
 
-# The paper (arXiv 2311.12091) follows the comparisons before it: SGD at a rate of 0.1 with momentum 0.9 and
-# weight decay 1e-4; on ImageNet batches of 256, 100 epochs, a tenth of the rate after 30, 60 and 90; on
-# Stanford Dogs batches of 32 and a cosine. Ours are the epochs on Stanford Dogs, and augmentation by Keras
-# layers where the paper crops and flips at random.
+# The paper (arXiv 2311.12091) uses SGD at a rate of 0.1 with momentum 0.9 and weight decay 1e-4: on ImageNet
+# batches of 256 for 100 epochs, with a tenth of the rate after 30, 60 and 90; on Stanford Dogs batches of 32
+# and a cosine schedule. The number of epochs on Stanford Dogs is our choice, and so is augmentation by Keras
+# layers instead of random crops and flips.
 _PAPER: dict[str, Any] = {
     "backbone": "resnet50",
     "image_size": 224,
     "norm_momentum": 0.99,
     "optimizer": "sgd",
     "learning_rate": 0.1,
-    # Keras decays weights apart from the gradient; 1e-4 added to the gradient acts ten times, by momentum.
+    # Keras decouples weight decay from the gradient; as part of it, momentum multiplies 1e-4 by ten.
     "weight_decay": 1e-3,
     "warmup_epochs": 0.0,
     "label_smoothing": 0.0,
@@ -109,13 +109,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         "schedule": "cosine",
     },
 }
-"""After the paper's experiments, but not checked against its text: the usual arguments for these sets.
+"""The usual arguments for the paper's data sets, not checked against its text.
 
-What a user names on the command line wins over them."""
+Arguments on the command line override them."""
 
 
 def attach_das(backbone: backbones.Backbone, config: Config) -> keras.Model:
-    """`keras_das.attach_das` on the backbone's stages; what does not fit is the command line's mistake."""
+    """Calls `keras_das.attach_das` on the backbone's stages; invalid arguments raise a `UserError`."""
     identity = config.identity_init == "on"
     try:
         return keras_das.attach_das(backbone.model, backbone.stages, identity_init=identity, **config.das)
@@ -129,7 +129,7 @@ ATTENTIONS: dict[str, Callable[[backbones.Backbone, Config], keras.Model]] = {
     "none": lambda backbone, config: backbone.model,
     "das": attach_das,
 }
-"""What makes the features of a backbone; a comparison with other modules adds its own."""
+"""Functions from a backbone to its features; comparisons with other modules can add their own."""
 
 CHOICES: dict[str, Collection[str]] = {
     "augment": ("auto", "none", "flip", "aerial", "crop", "zoom"),
@@ -146,7 +146,7 @@ CHOICES: dict[str, Collection[str]] = {
 
 
 def train(config: Config) -> dict[str, Any]:
-    """Run `config` from data to saved model, and return every figure, as in `results.json`."""
+    """Run `config` from data to saved model, and return all figures of `results.json`."""
     config = dataclasses.replace(config, output=config.output or _default_output(config))
     INTERFACE.check(config)
     strategy = training.make_strategy(config.strategy, config.batch_size)
@@ -193,7 +193,7 @@ def _default_output(config: Config) -> str:
 
 
 def _identity(config: Config, dataset: pipeline.Dataset) -> dict[str, Any]:
-    """What a run and its continuation must have in common."""
+    """Arguments that must not change when a run is resumed."""
     names = (
         "backbone",
         "small_stem",
@@ -215,8 +215,8 @@ def _identity(config: Config, dataset: pipeline.Dataset) -> dict[str, Any]:
 def build_model(config: Config, class_names: tuple[str, ...]) -> keras.Model:
     """A classifier of pixels of 0..255: scaling, backbone, gates, average pooling and a softmax.
 
-    With one seed, backbone and head start from the same weights whatever the attention. `config.weights` may
-    be a file of the model without attention: then attention is attached to what was read.
+    With the same seed, backbone and head start from the same weights for every kind of attention. If
+    `config.weights` is a file of the model without attention, attention is attached to the loaded model.
     """
     pretrained = config.weights in ("imagenet", "preset")
     file = None if pretrained or config.weights == "none" else Path(config.weights)
@@ -250,7 +250,7 @@ def _classifier(
 
 
 def _freeze(model: keras.Model, config: Config) -> None:
-    """Freezes what `config` wants frozen."""
+    """Freezes weights according to `config`."""
     if config.train == "gates":
         if not list(_gates(model)):
             raise UserError("--train gates needs gates: --attention das")
@@ -262,19 +262,19 @@ def _freeze(model: keras.Model, config: Config) -> None:
 
 
 def _holds(path: Path, model: keras.Model) -> bool:
-    """Whether a `.keras` file holds a model with as many weights as `model`; others are not looked into."""
+    """Whether a `.keras` file contains a model with as many weights as `model`; `False` for other files."""
     if path.suffix != ".keras" or not path.is_file():
         return False
     try:
         return len(keras.models.load_model(path, compile=False).weights) == len(model.weights)
     except (OSError, ValueError, TypeError):
-        return False  # `load_weights` says what is wrong with it
+        return False  # `load_weights` reports the problem
 
 
 def load_weights(model: keras.Model, path: Path) -> None:
-    """Fill `model` from a `.weights.h5` or a whole `.keras` of the same architecture and class count."""
+    """Load `model` from a `.weights.h5` or `.keras` file of the same architecture and class count."""
     if not path.is_file():
-        raise UserError(f"--weights: no such file: {path} (or name one of none, imagenet, preset)")
+        raise UserError(f"--weights: no such file: {path} (other values: none, imagenet, preset)")
     try:
         if path.suffix == ".keras":
             source = keras.models.load_model(path, compile=False)
@@ -282,7 +282,7 @@ def load_weights(model: keras.Model, path: Path) -> None:
             model.set_weights(source.get_weights())
             return
         with warnings.catch_warnings():
-            # Of a part that the file lacks, Keras says no more than a warning.
+            # Keras only warns about weights that the file lacks.
             warnings.simplefilter("error", UserWarning)
             model.load_weights(path)
     except (OSError, ValueError, TypeError, UserWarning) as error:
@@ -296,27 +296,27 @@ def _check_class_count(path: Path, source: keras.Model, model: keras.Model) -> N
 
 
 def compile_model(model: keras.Model, config: Config, train_count: int) -> None:
-    """Set optimizer, loss and accuracy for runs over `train_count` images an epoch."""
+    """Set optimizer, loss and accuracy for epochs of `train_count` images."""
     steps = max(1, train_count // config.batch_size)
     optimizer = training.make_optimizer(config, steps, model.trainable_variables, list(_gates(model)))
     model.compile(
         optimizer,
         keras.losses.CategoricalCrossentropy(label_smoothing=config.label_smoothing),
-        # By its name alone, it would make its variables while the first step is traced; see `make_optimizer`.
+        # Given by name, it would create its variables during the first step; see `make_optimizer`.
         metrics=[keras.metrics.CategoricalAccuracy("accuracy")],
         jit_compile={"auto": "auto", "on": True, "off": False}[config.jit],
     )
 
 
 def augmentation(name: str, data_name: str = "") -> list[keras.Layer]:
-    """The preprocessing layers that a training batch goes through."""
+    """The preprocessing layers for training batches."""
     if name == "auto":
         name = "aerial" if data_name == "trees" else "crop"
     layers = keras.layers
     policies = {
         "none": [],
         "flip": [layers.RandomFlip("horizontal")],
-        # Seen from above there is no up: flips both ways, and the light of another hour.
+        # Aerial photographs have no upright orientation: flips in both directions, and changes of light.
         "aerial": [
             layers.RandomFlip("horizontal_and_vertical"),
             layers.RandomTranslation(0.1, 0.1, fill_mode="reflect"),
@@ -328,7 +328,7 @@ def augmentation(name: str, data_name: str = "") -> list[keras.Layer]:
             layers.RandomFlip("horizontal"),
             layers.RandomTranslation(0.125, 0.125, fill_mode="reflect"),
         ],
-        # Zooms in up to 2.5 times at a random place, as random-resized crops do.
+        # Zooms in up to 2.5 times at a random position, like random resized crops.
         "zoom": [
             layers.RandomFlip("horizontal"),
             layers.RandomTranslation(0.25, 0.25, fill_mode="reflect"),
@@ -356,12 +356,12 @@ def _fit(
             batches,
             validation_data=pipeline.evaluation_batches(splits["val"], classes, config.batch_size),
             epochs=config.epochs,
-            shuffle=False,  # the pipeline does
+            shuffle=False,  # the pipeline shuffles
             verbose=training.verbosity(config.progress),
             callbacks=[
                 clock,
                 timer,
-                # Before the backup: a kill between the two leaves a row too many, which is trimmed later.
+                # Before the backup: a run that ends in between leaves a row too many, trimmed later.
                 *records,
                 *([monitor] if list(_gates(model)) else []),
                 training.Backup(backup, writes=chief),
@@ -381,7 +381,7 @@ def _evaluate(model: keras.Model, dataset: pipeline.Dataset, config: Config) -> 
 
 def predict(model: keras.Model, split: pipeline.Split, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     """True and predicted labels of a split, in order."""
-    # Not `predict_on_batch`: under a strategy every replica would predict the whole batch.
+    # Not `predict_on_batch`: under a strategy, every replica would predict the whole batch.
     forward = tf.function(lambda images: model(images, training=False), reduce_retracing=True)
     labels, predicted = [], []
     for images, targets in pipeline.evaluation_batches(split, model.output_shape[-1], batch_size):
@@ -396,7 +396,7 @@ def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, classes: int) ->
 
 
 def scores(confusion: np.ndarray) -> dict[str, Any]:
-    """Accuracy, and the recall of each class (None for a class the test split lacks)."""
+    """Accuracy, and the recall of each class (`None` for classes without test images)."""
     support = confusion.sum(axis=1)
     recall = [
         right / count if count else None for right, count in zip(confusion.diagonal(), support, strict=True)
@@ -440,11 +440,11 @@ def _save(
     config: Config,
     backup: Path,
 ) -> None:
-    """Write everything of a finished run; until then its training state stays in `backup`."""
+    """Write the results of a finished run; until then, `backup` keeps its training state."""
     output = Path(config.output)
     try:
         with common.replacing(output / "model.keras") as path:
-            # A model of the same layers, without the optimizer's state: a third of the size.
+            # The same layers without the state of the optimizer: a third of the size.
             keras.Model(model.inputs, model.outputs, name=model.name).save(path)
         if config.export:
             with common.naming_full_disk(Path(config.export)):
@@ -463,7 +463,7 @@ def _save(
 
 
 def _examples(dataset: pipeline.Dataset, count: int = 4) -> tuple[np.ndarray, list[str]]:
-    """A few images of the test split, the classes by turns, and their class names."""
+    """A few images of the test split, alternating between classes, and their class names."""
     shuffled = dataset.splits["test"].examples(tf.constant([0, 0], tf.int64))
     images, labels = next(iter(shuffled.batch(16 * count)))
     labels = labels.numpy()
@@ -478,33 +478,33 @@ def _examples(dataset: pipeline.Dataset, count: int = 4) -> tuple[np.ndarray, li
 HELP = {
     "data": "trees (aerial photographs from PyPI), folder:PATH (of class folders, or train, val and test of "
     "those) or tfds:NAME",
-    "data_dir": "where TensorFlow Datasets keeps its files",
-    "data_share": "train and validate on this share of the images of a folder, class by class",
+    "data_dir": "folder of TensorFlow Datasets' files",
+    "data_share": "share of the training and validation images to use, class by class (folders only)",
     "image_size": "side of the square images in pixels",
-    "augment": "what happens to training images, by Keras layers; auto: aerial for trees, crop for others",
+    "augment": "augmentation by Keras layers; auto: aerial for trees, crop for other data",
     "backbone": "resnet18, resnet20, resnet50, mobilenet_v2, keras_cv:PRESET_OR_FOLDER or "
     "keras_hub:PRESET_OR_FOLDER",
-    "small_stem": "resnet18 without stride in its first layer, for images of about 32 pixels",
+    "small_stem": "remove the stride of the first layer of resnet18, for images of about 32 pixels",
     "weights": "none (train from scratch), imagenet or preset (fine-tune), or a .weights.h5 or .keras file; "
-    "attention can be attached to a .keras file of the model without",
+    "gates can be attached to a .keras file of a model without gates",
     "attention": "DAS gates after each stage, or none",
-    "train": "all weights, or the gates and the head alone, on a trunk that keeps its weights",
-    "gate_rate": "the gates' learning rate over that of the other weights",
-    "freeze_batch_norm": "keep the statistics, scales and shifts of the trunk's batch normalization",
-    "baseline": "folder of another run, whose test accuracy is printed beside this one's",
-    "identity_init": "whether gates start at exactly 1; auto: only on trained weights",
-    "norm_momentum": "momentum of batch normalisation's moving averages",
+    "train": "all weights, or only the gates and the head, with the trunk frozen",
+    "gate_rate": "learning rate of the gates relative to that of the other weights",
+    "freeze_batch_norm": "freeze statistics, scales and shifts of batch normalization",
+    "baseline": "folder of another run whose test accuracy is printed for comparison",
+    "identity_init": "start gates at exactly 1; auto: only with trained weights",
+    "norm_momentum": "momentum of the moving averages of batch normalization",
     "optimizer": "AdamW, or SGD with momentum 0.9",
-    "schedule": "of the learning rate; steps: a tenth after 30, 60 and 90 %% of the epochs",
-    "warmup_epochs": "epochs in which the cosine schedule's rate rises from 0",
-    "mixed_precision": "Keras's dtype policy",
+    "schedule": "schedule of the learning rate; steps: multiply by 0.1 after 30, 60 and 90 %% of the epochs",
+    "warmup_epochs": "epochs of linear warm-up of the cosine schedule",
+    "mixed_precision": "Keras dtype policy",
     "strategy": training.STRATEGY_HELP,
-    "jit": "XLA; auto leaves it to Keras",
-    "deterministic": "same bits each time, where TensorFlow can, at a cost in speed",
+    "jit": "compile with XLA; auto: the default of Keras",
+    "deterministic": "use deterministic operations of TensorFlow, which are slower",
     "output": "folder of the results (default: runs/DATA-BACKBONE-ATTENTION)",
-    "resume": "folder of the training state: a killed run continues there after its last complete epoch",
-    "export": "also write a SavedModel to this folder",
-    "progress": "a bar, a line an epoch, or nothing; auto: a bar on a terminal",
+    "resume": "folder of the training state (OUTPUT/backup) of an interrupted run to resume",
+    "export": "write a SavedModel to this folder",
+    "progress": "progress bar, one line per epoch, or none; auto: a bar on a terminal",
 }
 
 
@@ -514,7 +514,7 @@ INTERFACE = options.Interface(
 
 
 def parse_arguments(arguments: list[str] | None = None) -> tuple[Config, bool]:
-    """The configuration of a command line, recipe and defaults filled in, and whether it says `--debug`."""
+    """Returns the configuration of a command line, and whether `--debug` is set."""
     return INTERFACE.parse(arguments)
 
 

@@ -1,4 +1,4 @@
-"""What every example shares: errors of one line, and files that are replaced whole."""
+"""Shared by all examples: one-line errors, and atomic replacement of files."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ DISK_FULL_TEXTS = ("No space left on device", "Disk quota exceeded", "File too l
 
 
 class UserError(Exception):
-    """A wrong argument or wrong data: something to correct before running again."""
+    """Invalid arguments or data, to be corrected before running again."""
 
     exit_code = 2
 
 
 class RunError(Exception):
-    """A failure while running that the arguments do not explain."""
+    """A failure during the run that is not caused by the arguments."""
 
     exit_code = 1
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether `error` says that no more bytes can be written.
+    """Whether `error` reports a full disk.
 
-    HDF5 and TensorFlow wrap the system's error in types of their own, so the text counts as well.
+    HDF5 and TensorFlow wrap the system's error in their own types, so the text is checked as well.
     """
     if isinstance(error, OSError) and error.errno in DISK_FULL_CODES:
         return True
@@ -38,7 +38,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text that is not blank, or its type's name."""
+    """The first line of an error's text that is not blank, or the name of its type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
@@ -70,7 +70,7 @@ def _describe(error: Exception) -> str:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside the file `path`, which is moved over `path` on success.
 
-    A reader never sees half a file, and a failed write leaves what was there before.
+    Readers never see an incomplete file, and a failed write keeps the previous file.
     """
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def naming_full_disk(path: Path) -> Iterator[None]:
-    """Say of a full disk that it kept `path`, which is written whole or not at all, from being written."""
+    """Turn a full disk into an error that names `path`, which is written completely or not at all."""
     try:
         yield
     except Exception as error:
@@ -97,14 +97,14 @@ def naming_full_disk(path: Path) -> Iterator[None]:
 def reserve(folder: Path, size: int) -> None:
     """Raise the system's error if `size` bytes cannot be written to `folder`.
 
-    For writers that do not fail cleanly: HDF5, out of space, may take the process down.
+    For writers that do not fail cleanly: HDF5 can crash the process on a full disk.
     """
     with tempfile.NamedTemporaryFile(dir=folder) as file:
         os.posix_fallocate(file.fileno(), 0, max(1, size))
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder, if it is there."""
+    """Delete a file or a folder if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -1,9 +1,9 @@
-"""Train an object detector, a RetinaNet of KerasCV or KerasHub, with or without DAS gates.
+"""Train a RetinaNet of KerasCV or KerasHub for object detection, with or without DAS gates.
 
     python examples/detect.py --backbone resnet18 --attention das --data trees
     python examples/detect.py --help
 
-`train` is the whole run as a function; it returns what `results.json` holds.
+`train` runs the script as a function and returns the contents of `results.json`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # run as a script: find `examples` and a keras_das that is not installed
+if not __package__:  # run as a script: make `examples` and an uninstalled keras_das importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 if __name__ == "__main__":
     import examples
@@ -74,7 +74,7 @@ class Config:
 
 
 RECIPES: dict[str, dict[str, Any]] = {
-    # The usual schedule of twelve epochs; the paper trains a RetinaNet on a ResNet-50 with such a one.
+    # The usual schedule of twelve epochs, as the paper uses for a RetinaNet on a ResNet-50.
     "coco": {
         "data": "tfds:coco/2017",
         "image_size": 1024,
@@ -86,11 +86,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         "optimizer": "sgd",
         "learning_rate": 0.01,
         "schedule": "steps",
-        "weight_decay": 1e-3,  # apart from the gradient; 1e-4 in it acts ten times, by momentum
+        "weight_decay": 1e-3,  # decoupled from the gradient; as part of it, momentum multiplies 1e-4 by ten
         "clip_norm": 10.0,
     },
 }
-"""After the usual arguments for COCO: 800x1333 pixels become a square of the nearest multiple of 128."""
+"""The usual arguments for COCO, with a square of a multiple of 128 pixels instead of 800x1333."""
 
 CHOICES: dict[str, Collection[str]] = {
     "augment": ("on", "off"),
@@ -106,28 +106,28 @@ CHOICES: dict[str, Collection[str]] = {
 HELP = {
     "data": "trees (tiles of aerial photographs from PyPI), voc:FOLDER, coco:ANNOTATIONS.json,IMAGES_FOLDER "
     "or tfds:NAME",
-    "data_dir": "where TensorFlow Datasets keeps its files",
-    "image_size": "images are scaled to fit into a square of this side, a multiple of 128",
-    "augment": "flips, and scales and crops at random, boxes too",
-    "library": "whose RetinaNet",
+    "data_dir": "folder of TensorFlow Datasets' files",
+    "image_size": "side of the square that images are scaled to fit into, a multiple of 128",
+    "augment": "random flips, scales and crops of images and boxes",
+    "library": "library of the RetinaNet",
     "backbone": "resnet18, resnet50, or a preset or preset folder of the library",
-    "head_layers": "convolutions of each head before its last (keras_hub only); 0: the library's own number",
+    "head_layers": "convolutions of each head before the last one (keras_hub only); 0: the library's default",
     "weights": "none (train from scratch), preset, or a .keras file of a classifier on the same backbone",
     "attention": "DAS gates after each stage, or none",
-    "identity_init": "whether gates start at exactly 1; auto: only on trained weights",
-    "norm_momentum": "momentum of batch normalisation's moving averages",
+    "identity_init": "start gates at exactly 1; auto: only with trained weights",
+    "norm_momentum": "momentum of the moving averages of batch normalization",
     "optimizer": "AdamW, or SGD with momentum 0.9",
-    "schedule": "of the learning rate; steps: a tenth after 30, 60 and 90 %% of the epochs",
-    "warmup_epochs": "epochs in which the cosine schedule's rate rises from 0",
-    "clip_norm": "gradients are scaled down to this norm; 0: never",
-    "mixed_precision": "Keras's dtype policy",
+    "schedule": "schedule of the learning rate; steps: multiply by 0.1 after 30, 60 and 90 %% of the epochs",
+    "warmup_epochs": "epochs of linear warm-up of the cosine schedule",
+    "clip_norm": "clip gradients to this global norm; 0: no clipping",
+    "mixed_precision": "Keras dtype policy",
     "strategy": training.STRATEGY_HELP,
-    "score_every": "COCO's metrics on the validation split, and pictures, after this many epochs",
-    "deterministic": "same bits each time, where TensorFlow can, at a cost in speed",
+    "score_every": "compute COCO metrics on the validation split and draw pictures every this many epochs",
+    "deterministic": "use deterministic operations of TensorFlow, which are slower",
     "output": "folder of the results (default: runs/DATA-LIBRARY-BACKBONE-ATTENTION)",
-    "resume": "folder of the training state: a killed run continues there after its last complete epoch",
-    "export": "also write a SavedModel to this folder, from pixels to boxes",
-    "progress": "a bar, a line an epoch, or nothing; auto: a bar on a terminal",
+    "resume": "folder of the training state (OUTPUT/backup) of an interrupted run to resume",
+    "export": "write a SavedModel that maps pixels to boxes to this folder",
+    "progress": "progress bar, one line per epoch, or none; auto: a bar on a terminal",
 }
 INTERFACE = options.Interface(
     "detect", "Train an object detector with DAS gates.", Config, HELP, CHOICES, RECIPES
@@ -135,7 +135,7 @@ INTERFACE = options.Interface(
 
 
 def train(config: Config) -> dict[str, Any]:
-    """Run `config` from data to saved model, and return every figure, as in `results.json`."""
+    """Run `config` from data to saved model, and return all figures of `results.json`."""
     config = dataclasses.replace(config, output=config.output or _default_output(config))
     _check(config)
     strategy = training.make_strategy(config.strategy, config.batch_size)
@@ -191,7 +191,7 @@ def _check(config: Config) -> None:
 
 
 def _identity(config: Config, found: data.DetectionData) -> dict[str, Any]:
-    """What a run and its continuation must have in common."""
+    """Arguments that must not change when a run is resumed."""
     names = (
         "library",
         "backbone",
@@ -207,7 +207,7 @@ def _identity(config: Config, found: data.DetectionData) -> dict[str, Any]:
 
 
 def build_detector(config: Config, class_count: int) -> detectors.Detector:
-    """The detector that `config` describes."""
+    """Builds the detector of `config`."""
     attach = None
     if config.attention == "das":
         trained = config.weights != "none"
@@ -239,7 +239,7 @@ def _fit(
     records: list[keras.callbacks.Callback] = []
     if chief:
         records = [
-            _scorer(detector, found, config),  # ahead of those that write down its figures
+            _scorer(detector, found, config),  # before the callbacks that record its figures
             *training.make_records(output, bool(config.resume)),
             _pictures(detector, found, config, output / "logs"),
         ]
@@ -254,7 +254,7 @@ def _fit(
         detector.model.fit(
             train_data,
             epochs=config.epochs,
-            shuffle=False,  # the pipeline does
+            shuffle=False,  # the pipeline shuffles
             verbose=training.verbosity(config.progress),
             callbacks=[clock, timer, *records, training.Backup(backup, writes=chief)],
         )
@@ -279,8 +279,8 @@ def truths_of(split: data.Split) -> list[coco_metrics.Boxes]:
 
 
 def detect(predictor: keras.Model, split: data.Split, config: Config) -> list[coco_metrics.Boxes]:
-    """What is found in the images of a split, in pixels of the original images."""
-    # Not `predict_on_batch`: under a strategy every replica would predict the whole batch.
+    """Detections in the images of a split, in pixels of the original images."""
+    # Not `predict_on_batch`: under a strategy, every replica would predict the whole batch.
     forward = tf.function(lambda images: predictor(images, training=False), reduce_retracing=True)
     found = []
     for images, indices in batches.evaluation_batches(split, config.image_size, config.batch_size):
@@ -309,7 +309,7 @@ def _pictures(
 
 
 def _first(split: data.Split, count: int) -> data.Split:
-    """A few images of a split, evenly out of all."""
+    """A few evenly spaced images of a split."""
     chosen = np.unique(np.linspace(0, len(split.truths) - 1, count).astype(int))
     return splits.Subset(split, chosen.tolist())
 
@@ -327,7 +327,7 @@ def _save(
     config: Config,
     backup: Path,
 ) -> None:
-    """Write everything of a finished run; until then its training state stays in `backup`."""
+    """Write the results of a finished run; until then, `backup` keeps its training state."""
     output = Path(config.output)
     try:
         with common.replacing(output / "model.weights.h5") as path:

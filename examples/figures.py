@@ -12,7 +12,7 @@ import keras_das
 
 
 def draw_confusion_matrix(confusion: np.ndarray, class_names: tuple[str, ...], path: Path) -> None:
-    """A PNG of the confusion matrix; rows add up to 1, counts are written in while there is room."""
+    """Draws the confusion matrix as a PNG. Rows sum to 1; counts are shown for up to 20 classes."""
     share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     few = len(class_names) <= 20
     side = 3 + 0.6 * len(class_names) if few else 12
@@ -33,7 +33,7 @@ def draw_confusion_matrix(confusion: np.ndarray, class_names: tuple[str, ...], p
 
 
 def draw_gates(model: keras.Model, images: np.ndarray, labels: list[str], path: Path) -> None:
-    """A PNG with a row for each image: its gates, and where each of them reads for the image's middle.
+    """Draws a PNG with a row for each image: its gates, and the positions they sample for its centre.
 
     `images` are pixels of 0..255, `(N, H, W, 3)`; `model` is a classifier of `classify.build_model`.
     """

@@ -1,4 +1,4 @@
-"""Command lines made of a dataclass: a field is an argument, its default the argument's."""
+"""Command lines from a dataclass: each field is an argument with the field's default."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from typing import Any
 from examples.common import UserError
 
 MINIMA = {"image_size": 8, "epochs": 1, "batch_size": 1, "seed": 0, "learning_rate": 1e-12}
-"""The least value of arguments that are numbers."""
+"""The smallest values of numeric arguments."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Interface:
-    """What a command line is made of."""
+    """The description of a command line."""
 
     program: str
     description: str
     config: Any
-    """The dataclass; its field `das`, a dictionary, becomes the repeatable `--das KEY=VALUE`."""
+    """The dataclass. Its field `das`, a dictionary, is set by the repeatable `--das KEY=VALUE`."""
     help: Mapping[str, str]
     choices: Mapping[str, Collection[str]]
     recipes: Mapping[str, Mapping[str, Any]]
 
     def parse(self, arguments: list[str] | None = None) -> tuple[Any, bool]:
-        """The configuration, recipe and defaults filled in, and whether the line says `--debug`."""
+        """Returns the configuration, including recipe and defaults, and whether `--debug` is set."""
         parser = argparse.ArgumentParser(self.program, description=self.description)
         parser.add_argument(
             "--recipe",
             choices=sorted(self.recipes),
-            help="start from the arguments of an experiment of the paper",
+            help="use the arguments of an experiment of the paper as defaults",
         )
         parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
         parser.add_argument(
@@ -52,7 +52,7 @@ class Interface:
         return self.config(**{**self.recipes.get(recipe, {}), **given, "das": das}), debug
 
     def _add_argument(self, parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
-        # Without a default of its own, an argument that is not given stays out of the way of the recipe's.
+        # No argparse default, so that arguments that are not given do not override the recipe.
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": self.help.get(field.name, "")}
         default = field.default
         if default not in (None, False):
@@ -66,7 +66,7 @@ class Interface:
         parser.add_argument(flag(field.name), **options)
 
     def check(self, config: Any) -> None:
-        """Refuse what a configuration made in Python might hold, and argparse would not have let through."""
+        """Reject values that argparse would reject, for configurations created in Python."""
         for name, choices in self.choices.items():
             if getattr(config, name) not in choices:
                 raise UserError(
@@ -80,7 +80,7 @@ class Interface:
 
 
 def _check_export(path: Path) -> None:
-    """Refuse before training what `keras_das.export` would refuse after it."""
+    """Reject paths before training that `keras_das.export` would reject after it."""
     free = not path.exists() or (path.is_dir() and not any(path.iterdir()))
     if not free and not (path / "saved_model.pb").is_file():
         raise UserError(f"--export: {path} is there already and is not a SavedModel")

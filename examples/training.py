@@ -1,4 +1,4 @@
-"""What keeps a training run alive: its record, its backup, and plain words when it stops."""
+"""Training runs: records, backups, optimizers, strategies, and clear errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from examples.common import RunError, UserError
 
 
 class History(keras.callbacks.CSVLogger):
-    """A CSVLogger that a resumed run continues: rows of epochs that are about to be repeated go."""
+    """A CSVLogger for resumed runs: removes the rows of epochs that are repeated."""
 
     def __init__(self, path: Path) -> None:
         """Append to `path`."""
@@ -33,14 +33,14 @@ class History(keras.callbacks.CSVLogger):
         self.trimmed = False
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        """Only here is it known where the run begins; the open file appends to what is left."""
+        """Trims the file, as the first epoch of the run is known only here; the open file appends."""
         if not self.trimmed:
             _trim_history(Path(self.filename), epoch)
             self.trimmed = True
 
 
 def make_records(output: Path, resume: bool) -> list[keras.callbacks.Callback]:
-    """What writes a run's figures into its folder: `history.csv`, and TensorBoard's `logs`."""
+    """The callbacks that write `history.csv` and TensorBoard's `logs` to the run's folder."""
     output.mkdir(parents=True, exist_ok=True)
     if not resume:
         common.remove(output / "history.csv")
@@ -56,19 +56,19 @@ def _trim_history(path: Path, epoch: int) -> None:
 
 
 def read_history(path: Path) -> dict[str, list[float | None]]:
-    """The columns of a `history.csv`; None where there was no number, for JSON knows no NaN."""
+    """The columns of a `history.csv`, with `None` for missing numbers, as JSON has no NaN."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     return {name: [_number(row[name]) for row in rows] for name in (rows[0] if rows else {})}
 
 
 def _number(text: str) -> float | None:
-    value = float("nan" if text == "NA" else text)  # Keras' logger writes either
+    value = float("nan" if text == "NA" else text)  # Keras' logger writes both
     return None if math.isnan(value) else value
 
 
 class StepTimer(keras.callbacks.Callback):
-    """Measures training steps; the first two of a run, which trace and compile, do not count."""
+    """Measures training steps, except the first two, which trace and compile."""
 
     def __init__(self) -> None:
         """Start with no steps."""
@@ -76,23 +76,23 @@ class StepTimer(keras.callbacks.Callback):
         self.seconds: list[float] = []
 
     def on_train_begin(self, logs: dict | None = None) -> None:
-        """Note when training began."""
+        """Store the start of the training."""
         self.began = time.perf_counter()
 
     def on_train_end(self, logs: dict | None = None) -> None:
-        """Note how long training took, validation and saving included."""
+        """Store the duration of the training, including validation and saving."""
         self.total = time.perf_counter() - self.began
 
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
-        """Note when the step began."""
+        """Store the start of the step."""
         self.step_began = time.perf_counter()
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        """Note how long the step took."""
+        """Store the duration of the step."""
         self.seconds.append(time.perf_counter() - self.step_began)
 
     def figures(self) -> dict[str, float | int | None]:
-        """What was measured; the step's time is a median."""
+        """The measured times; the time per step is a median."""
         counted = self.seconds[2:]
         return {
             "train_seconds": self.total,
@@ -102,15 +102,15 @@ class StepTimer(keras.callbacks.Callback):
 
 
 def prepare_backup(folder: Path, resume: bool, identity: Mapping[str, Any]) -> None:
-    """Empty the folder for the training state, or, to `resume`, check that it holds a run of this `identity`.
+    """Empty the folder of the training state or, to `resume`, check that its run has the same `identity`.
 
-    `identity` is what must not change between a run and its continuation; JSON can hold it.
+    `identity` contains the arguments that must not change when a run is resumed, as JSON values.
     """
     note = folder / "run.json"
     if resume and note.exists():
         _check_same_run(folder, json.loads(note.read_text()), identity)
         if not (folder / "training_metadata.json").exists():
-            # Stopped while the first state was written: what there is of it would be taken for whole.
+            # Interrupted while writing the first state: an incomplete state would be read as complete.
             common.remove(folder / "latest.weights.h5")
         return
     if resume and folder.exists() and any(folder.iterdir()):
@@ -131,17 +131,17 @@ def _check_same_run(folder: Path, theirs: Mapping[str, Any], ours: Mapping[str, 
 class Backup(keras.callbacks.BackupAndRestore):
     """Saves the training state after each epoch and restores it when training begins.
 
-    Two generations are kept: the older is whole if the newer is cut short. Whoever trains deletes the folder
-    once the results are saved.
+    Two generations are kept, so that one is complete if writing the other is interrupted. The caller deletes
+    the folder after saving the results.
     """
 
     def __init__(self, folder: Path, writes: bool = True) -> None:
-        """Keep the state in `folder`, or only restore it from there if something else `writes` it."""
+        """Keep the state in `folder`; without `writes`, only restore it from there."""
         super().__init__(str(folder), double_checkpoint=True, delete_checkpoint=False)
         self.writes = writes
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        """Make sure of the room for the state, and for a copy of the one before, and save it."""
+        """Check that the disk has space for the state and a copy of the previous one, and save it."""
         if not self.writes:
             return
         variables = self.model.variables + self.model.optimizer.variables
@@ -151,7 +151,7 @@ class Backup(keras.callbacks.BackupAndRestore):
 
 
 def verbosity(progress: str) -> int:
-    """Keras's `verbose` for `--progress auto|bar|lines|none`."""
+    """Keras' `verbose` for `--progress auto|bar|lines|none`."""
     if progress == "auto":
         progress = "bar" if sys.stdout.isatty() else "lines"
     return {"none": 0, "bar": 1, "lines": 2}[progress]
@@ -159,7 +159,7 @@ def verbosity(progress: str) -> int:
 
 @contextlib.contextmanager
 def explaining(dataset: Any, backup: Path) -> Iterator[None]:
-    """Turn what can go wrong in the middle of training into a line that says what to do."""
+    """Turn errors during training into a line that says what to do."""
     resume = f"continue from the last complete epoch with --resume {backup}"
     try:
         yield
@@ -168,7 +168,7 @@ def explaining(dataset: Any, backup: Path) -> Iterator[None]:
         raise
     except tf.errors.OpError as error:
         if not common.is_disk_full(error):
-            # A decoding error does not say which file it met.
+            # Decoding errors do not name the file.
             for split in dataset.splits.values():
                 if hasattr(split, "check"):
                     split.check()
@@ -181,13 +181,13 @@ def explaining(dataset: Any, backup: Path) -> Iterator[None]:
 
 
 STEP_EPOCHS, STEP_FACTOR = (0.3, 0.6, 0.9), 0.1
-"""Schedule `steps`: at these shares of all epochs (30, 60 and 90 of 100) the rate is multiplied by this."""
+"""Schedule `steps`: the shares of all epochs after which the rate is multiplied by `STEP_FACTOR`."""
 
 
 def learning_rate(
     config: Any, rate: float, steps: int
 ) -> keras.optimizers.schedules.LearningRateSchedule | float:
-    """A rate by step, for epochs of `steps` steps; `config` is that of an example."""
+    """The learning rate by step, for epochs of `steps` steps and the `config` of an example."""
     if config.schedule == "constant":
         return rate
     if config.schedule == "steps":
@@ -205,10 +205,10 @@ def learning_rate(
 def make_optimizer(
     config: Any, steps: int, variables: Sequence[keras.Variable], gates: Sequence[keras.Layer] = ()
 ) -> keras.optimizers.Optimizer:
-    """The optimizer of `variables` by an example's `config`, for epochs of `steps` steps.
+    """Returns the optimizer of `variables` for the `config` of an example and epochs of `steps` steps.
 
-    Biases and norms do not decay. The optimizer's own variables are made here: TensorFlow traces a step that
-    makes variables twice, which for a ResNet-50 is half a minute.
+    Biases and norms do not decay. The optimizer is built here because TensorFlow traces a step twice if it
+    creates variables, which is slow for large models.
     """
     factor = getattr(config, "gate_rate", 1.0)
     optimizer = _one_optimizer(config, config.learning_rate, steps)
@@ -235,9 +235,9 @@ def _one_optimizer(config: Any, rate: float, steps: int) -> keras.optimizers.Opt
 
 
 def make_loss_variables(model: keras.Model, batches: tf.data.Dataset) -> None:
-    """What `make_optimizer` does for the optimizer's variables, for those of losses that are several.
+    """Creates the variables of the metrics of several losses in advance, like `make_optimizer`.
 
-    With `tf.distribute`, Keras does so itself.
+    With `tf.distribute`, Keras creates them itself.
     """
     model.test_step(next(iter(batches)))
     model.reset_metrics()
@@ -245,7 +245,7 @@ def make_loss_variables(model: keras.Model, batches: tf.data.Dataset) -> None:
 
 @contextlib.contextmanager
 def dtype_policy(name: str) -> Iterator[None]:
-    """Within it, models are made with this policy; `none` leaves Keras' own."""
+    """A context in which models are created with this policy; `none` keeps the current one."""
     previous = keras.config.dtype_policy()
     if name != "none":
         keras.config.set_dtype_policy(name)
@@ -256,7 +256,7 @@ def dtype_policy(name: str) -> Iterator[None]:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """What ran: Python, TensorFlow, Keras, this package, and `packages` besides."""
+    """Versions of Python, TensorFlow, Keras, this package and `packages`."""
     return {
         "python": platform.python_version(),
         "tensorflow": tf.__version__,
@@ -268,17 +268,17 @@ def versions(*packages: str) -> dict[str, str]:
 
 STRATEGIES = ("none", "mirrored", "multiworker")
 STRATEGY_HELP = (
-    "mirrored: each batch is divided among all GPUs of the machine (without any, its CPU devices); "
-    "multiworker: among those of all machines in TF_CONFIG, each of which runs this command, with an output "
-    "folder that all of them see"
+    "mirrored: divide each batch among all GPUs of the machine (or its CPU devices if it has none); "
+    "multiworker: among the GPUs of all machines in TF_CONFIG; run the same command on each, with an output "
+    "folder that all machines share"
 )
 
 
 def make_strategy(name: str, batch_size: int) -> tf.distribute.Strategy:
-    """What `--strategy` names; models are built and compiled in its scope.
+    """Returns the strategy that `--strategy` names; build and compile models in its scope.
 
-    To be called before TensorFlow does anything else: several machines must meet first. Batches of
-    `batch_size` must divide evenly, or the replicas' means would not be that of the batch.
+    Call it before any other TensorFlow operation, because several machines must connect first. `batch_size`
+    must be a multiple of the number of devices, or the mean over replicas is not the mean over the batch.
     """
     if name == "none":
         return tf.distribute.get_strategy()
@@ -298,10 +298,10 @@ def make_strategy(name: str, batch_size: int) -> tf.distribute.Strategy:
 
 
 class _Machines(tf.distribute.MultiWorkerMirroredStrategy):
-    """Keras 3.15 reduces whole structures, and scalars along an axis; TensorFlow takes single tensors."""
+    """A strategy for Keras 3.15, which reduces structures and scalars; TensorFlow reduces single tensors."""
 
     def reduce(self, reduce_op: Any, value: Any, axis: int | None = None) -> Any:
-        """Reduce every tensor of the structure `value`, those without axes over the replicas alone."""
+        """Reduce every tensor of the structure `value`, scalars only over the replicas."""
 
         def reduce_one(each: Any) -> Any:
             rank = self.experimental_local_results(each)[0].shape.rank
@@ -312,13 +312,13 @@ class _Machines(tf.distribute.MultiWorkerMirroredStrategy):
 
 
 def is_chief(strategy: tf.distribute.Strategy) -> bool:
-    """Whether this process is the one that writes files: of several machines, the first."""
+    """Whether this process writes files: the first of several machines does."""
     resolver = strategy.cluster_resolver
     return resolver is None or not resolver.task_id
 
 
 def wait_for_all(strategy: tf.distribute.Strategy) -> None:
-    """Go on only when every machine has come to this place."""
+    """Wait until every machine has reached this point."""
 
     @tf.function
     def meet() -> tf.Tensor:

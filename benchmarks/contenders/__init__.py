@@ -1,6 +1,6 @@
-"""What is measured. To add a contender: a line in `CONTENDERS`, and a module unless one here already fits.
+"""The contenders. To add one, add a line to `CONTENDERS` and a module, unless an existing module fits.
 
-A module has `VERSIONS`, names of the distributions whose versions are reported, and
+A module contains `VERSIONS`, the names of the distributions whose versions are reported, and
 
     prepare(problem, mode, threads, **options) -> (run, collect)
 
@@ -18,11 +18,11 @@ from problem import MODES, OPERATIONS
 
 @dataclass(frozen=True)
 class Contender:
-    """How to reach a contender."""
+    """How to run a contender."""
 
     module: str
     description: str
-    # Where it runs: "" is the environment that the benchmark is started from, else see environments.sh.
+    # The environment: "" is that of the benchmark; the others are those of environments.sh.
     environment: str = ""
     modes: tuple[str, ...] = MODES
     operations: tuple[str, ...] = OPERATIONS
@@ -30,11 +30,11 @@ class Contender:
 
     @property
     def native(self) -> bool:
-        """Whether it is what the others are compared with."""
+        """Whether it is one of the fused kernels."""
         return self.options.get("implementation") == "native"
 
     def can(self, operation: str, mode: str) -> bool:
-        """Whether it computes that."""
+        """Whether it supports the problem."""
         return operation in self.operations and mode in self.modes
 
 

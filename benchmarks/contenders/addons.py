@@ -1,4 +1,4 @@
-"""tensorflow-addons' `resampler` for the samples, TensorFlow for the rest."""
+"""`resampler` of tensorflow-addons for the samples, TensorFlow for the rest."""
 
 import warnings
 
@@ -9,7 +9,7 @@ from contenders import tensorflow_run
 from problem import TAPS
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # it says that its development has ended
+    warnings.simplefilter("ignore")  # warns that its development has ended
     import tensorflow_addons as tfa
 
 VERSIONS = ("tensorflow-addons", "tensorflow")

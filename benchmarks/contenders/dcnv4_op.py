@@ -1,6 +1,6 @@
-"""The operation of DCNv4 (the package `DCNv4` on PyPI, for CUDA alone).
+"""The operation of DCNv4 (the package `DCNv4` on PyPI, for CUDA only).
 
-It weights samples by the mask and adds them up: a depthwise convolution whose kernel is all ones.
+It sums the samples weighted by the mask: a depthwise convolution with a kernel of ones.
 """
 
 import numpy as np
@@ -9,7 +9,7 @@ from problem import TAPS
 
 VERSIONS = ("DCNv4", "torch")
 _SIDE = 3
-_WIDTH = -(-TAPS * 3 // 8) * 8  # of the tensor for offsets and masks: it must be a multiple of 8
+_WIDTH = -(-TAPS * 3 // 8) * 8  # of the tensor of offsets and masks; it must be a multiple of 8
 
 
 def prepare(problem, mode, threads):
@@ -44,7 +44,7 @@ def prepare(problem, mode, threads):
 
 
 def pack(offsets: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """One tensor of offsets and masks, (N, H, W, 32): down the taps' columns, x before y, masks last."""
+    """One tensor of offsets and masks, (N, H, W, 32): taps column by column, x before y, masks last."""
     grid = mask.shape[:3]
     by_tap = offsets.reshape(*grid, _SIDE, _SIDE, 2).swapaxes(3, 4)[..., ::-1]
     masks = mask.reshape(*grid, _SIDE, _SIDE).swapaxes(3, 4)
@@ -55,7 +55,7 @@ def pack(offsets: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def unpack(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The inverse of `pack`: offsets and masks in keras_das' layout."""
+    """The inverse of `pack`: offsets and masks in the layout of keras_das."""
     grid = packed.shape[:3]
     by_tap = packed[..., : 2 * TAPS].reshape(*grid, _SIDE, _SIDE, 2)[..., ::-1].swapaxes(3, 4)
     masks = packed[..., 2 * TAPS : 3 * TAPS].reshape(*grid, _SIDE, _SIDE).swapaxes(3, 4)

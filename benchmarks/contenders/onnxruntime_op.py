@@ -1,4 +1,4 @@
-"""onnxruntime's DeformConv, its weights constant, its tensors bound ahead."""
+"""DeformConv of onnxruntime, with constant weights and tensors bound in advance."""
 
 import numpy as np
 import onnx
@@ -47,6 +47,6 @@ def _model(problem):
     )
     output = values.pop("output")
     graph = helper.make_graph([node], "deformable_conv2d", list(values.values()), [output], [kernel])
-    # DeformConv with a CPU kernel that takes a mask: operator set 22, in a file format that it can read.
+    # DeformConv with a CPU kernel that accepts a mask: operator set 22, in a file format it can read.
     opset = helper.make_opsetid("", 22)
     return helper.make_model(graph, opset_imports=[opset], ir_version=10).SerializeToString()

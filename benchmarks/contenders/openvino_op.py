@@ -1,4 +1,4 @@
-"""OpenVINO's DeformableConvolution-8 on the CPU, its weights constant."""
+"""DeformableConvolution-8 of OpenVINO on the CPU, with constant weights."""
 
 import numpy as np
 import openvino

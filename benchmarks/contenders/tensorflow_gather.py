@@ -1,4 +1,4 @@
-"""Deformable convolution as TensorFlow users write it today: four `tf.gather`s weighted bilinearly."""
+"""Deformable convolution written with four `tf.gather` calls and bilinear weights."""
 
 import numpy as np
 import tensorflow as tf
@@ -46,7 +46,7 @@ def _convolution(problem, taps_at_once):
 
 
 def _sample(pixels, height, width, y, x, mask):
-    """Reads `pixels` (N, H * W, C) at `y` and `x` (N, samples), times `mask`: (N, samples, C)."""
+    """Samples `pixels` (N, H * W, C) at `y` and `x` (N, samples), times `mask`: (N, samples, C)."""
     top, left = tf.floor(y), tf.floor(x)
     below, right = y - top, x - left
     result = 0.0

@@ -28,7 +28,8 @@ def prepare(problem, mode, how, convolve, calls=1):
             tape.watch(arguments)
             output = convolve(*arguments)
         sources = [arguments[ARGUMENTS.index(name)] for name in problem.differentiated]
-        # Without the output TensorFlow prunes most of the forward pass: the operation is linear in its input.
+        # Without the output, TensorFlow prunes most of the forward pass, as the operation is linear in its
+        # input.
         return [output, *tape.gradient(output, sources, upstream)]
 
     function = forward if mode == "forward" else forward_backward

@@ -1,4 +1,4 @@
-"""Image classification data for the examples: `load` turns `--data` into splits of labelled images."""
+"""Image classification data for the examples: `load` reads `--data` as splits of labelled images."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from examples.data.pipeline import ArraySplit, Dataset
 
 
 def load(spec: str, image_size: int, seed: int, data_dir: str | None = None, share: float = 1.0) -> Dataset:
-    """The data that `spec` names: `trees`, `folder:PATH` or `tfds:NAME`, as square images of `image_size`.
+    """Load `spec`, one of `trees`, `folder:PATH` and `tfds:NAME`, as square images of `image_size`.
 
-    `seed` decides which images are held out where the source has no validation or test split of its own,
-    `data_dir` is where TensorFlow Datasets keeps its files. Of a folder, `share` of the images of train and
-    validation are taken.
+    `seed` selects the images that are held out if the source has no validation or test split. `data_dir` is
+    the folder of TensorFlow Datasets' files. `share` is the share of a folder's training and validation
+    images to use.
     """
     kind, _, name = spec.partition(":")
     if share != 1 and kind != "folder":

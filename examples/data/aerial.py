@@ -1,4 +1,4 @@
-"""Aerial photographs with tree-crown boxes, out of the PyPI wheel of deepforest 2.1.0 (MIT licence)."""
+"""Aerial photographs with boxes of tree crowns, from the PyPI wheel of deepforest 2.1.0 (MIT licence)."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def load() -> list[Photograph]:
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept between runs."""
+    """The folder that keeps downloads between runs."""
     return Path(platformdirs.user_cache_dir("keras_das"))
 
 
 def fetch_wheel(folder: Path) -> Path:
-    """The path of the checked wheel in `folder`, downloaded with pip unless a sound copy is there."""
+    """The path of the verified wheel in `folder`, downloaded with pip unless a valid copy exists."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / WHEEL
     with filelock.FileLock(folder / f"{WHEEL}.lock"):

@@ -1,4 +1,4 @@
-"""`--data folder:PATH`: a folder of class folders, or of train, test and val folders that hold those."""
+"""`--data folder:PATH`: a folder of class folders, or of train, test and val folders of class folders."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ Item = TypeVar("Item")
 
 
 def load(path: str, size: int, seed: int, share: float = 1.0) -> Dataset:
-    """The images below `path`; what is missing of val and test is held out of train, class by class.
+    """The images below `path`; missing val and test splits are held out from train, class by class.
 
-    Of train and val only `share` is taken, class by class too.
+    `share` is the share of each class of train and val that is used.
     """
     if not 0 < share <= 1:
         raise UserError(f"--data-share must be above 0 and at most 1, not {share}")
@@ -94,7 +94,7 @@ def _check_same_classes(train_folder: Path, train: Files, folder: Path, files: F
 
 
 def _hold_out(files: Files, share: float, seed: int) -> tuple[Files, Files]:
-    """Split every class at random into a larger and a smaller part, neither of them empty."""
+    """Split every class at random into a larger and a smaller part, both non-empty."""
     rng = np.random.default_rng(seed)
     larger, smaller = {}, {}
     for name, paths in files.items():
@@ -105,9 +105,9 @@ def _hold_out(files: Files, share: float, seed: int) -> tuple[Files, Files]:
 def hold_out(
     items: Sequence[Item], share: float, rng: np.random.Generator, source: str
 ) -> tuple[list[Item], list[Item]]:
-    """Split `items` at random into the rest and `share` of them, neither of them empty, both in order.
+    """Split `items` at random into the rest and a `share`, both non-empty and in the original order.
 
-    `source` names them where there are too few.
+    `source` names the items in the error if there are too few.
     """
     if len(items) < 2:
         raise UserError(f"{source} has too few images to hold some out for validation and test")

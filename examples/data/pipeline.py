@@ -1,7 +1,7 @@
-"""Splits of labelled images, and the tf.data batches made of them.
+"""Splits of labelled images, and their tf.data batches.
 
-Order and augmentation of a training epoch are functions of the seed and the epoch's number alone: a run
-that was killed and resumed sees the same batches as one that was not.
+Order and augmentation of a training epoch depend only on the seed and the number of the epoch: a resumed run
+sees the same batches as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ import tensorflow as tf
 from examples.common import RunError, first_line
 
 IN_MEMORY_BYTES = 2**30
-"""Decoded images up to this size are kept in memory, larger sets are read anew each epoch."""
-_AT_ONCE = 256  # images that are decoded into memory together
+"""Decoded images up to this size are kept in memory; larger sets are read again each epoch."""
+_AT_ONCE = 256  # images that are decoded together
 
 
 class Split(Protocol):
-    """Labelled images in a fixed number."""
+    """A fixed number of labelled images."""
 
     count: int
 
     def examples(self, key: tf.Tensor | None) -> tf.data.Dataset:
         """`(image, label)` pairs: uint8 `(size, size, 3)` and int32; shuffled by `key` unless it is None.
 
-        `key` holds the seed and the epoch, int64 of shape `(2,)`.
+        `key` contains the seed and the epoch, int64 of shape `(2,)`.
         """
 
 
@@ -51,7 +51,7 @@ class ArraySplit:
 
     @property
     def count(self) -> int:
-        """How many images there are."""
+        """The number of images."""
         return len(self.labels)
 
     def examples(self, key: tf.Tensor | None) -> tf.data.Dataset:
@@ -63,7 +63,7 @@ class ArraySplit:
 
 @dataclasses.dataclass(frozen=True)
 class FileSplit:
-    """Image files that are decoded as they are needed, resized to `size` by `size`."""
+    """Image files that are decoded on demand and resized to `size` by `size`."""
 
     paths: Sequence[str]
     labels: np.ndarray
@@ -71,7 +71,7 @@ class FileSplit:
 
     @property
     def count(self) -> int:
-        """How many images there are."""
+        """The number of images."""
         return len(self.paths)
 
     def examples(self, key: tf.Tensor | None) -> tf.data.Dataset:
@@ -85,7 +85,7 @@ class FileSplit:
         return indices(self.count, key).map(read, num_parallel_calls=tf.data.AUTOTUNE)
 
     def load(self) -> ArraySplit:
-        """Decode every image now; the first that cannot be read stops with its name."""
+        """Decode every image; the first unreadable one raises an error that names it."""
         images = np.empty((self.count, self.size, self.size, 3), "uint8")
         with tf.device("cpu"):
             paths = tf.data.Dataset.from_tensor_slices(list(self.paths))
@@ -101,13 +101,13 @@ class FileSplit:
         return ArraySplit(images, self.labels)
 
     def check(self) -> None:
-        """Decode every image and keep none, to name the one that stopped a run."""
+        """Decode every image without keeping it, to name the one that stopped a run."""
         check_files(self.paths)
 
 
 @dataclasses.dataclass(frozen=True)
 class StreamSplit:
-    """A dataset that can only be read from its start; it is shuffled within a buffer."""
+    """A dataset that can only be read sequentially; it is shuffled within a buffer."""
 
     dataset: tf.data.Dataset
     count: int
@@ -119,21 +119,21 @@ class StreamSplit:
             return self.dataset
 
         def shuffle(_: tf.Tensor) -> tf.data.Dataset:
-            # Sets the seed of this function's graph only. Left at 0 (`--seed 0`), TensorFlow would go on to
-            # ask whether the other seed, a tensor here, is 0 as well, which it cannot while tracing.
+            # Sets the seed of this function's graph only. If it were 0 (`--seed 0`), TensorFlow would also
+            # compare the other seed, a tensor here, with 0, which fails while tracing.
             tf.random.set_seed(1)
             return self.dataset.shuffle(self.buffer, seed=mix(key))
 
-        # Inside `flat_map` the seed is read when an epoch begins, not when the pipeline is built.
+        # Inside `flat_map`, the seed is read at the start of an epoch, not when the pipeline is built.
         return tf.data.Dataset.from_tensors(0).flat_map(shuffle)
 
 
 def indices(count: int, key: tf.Tensor | None) -> tf.data.Dataset:
-    """0 to `count - 1`, int64; in an order that `key` decides unless it is None."""
+    """0 to `count - 1`, int64, in an order given by `key` unless it is `None`."""
     numbers = tf.data.Dataset.range(count)
     if key is None:
         return numbers
-    # `index_shuffle` is a permutation that is computed element by element: no buffer to fill.
+    # `index_shuffle` computes a permutation element by element, without a buffer.
     return numbers.map(lambda index: tf.random.experimental.index_shuffle(index, key, count - 1))
 
 
@@ -143,13 +143,13 @@ def read_image(path: tf.Tensor, size: int) -> tf.Tensor:
 
 
 def decode_image(content: tf.Tensor) -> tf.Tensor:
-    """The uint8 `(height, width, 3)` pixels of an encoded image; of a GIF, of its first frame."""
+    """The uint8 `(height, width, 3)` pixels of an encoded image, or of the first frame of a GIF."""
     image = tf.io.decode_image(content, channels=3, expand_animations=False)
     return tf.ensure_shape(image, (None, None, 3))
 
 
 def fit_square(image: tf.Tensor, size: int) -> tf.Tensor:
-    """A uint8 image as `scale_and_cut` makes it; one that has the size already is left as it is."""
+    """A uint8 image resized by `scale_and_cut`, or unchanged if it has the size already."""
     image = tf.convert_to_tensor(image)
     fits = tf.reduce_all(tf.shape(image)[:2] == size)
     image = tf.cond(fits, lambda: image, lambda: scale_and_cut(image, size))
@@ -157,7 +157,7 @@ def fit_square(image: tf.Tensor, size: int) -> tf.Tensor:
 
 
 def scale_and_cut(image: tf.Tensor, size: int) -> tf.Tensor:
-    """Scale the shorter side of a uint8 image to `size`, with anti-aliasing, and cut out the middle."""
+    """Scale the shorter side of a uint8 image to `size`, with anti-aliasing, and crop the centre."""
     shape = tf.shape(image)[:2]
     scaled = tf.cast(tf.math.ceil(size * shape / tf.reduce_min(shape)), tf.int32)
     image = tf.image.resize(image, scaled, "bicubic", antialias=True)
@@ -166,7 +166,7 @@ def scale_and_cut(image: tf.Tensor, size: int) -> tf.Tensor:
 
 
 def check_files(paths: Sequence[str]) -> None:
-    """Decode every image and keep none; the first that cannot be read stops with its name."""
+    """Decode every image without keeping it; the first unreadable one raises an error that names it."""
     with ThreadPoolExecutor() as pool:
         for _ in pool.map(_check_file, paths):
             pass
@@ -181,17 +181,17 @@ def _check_file(path: str) -> None:
 
 
 class EpochClock(keras.callbacks.Callback):
-    """Tells the data pipeline, and the model's dropout, which epoch it is."""
+    """Passes the number of the epoch to the data pipeline and the model's dropout."""
 
     def __init__(self, seed: int) -> None:
-        """`seed` and the epoch together decide all that is random in an epoch."""
+        """`seed` and the epoch determine all random numbers of an epoch."""
         super().__init__()
         self.seed = seed
         with tf.device("cpu"):
             self.key = tf.Variable([seed, 0], dtype="int64", trainable=False)
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        """Keras begins to read an epoch's data only after this call."""
+        """Set the epoch; Keras reads the data of the epoch after this call."""
         self.key.assign([self.seed, epoch])
         for layer in self.model.layers:
             if isinstance(layer, keras.layers.Dropout) and layer.rate:
@@ -199,10 +199,9 @@ class EpochClock(keras.callbacks.Callback):
 
 
 class _BatchSeed(keras.random.SeedGenerator):
-    """Seeds that are a function of a batch's number and of how many were drawn for it, without any state.
+    """Stateless seeds that depend only on the number of the batch and the seeds already drawn for it.
 
-    The base class counts in a variable, which would tie the seeds to the order in which parallel workers
-    reach it.
+    The base class counts in a variable, so its seeds depend on the order in which parallel workers read it.
     """
 
     def __init__(self, key: tf.Tensor, batch: tf.Tensor) -> None:
@@ -214,7 +213,7 @@ class _BatchSeed(keras.random.SeedGenerator):
 
 
 def mix(key: tf.Tensor) -> tf.Tensor:
-    """One number out of the seed and the epoch."""
+    """Combines the seed and the epoch into one number."""
     return key[0] * 1_000_003 + key[1]
 
 
@@ -223,7 +222,7 @@ def training_batches(
 ) -> tf.data.Dataset:
     """Batches of one epoch, shuffled, augmented by Keras preprocessing `layers`, with one-hot labels.
 
-    An incomplete last batch is left out, unless it is the only one.
+    An incomplete last batch is dropped unless it is the only one.
     """
 
     def augment(number: tf.Tensor, batch: tuple[tf.Tensor, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
@@ -246,5 +245,5 @@ def evaluation_batches(split: Split, classes: int, batch_size: int) -> tf.data.D
 
 
 def counted(batches: tf.data.Dataset, count: int) -> tf.data.Dataset:
-    """`batches` that know their `count`, so that Keras' progress bar has an end, read ahead."""
+    """`batches` with a known `count`, for Keras' progress bar, and with prefetching."""
     return batches.apply(tf.data.experimental.assert_cardinality(count)).prefetch(tf.data.AUTOTUNE)

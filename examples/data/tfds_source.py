@@ -1,4 +1,4 @@
-"""`--data tfds:NAME`: classification sets of TensorFlow Datasets."""
+"""`--data tfds:NAME`: classification data sets of TensorFlow Datasets."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from examples.common import UserError, first_line, is_disk_full
 from examples.data.pipeline import Dataset, StreamSplit, decode_image, fit_square
 
 UNLABELLED_TESTS = {"imagenet2012", "coco", "voc/2012"}
-"""Sets, or their configurations, that have a test split without labels: those were never published."""
+"""Data sets, or configurations of them, whose published test split has no labels."""
 VAL_PERCENT, TEST_PERCENT = 5, 20
-"""What is held out of the train split where a set has no validation or test split."""
+"""The share of the train split that is held out if there is no validation or test split."""
 
 
 def load(name: str, size: int, data_dir: str | None) -> Dataset:
-    """The set `name`, prepared below `data_dir` (downloaded there if need be), as squares of `size`."""
+    """The data set `name`, downloaded to `data_dir` if necessary, as squares of `size`."""
     builder = prepare(name, data_dir)
     features = builder.info.features
     if not {"image", "label"} <= set(features) or not hasattr(features["label"], "names"):
@@ -26,13 +26,13 @@ def load(name: str, size: int, data_dir: str | None) -> Dataset:
 
 
 def prepare(name: str, data_dir: str | None) -> Any:
-    """The builder of the set `name`, its files below `data_dir` (downloaded there if need be)."""
+    """The builder of the data set `name`, downloaded to `data_dir` if necessary."""
     import tensorflow_datasets as tfds
 
     try:
         builder = tfds.builder(name, data_dir=data_dir)
         builder.download_and_prepare()
-    # Builders raise what they like: assertions, network errors, their own types.
+    # Builders raise any type: assertions, network errors, their own types.
     except Exception as error:
         if is_disk_full(error):
             raise
@@ -41,8 +41,8 @@ def prepare(name: str, data_dir: str | None) -> Any:
 
 
 def slices(builder: Any) -> dict[str, str]:
-    """Which slices of the set make train, val and test."""
-    # A builder of `tfds.testing.mock_data` does not know its splits, and takes any.
+    """The slices of the data set for train, val and test."""
+    # Builders of `tfds.testing.mock_data` do not know their splits and accept any.
     have = set(builder.info.splits) or {"train", "test"}
     config = getattr(builder.builder_config, "name", None)
     if {builder.name, f"{builder.name}/{config}"} & UNLABELLED_TESTS:
@@ -62,7 +62,7 @@ def slices(builder: Any) -> dict[str, str]:
 def _split(builder: Any, part: str, size: int) -> StreamSplit:
     import tensorflow_datasets as tfds
 
-    # Files in order: shuffling them would not follow the seed and the epoch.
+    # Files in order: shuffling them would not depend on the seed and the epoch.
     decoders = tfds.decode.PartialDecoding(
         {"image": True, "label": True}, decoders={"image": tfds.decode.SkipDecoding()}
     )

@@ -1,7 +1,7 @@
-"""`--data trees`: crown and background patches out of the aerial photographs.
+"""`--data trees`: patches of tree crowns and background from the aerial photographs.
 
-Each photograph is tiled into cells, and each cell belongs to one split. A patch lies within one cell, so
-no pixel is seen in two splits.
+Each photograph is tiled into cells, and each cell belongs to one split. Patches do not cross cells, so no
+pixel is in two splits.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from examples.data import aerial, voc
 
 CLASS_NAMES = ("background", "crown")
 CELL = 400
-"""The side in pixels that cells come close to: the largest patches are half as wide."""
+"""The approximate side of a cell in pixels: the largest patches are half as wide."""
 SPLIT_OF_CELL = ("train", "test", "train", "val", "train")
 CONTEXT = 1.3
-"""The side of a patch over the longer side of its crown."""
+"""The side of a patch relative to the longer side of its crown."""
 MIN_SIDE = 32
 MIN_KEPT = 0.7
-"""A crown cut by the border of its cell counts if this share of its box is left inside."""
+"""A crown cut by the border of its cell counts if this share of its box is inside."""
 MAX_OVERLAP = 0.02
 """The share of a background patch that crown boxes may cover."""
 MARGIN = 4
-"""Pixels added to each box when background is sought, since crowns reach out of hand-drawn boxes."""
+"""Pixels added to each box when selecting background, since crowns extend beyond hand-drawn boxes."""
 MAX_SHARED = 0.4
-"""The share of the smaller of two background patches that the other may hold as well."""
+"""The largest overlap of two background patches, as a share of the smaller one."""
 TRIES = 1000
 
 
@@ -61,11 +61,11 @@ def load(size: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def cells(width: int, height: int) -> list[Cell]:
-    """Tile a photograph into cells of about `CELL` pixels a side and deal them out to the splits."""
+    """Tile a photograph into cells of about `CELL` pixels a side and assign them to splits."""
     x = np.linspace(0, width, max(1, round(width / CELL)) + 1).astype(int).tolist()
     y = np.linspace(0, height, max(1, round(height / CELL)) + 1).astype(int).tolist()
     return [
-        # Two columns a row: neighbouring cells of one row and of one column are dealt to all splits.
+        # Shifted by two columns per row, so that each row and column contributes to all splits.
         Cell(SPLIT_OF_CELL[(2 * row + column) % len(SPLIT_OF_CELL)], (left, top, right, bottom))
         for row, (top, bottom) in enumerate(itertools.pairwise(y))
         for column, (left, right) in enumerate(itertools.pairwise(x))
@@ -73,10 +73,10 @@ def cells(width: int, height: int) -> list[Cell]:
 
 
 def find_patches(photographs: list[aerial.Photograph], seed: int = 0) -> list[Patch]:
-    """Every crown that fits, and in each cell as many background patches of like sizes as can be placed.
+    """Every crown that fits, and as many background patches of similar sizes as fit into each cell.
 
-    Background is matched to the crowns by photograph, so that neither colour cast nor sharpness gives
-    the class away.
+    Background is matched to the crowns by photograph, so that neither colour cast nor sharpness reveals the
+    class.
     """
     rng = np.random.default_rng(seed)
     patches = []
@@ -111,7 +111,7 @@ def _crowns(boxes: np.ndarray, cell: Cell, photograph: int) -> list[Patch]:
 def _place(
     centre: np.ndarray, side: int, bounds: tuple[int, int, int, int]
 ) -> tuple[int, int, int, int] | None:
-    """The square around `centre`, shifted into `bounds`; None if it is too large for them."""
+    """The square around `centre`, shifted into `bounds`, or `None` if it does not fit."""
     low, high = np.array(bounds[:2]), np.array(bounds[2:]) - side
     if (high < low).any():
         return None
@@ -130,7 +130,7 @@ def _covered(photograph: aerial.Photograph) -> np.ndarray:
 def _background(
     sides: list[int], owned: list[Cell], covered: np.ndarray, photograph: int, rng: np.random.Generator
 ) -> list[Patch]:
-    """Up to one patch for each of `sides`, free of crowns and with little in common with one another."""
+    """Up to one patch for each of `sides`, without crowns and with little overlap."""
     found = np.zeros((0, 4), int)
     for wanted in sorted(sides, reverse=True):
         for side in (wanted, max(MIN_SIDE, wanted // 2)):  # gaps between crowns are narrow
@@ -145,7 +145,7 @@ def _background(
 
 
 def _random_squares(side: int, owned: list[Cell], rng: np.random.Generator) -> np.ndarray:
-    """`TRIES` squares `(x1, y1, x2, y2)`, each within one of the cells that can hold it."""
+    """`TRIES` squares `(x1, y1, x2, y2)`, each within a cell that is large enough."""
     cells = np.array([cell.bounds for cell in owned])
     cells = cells[(cells[:, 2:] - cells[:, :2] >= side).all(axis=1)]
     if not len(cells):
@@ -162,7 +162,7 @@ def _is_free(squares: np.ndarray, covered: np.ndarray) -> np.ndarray:
 
 
 def _crowds(squares: np.ndarray, found: np.ndarray) -> np.ndarray:
-    """Which of `squares` share more than `MAX_SHARED` of a side's square with one of `found`."""
+    """Which of `squares` overlap one of `found` by more than `MAX_SHARED`."""
     low = np.maximum(squares[:, None, :2], found[None, :, :2])
     high = np.minimum(squares[:, None, 2:], found[None, :, 2:])
     shared = np.maximum(high - low, 0).prod(axis=-1)
@@ -174,8 +174,8 @@ def _cut(
     photographs: list[aerial.Photograph], patches: list[Patch], size: int
 ) -> tuple[np.ndarray, np.ndarray]:
     images = [Image.fromarray(photograph.pixels) for photograph in photographs]
-    # Crop first: `resize(box=...)` would read pixels beyond the box. Pillow's filters widen with the
-    # scale, so a shrunk patch is free of aliasing.
+    # Crop first, because `resize(box=...)` reads pixels outside the box. Pillow's filters scale with the
+    # reduction, so shrunk patches have no aliasing.
     cut = [
         images[patch.photograph].crop(patch.bounds).resize((size, size), Image.Resampling.BICUBIC)
         for patch in patches

@@ -1,4 +1,4 @@
-"""Pascal VOC annotations: one XML file an image."""
+"""Pascal VOC annotations: one XML file per image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 @dataclasses.dataclass(frozen=True)
 class Annotation:
-    """The boxes of one image: float32 of shape `(n, 4)`, `(x1, y1, x2, y2)` in pixels, and a label each."""
+    """The boxes of one image, float32 `(n, 4)`, `(x1, y1, x2, y2)` in pixels, with labels."""
 
     filename: str
     width: int
@@ -22,13 +22,13 @@ class Annotation:
     boxes: np.ndarray
     labels: list[str]
     dropped: int
-    """How many boxes had no area left inside the image."""
+    """The number of boxes without area inside the image."""
 
 
 def parse(text: str | bytes, source: str) -> Annotation:
     """Read one annotation; `source` names it in errors.
 
-    Boxes are clipped to the image, and those left without area (degenerate or outside) are dropped.
+    Boxes are clipped to the image. Boxes without area (degenerate or outside) are dropped.
     An image without boxes is a valid annotation.
     """
     try:
@@ -59,7 +59,7 @@ def _parse_object(item: ElementTree.Element) -> tuple[str, list[float]]:
 
 
 def clip(boxes: np.ndarray, bounds: tuple[float, float, float, float]) -> np.ndarray:
-    """Cut `boxes` down to what lies inside `bounds`, both `(x1, y1, x2, y2)`."""
+    """Clip `boxes` to `bounds`, both `(x1, y1, x2, y2)`."""
     x1, y1, x2, y2 = bounds
     return np.clip(boxes, np.array([x1, y1, x1, y1], boxes.dtype), np.array([x2, y2, x2, y2], boxes.dtype))
 

@@ -1,1 +1,1 @@
-"""What examples/detect.py is made of: data, detectors, metrics and pictures."""
+"""Modules of examples/detect.py: data, detectors, metrics and pictures."""

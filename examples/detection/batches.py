@@ -1,8 +1,8 @@
-"""The tf.data batches of detection: images in squares, and boxes that move with their pixels.
+"""The tf.data batches of detection: square images, and boxes that are transformed with them.
 
-Keras' preprocessing layers are passed over. In Keras 3.15.1 RandomCrop moves boxes by its y along x and by
-its x along y, all layers make boxes of the rows that only fill up a batch, and none drops a box that it has
-cut to a sliver. RandomZoom also samples anew what was sampled to the square before.
+They do not use Keras' preprocessing layers. In Keras 3.15.1, RandomCrop swaps x and y when it shifts boxes,
+all layers turn padding rows into boxes, and none drops boxes that are cut to slivers. RandomZoom also
+resamples images that have already been resampled.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from examples.detection import splits
 from examples.detection.splits import Split, Truth
 
 ZOOM = (0.75, 4 / 3)
-"""Augmentation scales an image by a factor between these, all as likely on a logarithmic scale."""
+"""The range of the scale factor of augmentation, uniform on a logarithmic scale."""
 MIN_KEPT = 1 / 3
-"""A box cut by the border counts if this share of its area is left."""
+"""A box cut by the border counts if this share of its area is inside."""
 MIN_SIDE = 1.0
-"""In pixels of the square: what augmentation leaves narrower is dropped."""
+"""The smallest side of a box after augmentation, in pixels of the square."""
 
 
 def resize_scale(truth_height: int, truth_width: int, image_size: int) -> float:
-    """What pixels of the original image are multiplied by to be pixels of the square."""
+    """The factor from pixels of the original image to pixels of the square."""
     return image_size / max(truth_height, truth_width)
 
 
@@ -38,25 +38,25 @@ def training_batches(
     augment: bool,
     max_boxes: int | None = None,
 ) -> tf.data.Dataset:
-    """Batches of one epoch, shuffled; order and augmentation depend on `clock.key` alone.
+    """Shuffled batches of one epoch, whose order and augmentation depend only on `clock.key`.
 
-    Each image is scaled to fill the square of `image_size` with its longer side, and lies in its upper left
-    corner; `augment` flips it, scales it by `ZOOM` more and puts it, or cuts it out, at a random place. What
-    is left of the square is 0. An incomplete last batch is left out, unless it is the only one.
+    Each image is scaled so that its longer side fills the square of `image_size`, and placed in the upper
+    left corner. `augment` flips it, scales it further by `ZOOM`, and places or crops it at random. The rest
+    of the square is 0. An incomplete last batch is dropped unless it is the only one.
 
     Args:
         split: The images.
         image_size: The side of the square, in pixels.
-        batch_size: How many images a batch has.
-        clock: Tells the seed and the epoch.
+        batch_size: The number of images per batch.
+        clock: Provides the seed and the epoch.
         augment: Whether to augment.
-        max_boxes: M, at least 1. Of an image with more boxes only the largest are trained on, and a line
-            says of how many images. By default as many as the image with the most has, and at least 1.
+        max_boxes: M, at least 1. If an image has more boxes, only the largest are used, and the number of
+            such images is printed. Defaults to the largest number of boxes in an image, or 1.
 
     Returns:
         Pairs of images, float32 `(N, image_size, image_size, 3)` of 0..255, and `{"boxes": ..., "classes":
         ...}`, float32 `(N, M, 4)` and `(N, M)`: `(x1, y1, x2, y2)` in pixels of the square, and labels. Both
-        are -1 in the rows that fill up an image with fewer than M boxes.
+        are -1 in the padding rows of images with fewer than M boxes.
     """
     chosen = _choose_boxes(split.truths, max_boxes)
     slots = max_boxes or max(1, *(len(indices) for indices in chosen))
@@ -81,7 +81,7 @@ def training_batches(
 
 
 def evaluation_batches(split: Split, image_size: int, batch_size: int) -> tf.data.Dataset:
-    """Every image in order, scaled and placed as for training without augmentation.
+    """All images in order, scaled and placed as for training without augmentation.
 
     Returns:
         Pairs of images, float32 `(N, image_size, image_size, 3)` of 0..255, and their indices in
@@ -98,7 +98,7 @@ def evaluation_batches(split: Split, image_size: int, batch_size: int) -> tf.dat
 
 
 def scored_batches(split: Split, image_size: int, batch_size: int) -> tf.data.Dataset:
-    """`evaluation_batches`, but with targets as in `training_batches` in place of the indices."""
+    """`evaluation_batches` with the targets of `training_batches` instead of indices."""
     chosen = _choose_boxes(split.truths, None)
     slots = max(1, *(len(indices) for indices in chosen))
     boxes = np.full((len(chosen), slots, 4), -1, "float32")
@@ -119,7 +119,7 @@ def scored_batches(split: Split, image_size: int, batch_size: int) -> tf.data.Da
 
 
 def _choose_boxes(truths: Sequence[Truth], max_boxes: int | None) -> list[np.ndarray]:
-    """The indices of the boxes to train on: no crowds and, of each image, the `max_boxes` largest."""
+    """The indices of the boxes for training: the `max_boxes` largest of each image, without crowds."""
     chosen = [np.flatnonzero(~truth.crowd) for truth in truths]
     crowded = [i for i, indices in enumerate(chosen) if max_boxes is not None and len(indices) > max_boxes]
     for i in crowded:
@@ -135,7 +135,7 @@ def _choose_boxes(truths: Sequence[Truth], max_boxes: int | None) -> list[np.nda
 def _as_tensors(
     truths: Sequence[Truth], chosen: Sequence[np.ndarray], image_size: int
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-    """All boxes and labels one after another, where those of each image start, and the images' scales."""
+    """All boxes and labels, the index of the first box of each image, and the scales of the images."""
     boxes = [truth.boxes[indices] for truth, indices in zip(truths, chosen, strict=True)]
     labels = [truth.labels[indices] for truth, indices in zip(truths, chosen, strict=True)]
     starts = np.cumsum([0, *(len(indices) for indices in chosen)])
@@ -153,7 +153,7 @@ def _scales(truths: Sequence[Truth], image_size: int) -> tf.Tensor:
 
 
 def _fill_up(rows: tf.Tensor, count: int) -> tf.Tensor:
-    """Float32 `rows` and as many more of -1 as make `count`."""
+    """Float32 `rows`, padded with -1 to `count` rows."""
     missing = [[0, count - tf.shape(rows)[0]]] + [[0, 0]] * (len(rows.shape) - 1)
     return tf.ensure_shape(tf.pad(rows, missing, constant_values=-1), (count, *rows.shape[1:]))
 
@@ -164,19 +164,19 @@ def _fill_up(rows: tf.Tensor, count: int) -> tf.Tensor:
 def _augment(
     image: tf.Tensor, boxes: tf.Tensor, scale: tf.Tensor, size: int, seed: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """A square out of the image by draws that `seed` decides, its boxes, and which of them to keep."""
+    """The augmented square of an image for `seed`, its boxes, and which of them to keep."""
     flip, zoom, *place = tf.unstack(tf.random.stateless_uniform([4], seed))
     low, high = np.log(ZOOM)
     scale *= tf.exp(low + (high - low) * zoom)
     sides = tf.cast(tf.shape(image)[:2], tf.float32)  # height and width
-    # Below 0 where the image is larger than the square: then it is cut.
+    # Negative if the image is larger than the square, which crops it.
     shift = tf.stack(place) * (size - scale * sides)
     image, boxes = tf.cond(flip < 0.5, lambda: _mirror(image, boxes), lambda: (image, boxes))
     return _place(image, scale, shift, size), *_move(boxes, scale, shift, size)
 
 
 def _move(boxes: tf.Tensor, scale: tf.Tensor, shift: tf.Tensor, size: int) -> tuple[tf.Tensor, tf.Tensor]:
-    """`boxes` where `_place` puts their pixels, cut to the square, and which of them to keep."""
+    """`boxes` transformed like the pixels by `_place`, clipped to the square, and which of them to keep."""
     moved = boxes * scale + tf.stack([shift[1], shift[0]] * 2)
     cut = tf.clip_by_value(moved, 0, size)
     large = tf.reduce_all(cut[:, 2:] - cut[:, :2] >= MIN_SIDE, axis=1)
@@ -194,12 +194,12 @@ def _area(boxes: tf.Tensor) -> tf.Tensor:
 
 
 def _place(image: tf.Tensor, scale: tf.Tensor, shift: tf.Tensor, size: int) -> tf.Tensor:
-    """The square in which what is at `p` in the image is at `p * scale + shift`, and 0 around it.
+    """The square that shows image position `p` at `p * scale + shift`, and 0 elsewhere.
 
     `shift` is `(y, x)`.
 
-    Antialiased bilinear, as in `tf.image.resize`; that, however, rounds the scaled size to whole pixels, and
-    boxes would be off by up to half of one.
+    Uses antialiased bilinear interpolation. `tf.image.resize` would round the scaled size to whole pixels,
+    and boxes would be off by up to half a pixel.
     """
     square = tf.raw_ops.ScaleAndTranslate(
         images=image[None],

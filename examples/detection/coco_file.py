@@ -1,4 +1,4 @@
-"""`--data coco:ANNOTATIONS.json,IMAGES_DIR`: a file of COCO's object annotations, and a folder of images."""
+"""`--data coco:ANNOTATIONS.json,IMAGES_DIR`: a COCO annotation file and a folder of images."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class CategoryEntry(NamedTuple):
 
 
 def load(arguments: str, seed: int) -> splits.DetectionData:
-    """The images of the file that `ANNOTATIONS.json,IMAGES_DIR` names; val and test are held out by `seed`.
+    """The images of the annotation file; val and test are held out according to `seed`.
 
-    The classes are the file's categories, those without boxes included, in the order of their ids.
+    The classes are the categories of the file, including those without boxes, in the order of their ids.
     """
     file, comma, folder = arguments.rpartition(",")
     if not (file and comma and folder):

@@ -1,4 +1,4 @@
-"""COCO's metrics by pycocotools: of lists of boxes, and of a detector while it trains."""
+"""COCO metrics by pycocotools, for lists of boxes and for detectors during training."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ import tensorflow as tf
 from examples.common import UserError
 
 NAMES = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "AR1", "AR10", "AR100", "AR_S", "AR_M", "AR_L")
-"""What `COCOeval.summarize` computes, in its order; the sizes are S < 32^2 <= M < 96^2 <= L pixels."""
+"""The results of `COCOeval.summarize`, in its order; sizes are S < 32^2 <= M < 96^2 <= L pixels."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Boxes:
-    """The boxes of one image: float `(n, 4)`, `(x1, y1, x2, y2)` in pixels, and a label each.
+    """The boxes of one image, float `(n, 4)`, `(x1, y1, x2, y2)` in pixels, with labels.
 
-    `scores` are a detector's; `crowd` marks regions of many objects, in which COCO counts no false alarm.
+    `scores` are those of a detector. `crowd` marks regions of many objects, where COCO counts no false
+    positives.
     """
 
     image_id: int
@@ -33,18 +34,18 @@ class Boxes:
 
 
 def score(truths: Sequence[Boxes], detections: Sequence[Boxes], class_names: Sequence[str]) -> dict[str, Any]:
-    """COCO's twelve figures, and AP50 of each class.
+    """Computes the twelve COCO metrics and the AP50 of each class.
 
     Args:
-        truths: Of every image, those without boxes included.
-        detections: Of images among the truths.
+        truths: For every image, including those without boxes.
+        detections: For images that have a truth.
         class_names: By label.
 
     Returns:
-        `NAMES`, each in 0..1, or `None` if there is nothing to find of this size; and `AP50_by_class`.
+        `NAMES`, each in 0..1, or `None` without objects of this size; and `AP50_by_class`.
 
     Raises:
-        UserError: If a label is not that of a class, or if an image is detected in that has no truth.
+        UserError: If a label is not a class, or if there are detections for an image without truth.
     """
     for boxes in (*truths, *detections):
         _check_labels(boxes, len(class_names))
@@ -53,10 +54,10 @@ def score(truths: Sequence[Boxes], detections: Sequence[Boxes], class_names: Seq
         raise UserError(f"there are detections, and no truth, for image {min(strange)}")
     from pycocotools import cocoeval
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it reports on every step
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints every step
         truth = _index(coco_dataset(truths, class_names))
         results = coco_results(detections)
-        # `loadRes` takes no empty list.
+        # `loadRes` does not accept an empty list.
         found = truth.loadRes(results) if results else _index({**truth.dataset, "annotations": []})
         evaluation = cocoeval.COCOeval(truth, found, "bbox")
         evaluation.evaluate()
@@ -91,7 +92,7 @@ def _by_class(evaluation: Any, class_names: Sequence[str]) -> dict[str, float | 
 def coco_dataset(
     truths: Sequence[Boxes], class_names: Sequence[str], category_ids: Sequence[int] | None = None
 ) -> dict[str, Any]:
-    """The truths in COCO's own format; without `category_ids` the classes are numbered from 1."""
+    """The truths in COCO format; without `category_ids`, classes are numbered from 1."""
     ids = category_ids or range(1, len(class_names) + 1)
     annotations = []
     for truth in truths:
@@ -118,7 +119,7 @@ def coco_dataset(
 def coco_results(
     detections: Sequence[Boxes], category_ids: Sequence[int] | None = None
 ) -> list[dict[str, Any]]:
-    """The detections in COCO's results format, as its evaluation server takes them."""
+    """The detections in the COCO results format of the evaluation server."""
     return [
         {
             "image_id": found.image_id,
@@ -137,13 +138,13 @@ def _xywh(box: np.ndarray) -> list[float]:
 
 
 def decode(model: keras.Model, images: Any) -> dict[str, Any]:
-    """What a KerasCV or KerasHub detector finds in images that are scaled as it wants them."""
+    """The detections of a KerasCV or KerasHub detector in preprocessed images."""
     inputs = {"images": images} if isinstance(getattr(model, "input", None), Mapping) else images
     return model.decode_predictions(model(inputs, training=False), images)
 
 
 def unpack(predictions: Mapping[str, Any], bounding_box_format: str, size: tuple[int, int]) -> list[Boxes]:
-    """What a KerasCV or KerasHub detector predicts for a batch of images of `size` (height, width)."""
+    """The predictions of a KerasCV or KerasHub detector for images of `size` (height, width)."""
     boxes = _to_xyxy(predictions["boxes"], bounding_box_format, size)
     labels = np.asarray(predictions["classes" if "classes" in predictions else "labels"])
     scores = np.asarray(predictions["confidence"])
@@ -184,18 +185,18 @@ def _to_xyxy(boxes: Any, bounding_box_format: str, size: tuple[int, int]) -> np.
 
 
 class CocoMetrics(keras.callbacks.Callback):
-    """Scores a detector of KerasCV or KerasHub on a dataset after every so many epochs.
+    """Scores a KerasCV or KerasHub detector on a dataset every few epochs.
 
-    The figures join the epoch's logs as `coco_AP`, `coco_AP50`, ..., where later callbacks (CSVLogger,
-    TensorBoard, ModelCheckpoint) find them; list it before these. Boxes are scored in the pixels that the
-    model sees.
+    The metrics are added to the logs of the epoch as `coco_AP`, `coco_AP50`, ..., for later callbacks such as
+    CSVLogger, TensorBoard and ModelCheckpoint; list it before them. Boxes are scored in pixels of the model's
+    input.
 
     Args:
         data: tf.data batches of images and targets: dictionaries with "boxes" and "classes" or "labels",
             padded with -1 or ragged.
-        bounding_box_format: Of the targets and of the model, as Keras names it: "xyxy", "xywh", "rel_yxyx".
+        bounding_box_format: Keras' name of the format of targets and model: "xyxy", "xywh", "rel_yxyx".
         class_names: By label.
-        every: Score after this many epochs, and after the last.
+        every: Number of epochs between scores; the last epoch is always scored.
     """
 
     def __init__(
@@ -210,7 +211,7 @@ class CocoMetrics(keras.callbacks.Callback):
         self.figures: dict[str, Any] = {}
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Score, when it is time, and add the figures to the logs; between times the last ones stand."""
+        """Score if due, and add the metrics to the logs; in other epochs, repeat the last ones."""
         if (epoch + 1) % self.every == 0 or epoch + 1 == self.params.get("epochs"):
             self.figures = self.evaluate()
         if logs is not None:
@@ -222,7 +223,8 @@ class CocoMetrics(keras.callbacks.Callback):
     def set_model(self, model: keras.Model) -> None:
         """Compile the prediction once for all evaluations."""
         super().set_model(model)
-        # `predict_on_batch` of KerasCV 0.9.0's RetinaNet fails, and `predict` wants batches without targets.
+        # `predict_on_batch` of KerasCV 0.9.0's RetinaNet fails, and `predict` requires batches without
+        # targets.
         self.predict = tf.function(lambda images: decode(model, images), reduce_retracing=True)
 
     def evaluate(self) -> dict[str, Any]:

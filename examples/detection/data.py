@@ -1,6 +1,6 @@
-"""Data of object detection: `load` turns `--data` into splits of images with true boxes.
+"""Data for object detection: `load` reads `--data` as splits of images with true boxes.
 
-What else a training needs of this is named here as well, wherever it is defined.
+The module also re-exports the other names that training needs.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ __all__ = [
 
 
 def load(spec: str, seed: int, data_dir: str | None = None) -> DetectionData:
-    """The data that `spec` names.
+    """Loads the data `spec`.
 
     Args:
         spec: `trees`, `voc:DIR`, `coco:ANNOTATIONS.json,IMAGES_DIR` or `tfds:NAME`.
-        seed: Decides which images are held out where a folder or file has no val or test of its own.
-        data_dir: Where TensorFlow Datasets keeps its files.
+        seed: Selects the images that are held out if there is no val or test split.
+        data_dir: Folder of TensorFlow Datasets' files.
 
     Returns:
-        Classes and splits. Boxes are clipped to their images; each split counts those that were dropped.
+        Classes and splits. Boxes are clipped to their images; each split counts the dropped ones.
 
     Raises:
-        UserError: If `spec` names nothing, or what it names is incomplete or contradicts itself.
+        UserError: If `spec` is invalid, or its data is incomplete or inconsistent.
         RunError: If an image cannot be read.
     """
     data = _read(spec, seed, data_dir)

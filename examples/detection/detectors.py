@@ -1,4 +1,4 @@
-"""RetinaNets of KerasCV and KerasHub on a ResNet, with or without gates, behind one face."""
+"""RetinaNets of KerasCV and KerasHub on a ResNet, with or without gates, with one interface."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from examples.detection.coco_metrics import decode
 
 LIBRARIES = ("keras_cv", "keras_hub")
 FORMAT = "xyxy"
-"""Of all boxes, in pixels."""
+"""The format of all boxes, in pixels."""
 RESNETS = {"resnet18": ("basic_block", [2, 2, 2, 2]), "resnet50": ("bottleneck_block", [3, 4, 6, 3])}
 _FILTERS, _STRIDES = [64, 128, 256, 512], [1, 2, 2, 2]
 PRIOR = 0.01
-"""The score that all boxes start with: Lin et al., arXiv 1708.02002, section 4.1."""
+"""The initial score of all boxes: Lin et al., arXiv 1708.02002, section 4.1."""
 _PRIOR_BIAS = -math.log((1 - PRIOR) / PRIOR)
 
 
@@ -33,10 +33,10 @@ class Detector:
     model: keras.Model
     library: str
     preprocess: Callable[[Any], Any]
-    """From pixels of 0..255 to what the model takes."""
+    """Maps pixels of 0..255 to inputs of the model."""
 
     def batches(self, data: tf.data.Dataset) -> tf.data.Dataset:
-        """What `fit` takes, of batches of pixels and of padded "boxes" and "classes"."""
+        """Maps batches of pixels and padded "boxes" and "classes" to the inputs of `fit`."""
         classes = "classes" if self.library == "keras_cv" else "labels"
 
         def prepare(images: tf.Tensor, targets: Mapping[str, tf.Tensor]) -> tuple[Any, dict[str, tf.Tensor]]:
@@ -45,14 +45,14 @@ class Detector:
         return data.map(prepare, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
 
     def network(self) -> keras.Model:
-        """The same layers without the library's class around them and without an optimizer: what to save."""
+        """The model to save: the same layers without the class of the library and without an optimizer."""
         return keras.Model(self.model.inputs, self.model.outputs, name="network")
 
     def predictor(self, image_size: int) -> keras.Model:
-        """A model of the same weights, from pixels to boxes: decoded, and after suppression of doubles.
+        """A model with the same weights that maps pixels to decoded boxes after non-maximum suppression.
 
-        Its outputs are "boxes" `(N, 100, 4)`, "scores" and "classes" `(N, 100)`, and "count" `(N,)`: how many
-        of the 100 are detections.
+        Its outputs are "boxes" `(N, 100, 4)`, "scores" and "classes" `(N, 100)`, and "count" `(N,)`, the
+        number of detections among the 100.
         """
         inputs = keras.Input((image_size, image_size, 3), name="image")
         images = self.preprocess(inputs)
@@ -61,7 +61,7 @@ class Detector:
 
 
 class _Decode(keras.layers.Layer):
-    """A detector with its own decoding as a layer of a graph."""
+    """The decoding of a detector as a layer of a graph."""
 
     def __init__(self, detector: keras.Model, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -83,13 +83,13 @@ class _Decode(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable("keras_das_examples")
 class Suppression(keras.layers.Layer):
-    """The best boxes of each class that do not cover one another: TensorFlow's own operation.
+    """Non-maximum suppression for each class, by TensorFlow's operation.
 
-    KerasHub 0.32's layer for it takes no batch of unknown size, which an export has, and lets a box of one
-    class suppress those of another.
+    The layer of KerasHub 0.32 does not support unknown batch sizes, which exports need, and suppresses boxes
+    across classes.
 
     Args:
-        threshold: The least score of a detection.
+        threshold: The lowest score of a detection.
         overlap: The largest IoU of two detections of one class.
         count: The largest number of detections in an image.
     """
@@ -106,8 +106,8 @@ class Suppression(keras.layers.Layer):
     def call(
         self, boxes: tf.Tensor, logits: tf.Tensor, images: Any = None, image_shape: Any = None
     ) -> dict[str, tf.Tensor]:
-        """Choose among `boxes` `(N, M, 4)` by their `logits` `(N, M, classes)`."""
-        # It names corners (y, x), but an IoU is the same with the axes in the other order.
+        """Select from `boxes` `(N, M, 4)` by their `logits` `(N, M, classes)`."""
+        # It expects corners as (y, x), but the IoU does not depend on the order of the axes.
         found = tf.image.combined_non_max_suppression(
             tf.cast(boxes, "float32")[:, :, None],
             tf.sigmoid(tf.cast(logits, "float32")),
@@ -135,17 +135,17 @@ def build(
     weights: str = "none",
     head_layers: int = 0,
 ) -> Detector:
-    """A RetinaNet on `backbone`: `resnet18`, `resnet50`, or a preset or folder of the library's.
+    """A RetinaNet on `backbone`: `resnet18`, `resnet50`, or a preset or folder of the library.
 
     Args:
         library: "keras_cv" or "keras_hub".
         backbone: Its name.
         image_size: Side of the square images.
-        class_count: How many classes there are.
-        attach: Puts gates on the backbone.
+        class_count: Number of classes.
+        attach: Attaches gates to the backbone.
         weights: "none" (random weights), "preset" (those of the backbone's preset), or the path of a
-            classifier of `examples/classify.py` on the same backbone, whose backbone's weights are taken.
-        head_layers: Convolutions of each head before its last; 0 leaves it to the library.
+            classifier of `examples/classify.py` with the same backbone, whose weights are copied.
+        head_layers: Convolutions of each head before the last; 0 selects the library's default.
     """
     if library not in LIBRARIES:
         raise UserError(f"--library must be one of {', '.join(LIBRARIES)}, not {library!r}")
@@ -181,7 +181,7 @@ def _backbone(library: str, name: str, image_size: int, pretrained: bool) -> bac
 
 
 def _load_backbone(model: keras.Model, path: Path) -> None:
-    """Take the weights of the backbone in a classifier's `.keras` file, those without attention."""
+    """Load the backbone's weights, without attention, from the `.keras` file of a classifier."""
     try:
         classifier = keras.models.load_model(path, compile=False)
         source = next(layer for layer in classifier.layers if isinstance(layer, type(model)))
@@ -227,10 +227,10 @@ def _keras_hub(backbone: keras.Model, image_size: int, class_count: int, head_la
 
 
 def _initialize_heads(model: keras.Model) -> None:
-    """Start KerasHub's heads as the paper does: kernels of deviation 0.01, the prior as the classes' bias.
+    """Initialize KerasHub's heads as in the paper: kernels of deviation 0.01, the prior as class bias.
 
-    KerasHub 0.32 has no argument for it. It draws kernels of deviation 0.05, from which the first scores are
-    anything, and gives the prior to the head of the boxes.
+    KerasHub 0.32 has no argument for this. It draws kernels of deviation 0.05, which makes the first scores
+    arbitrary, and applies the prior to the head of the boxes.
     """
     for head in (model.classification_head, model.box_head):
         for layer in (*head.conv_layers, head.prediction_layer):
@@ -241,12 +241,12 @@ def _initialize_heads(model: keras.Model) -> None:
 
 
 def compile_model(detector: Detector, optimizer: keras.optimizers.Optimizer) -> None:
-    """Focal loss of the classes and the libraries' own way with boxes; without XLA.
+    """Compile with focal loss for classes and the library's loss for boxes, without XLA.
 
-    TensorFlow's suppression of double boxes, which scoring takes, does not compile under XLA.
+    TensorFlow's non-maximum suppression, which scoring uses, does not compile under XLA.
     """
-    # KerasHub encodes boxes without variances: their differences are so small that of its own choice, Huber's
-    # loss, all would lie in the flat part. L1 is what the weights of its presets were trained with.
+    # KerasHub encodes boxes without variances, so their differences are small: with its default, Huber's
+    # loss, all are in the quadratic part with small gradients. Its presets were trained with L1.
     losses: dict[str, Any] = {
         "box_loss": keras.losses.MeanAbsoluteError(reduction="sum"),
         "classification_loss": "auto",
@@ -257,7 +257,7 @@ def compile_model(detector: Detector, optimizer: keras.optimizers.Optimizer) -> 
 
 
 def attach_das(identity_init: bool, das: Mapping[str, Any]) -> Callable[[keras.Model], keras.Model]:
-    """An argument `attach` of `build`."""
+    """The argument `attach` of `build`."""
 
     def attach(backbone: keras.Model) -> keras.Model:
         try:

@@ -1,4 +1,4 @@
-"""Pictures of detections beside the truth."""
+"""Pictures of detections next to the truth."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def draw_sheet(
     path: Path | io.BytesIO,
     threshold: float = 0.4,
 ) -> None:
-    """A PNG of images in pairs: the truth's boxes on the left, on the right those detected, with scores.
+    """Draws a PNG of image pairs: true boxes on the left, detections with scores on the right.
 
     Args:
         images: Pixels of 0..255, `(H, W, 3)`.
-        truths: The boxes of each.
-        detections: What was found in each; scores below `threshold` are left out.
+        truths: The true boxes of each image.
+        detections: The detections in each image; scores below `threshold` are not drawn.
         class_names: By label.
-        path: Where to.
-        threshold: The least score of a box to draw.
+        path: The file to write.
+        threshold: The lowest score of a drawn box.
     """
     columns = 2 if len(images) > 1 else 1
     rows = -(-len(images) // columns)
@@ -79,16 +79,16 @@ def _draw_box(axes: Axes, box: np.ndarray, colour: str) -> None:
 
 
 class Pictures(keras.callbacks.Callback):
-    """Writes a sheet of predictions to TensorBoard after every so many epochs."""
+    """Writes a sheet of predictions to TensorBoard every few epochs."""
 
     def __init__(self, logs: Path, draw: Callable[[io.BytesIO], None], every: int = 1) -> None:
-        """`draw` writes the PNG of the model as it is."""
+        """`draw` writes the PNG of the current model."""
         super().__init__()
         self.folder, self.draw, self.every = logs, draw, every
         self.writer: Any = None
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Draw, when it is time."""
+        """Draw if due."""
         if (epoch + 1) % self.every and epoch + 1 != self.params.get("epochs"):
             return
         if self.writer is None:

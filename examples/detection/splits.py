@@ -1,4 +1,4 @@
-"""Images with true boxes: what is known of them, and where their pixels are."""
+"""Images with true boxes: their metadata and access to their pixels."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP")
 
 @dataclasses.dataclass(frozen=True)
 class Truth:
-    """What is known of one image."""
+    """The metadata of one image."""
 
     image_id: int
-    """Unique in the split: COCO's own where there is one, else the index."""
+    """Unique in the split: the COCO id if there is one, otherwise the index."""
     name: str
-    """For messages: `cat.jpg`, or `tile 3 of OSBS_029`."""
+    """Name in messages: `cat.jpg`, or `tile 3 of OSBS_029`."""
     height: int
     width: int
     boxes: np.ndarray
-    """Float32 `(n, 4)`, `(x1, y1, x2, y2)` in pixels, inside the image and all of positive area."""
+    """Float32 `(n, 4)`, `(x1, y1, x2, y2)` in pixels, inside the image and with positive area."""
     labels: np.ndarray
     """Int32 `(n,)`, below the number of classes."""
     crowd: np.ndarray
-    """Bool `(n,)`, COCO's `iscrowd`: a region of many objects. Training leaves these out."""
+    """Bool `(n,)`, COCO's `iscrowd`: a region of many objects, ignored in training."""
 
 
 class Split(Protocol):
-    """Images in a fixed number and order, each with its truth."""
+    """A fixed sequence of images, each with its truth."""
 
     @property
     def truths(self) -> Sequence[Truth]:
-        """Of every image, those without boxes included."""
+        """For every image, including those without boxes."""
 
     @property
     def dropped(self) -> int:
-        """How many boxes of the source are not among the truths: degenerate ones and those outside."""
+        """The number of boxes that were dropped because they are degenerate or outside the image."""
 
     def image(self, index: tf.Tensor) -> tf.Tensor:
-        """The image of `truths[index]` in its own size, uint8 `(height, width, 3)`; `tf.data` can map it."""
+        """The image of `truths[index]` in its original size, uint8 `(height, width, 3)`, for `tf.data`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +58,13 @@ class DetectionData:
 
     class_names: Sequence[str]
     category_ids: Sequence[int]
-    """COCO's id of each class, or 1 and up where the source has none."""
+    """The COCO id of each class, or 1, 2, ... if the source has none."""
     splits: Mapping[str, Split]
 
 
 @dataclasses.dataclass(frozen=True)
 class ArraySplit:
-    """Images of one size in memory: uint8 `(n, height, width, 3)`, made by `on_cpu`."""
+    """Images of one size in memory: uint8 `(n, height, width, 3)`, created by `on_cpu`."""
 
     truths: Sequence[Truth]
     dropped: int
@@ -77,7 +77,7 @@ class ArraySplit:
 
 @dataclasses.dataclass(frozen=True)
 class EncodedSplit:
-    """Images in memory as files hold them: strings `(n,)`, made by `on_cpu`."""
+    """Encoded images in memory: strings `(n,)`, created by `on_cpu`."""
 
     truths: Sequence[Truth]
     dropped: int
@@ -90,7 +90,7 @@ class EncodedSplit:
 
 @dataclasses.dataclass(frozen=True)
 class FileSplit:
-    """Image files that are read as they are needed: paths `(n,)`, made by `on_cpu`."""
+    """Image files that are read on demand: paths `(n,)`, created by `on_cpu`."""
 
     truths: Sequence[Truth]
     dropped: int
@@ -101,7 +101,7 @@ class FileSplit:
         return pipeline.decode_image(tf.io.read_file(self.paths[index]))
 
     def check(self) -> None:
-        """Decode every image and keep none, to name the one that stopped a run."""
+        """Decode every image without keeping it, to name the one that stopped a run."""
         pipeline.check_files([path.decode() for path in self.paths.numpy()])
 
 
@@ -114,12 +114,12 @@ class Subset:
 
     @property
     def truths(self) -> Sequence[Truth]:
-        """Of the chosen images."""
+        """The truths of the selected images."""
         return [self.split.truths[index] for index in self.indices]
 
     @property
     def dropped(self) -> int:
-        """Nothing more than in the whole split."""
+        """The same as in the whole split."""
         return 0
 
     def image(self, index: tf.Tensor) -> tf.Tensor:
@@ -128,7 +128,7 @@ class Subset:
 
 
 def on_cpu(values: Any, dtype: tf.DType | None = None) -> tf.Tensor:
-    """A tensor in the CPU's memory, where `tf.data` reads."""
+    """A tensor in the memory of the CPU, where `tf.data` reads it."""
     with tf.device("cpu"):
         return tf.constant(values, dtype)
 
@@ -136,9 +136,9 @@ def on_cpu(values: Any, dtype: tf.DType | None = None) -> tf.Tensor:
 def clean(
     boxes: np.ndarray, labels: np.ndarray, crowd: np.ndarray, height: int, width: int
 ) -> tuple[dict[str, np.ndarray], int]:
-    """The last three fields of a `Truth`, and how many boxes were dropped.
+    """The last three fields of a `Truth`, and the number of dropped boxes.
 
-    Boxes are clipped to the image; those left without area, degenerate or outside, are dropped.
+    Boxes are clipped to the image. Boxes without area, degenerate or outside, are dropped.
     """
     boxes = voc.clip(np.reshape(boxes, (-1, 4)).astype("float32"), (0, 0, width, height))
     keep = voc.area(boxes) > 0
@@ -147,9 +147,9 @@ def clean(
 
 
 def fill(found: Mapping[str, Sequence[Item]], seed: int, source: str) -> dict[str, Sequence[Item]]:
-    """The images of train, val and test, in this order; what is missing of the latter is held out of train.
+    """The images of train, val and test; missing val and test splits are held out from train.
 
-    `found` holds train at least; `source` is named where there are too few images.
+    `found` contains at least train. `source` is named in the error if there are too few images.
     """
     splits = dict(found)
     for name, share in (("test", folders.TEST_SHARE), ("val", folders.VAL_SHARE)):
@@ -160,16 +160,16 @@ def fill(found: Mapping[str, Sequence[Item]], seed: int, source: str) -> dict[st
 
 
 def check_sizes(truths: Sequence[Truth], paths: Sequence[str], annotations: Sequence[str]) -> None:
-    """Look into every image file, the pixels left aside, for whether it has the size of its truth.
+    """Check that every image file has the size of its truth, without decoding its pixels.
 
     Args:
-        truths: Of the images.
-        paths: Of the image files.
-        annotations: The files that the truths are from, for messages.
+        truths: The truths of the images.
+        paths: The paths of the image files.
+        annotations: The files that contain the truths, for messages.
 
     Raises:
-        UserError: If a file is missing or the size is another.
-        RunError: If a file is no image that TensorFlow can read.
+        UserError: If a file is missing or its size differs.
+        RunError: If TensorFlow cannot read a file.
     """
     with ThreadPoolExecutor() as pool:
         for _ in pool.map(_check_size, truths, paths, annotations):

@@ -1,9 +1,8 @@
-"""`--data tfds:NAME`: detection sets of TensorFlow Datasets, such as `coco/2017` and `voc/2007`.
+"""`--data tfds:NAME`: detection data sets of TensorFlow Datasets, such as `coco/2017` and `voc/2007`.
 
-A set is read once from its start, for its boxes. As long as they take no more than `IN_MEMORY_BYTES`, the
-images are kept in memory as they are encoded. Those of a larger split (COCO's train, 18 GB) are read out of
-the set's TFRecord files when they are needed, each at the place that an index of the records tells; this
-wants a disk that is quick to seek.
+A data set is read once for its boxes. Encoded images are kept in memory up to `IN_MEMORY_BYTES`. Images of
+larger splits (COCO's train, 18 GB) are read from the TFRecord files on demand, through an index of the
+records; this requires a disk with fast seeks.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from examples.detection import splits
 
 @dataclasses.dataclass(frozen=True)
 class RecordSplit:
-    """Images within TFRecord files: paths, and offsets and lengths in bytes, all `(n,)`, made by `on_cpu`."""
+    """Images in TFRecord files: paths, offsets and lengths in bytes, all `(n,)`, created by `on_cpu`."""
 
     truths: Sequence[splits.Truth]
     dropped: int
@@ -44,7 +43,7 @@ class RecordSplit:
 
 
 def load(name: str, data_dir: str | None) -> splits.DetectionData:
-    """The set `name`, prepared below `data_dir` (downloaded there if need be)."""
+    """The data set `name`, downloaded to `data_dir` if necessary."""
     builder = tfds_source.prepare(name, data_dir)
     _check_features(name, builder.info.features)
     class_names = builder.info.features["objects"]["label"].names
@@ -65,13 +64,15 @@ def _check_features(name: str, features: Mapping[str, Any]) -> None:
     objects = features["objects"]
     if not hasattr(objects["label"], "names"):
         raise UserError(f"tfds:{name}: the labels of its objects are not those of classes")
-    form = getattr(objects["bbox"], "bbox_format", None)  # sets that do not say are in TFDS' default
+    form = getattr(
+        objects["bbox"], "bbox_format", None
+    )  # data sets that do not specify a format use TFDS' default
     if form is not None and form.value != "REL_YXYX":
         raise UserError(f"tfds:{name} has boxes of the format {form.value}; only REL_YXYX can be read")
 
 
 def _read(builder: Any, part: str, classes: int, room: int) -> tuple[splits.Split, int]:
-    """The slice `part` of a set, and how many bytes of `room` it takes."""
+    """The slice `part` of a data set, and the number of bytes of `room` that it uses."""
     truths: list[splits.Truth] = []
     records, encoded = [], []
     dropped = size = 0
@@ -93,7 +94,7 @@ def _read(builder: Any, part: str, classes: int, room: int) -> tuple[splits.Spli
 
 
 def _examples(builder: Any, part: str) -> Iterator[dict[str, Any]]:
-    """Every example of a slice in order, with its image as it is encoded and its place as `tfds_id`."""
+    """The examples of a slice in order, with the encoded image and the position as `tfds_id`."""
     import tensorflow_datasets as tfds
 
     features = builder.info.features
@@ -106,7 +107,7 @@ def _examples(builder: Any, part: str) -> Iterator[dict[str, Any]]:
 
 
 def _truth(example: Mapping[str, Any], index: int, name: str, classes: int) -> tuple[splits.Truth, int]:
-    """The truth of an example, with the set's own id if it has one, and how many boxes were dropped."""
+    """The truth of an example, with the data set's id if there is one, and the number of dropped boxes."""
     if "image/filename" in example:
         name = example["image/filename"].decode()
     height, width = _size(example["image"], name)
@@ -129,7 +130,7 @@ def _size(encoded: bytes, name: str) -> tuple[int, int]:
 
 
 def _with_own_ids(truths: list[splits.Truth]) -> list[splits.Truth]:
-    """The truths, numbered anew if the ids of the set are not unique in the slice."""
+    """The truths, renumbered if the ids of the data set are not unique in the slice."""
     if len({truth.image_id for truth in truths}) == len(truths):
         return truths
     return [dataclasses.replace(truth, image_id=index) for index, truth in enumerate(truths)]
@@ -155,7 +156,7 @@ def _places(builder: Any, records: Sequence[str]) -> tuple[tf.Tensor, tf.Tensor,
 
 
 def _spans(path: Path) -> list[tuple[int, int]]:
-    """Offset and length of each record; ahead of it are 8 bytes of length and 4 of checksum, behind it 4."""
+    """Offset and length of each record; 8 bytes of length and 4 of checksum precede it, 4 follow it."""
     spans = []
     try:
         with path.open("rb", buffering=0) as file:

@@ -1,6 +1,7 @@
-"""`--data trees`: the aerial photographs in overlapping tiles, each with the crowns it shows.
+"""`--data trees`: overlapping tiles of the aerial photographs, with the tree crowns in them.
 
-A tile lies within one cell of `examples.data.trees`, and each cell belongs to one split: no pixel is in two.
+A tile is within one cell of `examples.data.trees`, and each cell belongs to one split: no pixel is in two
+splits.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ CLASS_NAMES = ("crown",)
 TILE = 256
 """The side of a tile in pixels."""
 STRIDE = 128
-"""From one tile to the next, at most: the tiles of a cell are spread evenly and reach its borders."""
+"""The largest stride of tiles, which are spread evenly over a cell and reach its borders."""
 MIN_KEPT = 0.5
-"""A crown cut by the border of a tile is one of the tile's if this share of its box is left inside."""
+"""A crown cut by the border of a tile counts if this share of its box is inside."""
 
 
 def load() -> splits.DetectionData:
-    """The tiles of every photograph; `dropped` counts the crowns that a tile shows less than half of."""
+    """The tiles of all photographs; `dropped` counts crowns with less than half of their box in a tile."""
     photographs = aerial.load()
     parts = {name: _cut(photographs, name) for name in ("train", "val", "test")}
     return splits.DetectionData(CLASS_NAMES, (1,), parts)
@@ -40,7 +41,7 @@ def tiles(width: int, height: int, split: str) -> list[tuple[int, int, int, int]
 
 
 def _starts(low: int, high: int) -> list[int]:
-    """Where tiles begin that cover the pixels from `low` to `high`."""
+    """The starts of tiles that cover the pixels from `low` to `high`."""
     room = high - low - TILE
     return (low + np.linspace(0, room, math.ceil(room / STRIDE) + 1).round().astype(int)).tolist()
 
@@ -61,7 +62,7 @@ def _cut(photographs: list[aerial.Photograph], split: str) -> splits.ArraySplit:
 
 
 def crowns(boxes: np.ndarray, bounds: tuple[int, int, int, int]) -> tuple[np.ndarray, int]:
-    """What the tile `bounds` shows of `boxes`, in the tile's pixels, and of how many it shows too little."""
+    """The parts of `boxes` in the tile `bounds`, in pixels of the tile, and the number of dropped boxes."""
     inside = voc.clip(boxes, bounds)
     share = voc.area(inside) / voc.area(boxes)
     origin = np.array(bounds[:2] * 2, "float32")

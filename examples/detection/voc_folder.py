@@ -1,6 +1,6 @@
-"""`--data voc:DIR`: a Pascal VOC folder: `Annotations`, `JPEGImages` and, if it has lists, `ImageSets/Main`.
+"""`--data voc:DIR`: a Pascal VOC folder of `Annotations`, `JPEGImages` and, optionally, `ImageSets/Main`.
 
-Objects that are marked difficult count as all others do.
+Objects marked as difficult are treated like all others.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from examples.detection import splits
 
 
 def load(folder: str, seed: int) -> splits.DetectionData:
-    """The images that the lists train, val and test name; a missing val or test is held out of train.
+    """The images of the lists train, val and test; missing val and test splits are held out from train.
 
-    Without a list train, every annotation that the other lists leave over is in it. The classes are those of
+    Without a list train, it contains every annotation that is not in another list. The classes are those of
     all boxes, in alphabetical order.
     """
     root = Path(folder).expanduser()
@@ -69,7 +69,7 @@ def _annotation_path(root: Path, stem: str) -> Path:
 
 
 def _find_images(folder: Path) -> dict[str, str]:
-    """The image files by stem; the name that an annotation holds is often that of another machine."""
+    """The image files by stem, because file names in annotations are often those of another machine."""
     if not folder.is_dir():
         raise UserError(f"not a Pascal VOC folder: {folder.parent} has no folder {folder.name}")
     return {

@@ -1,1 +1,1 @@
-"""What `explore.py` is made of: pictures, what is shown of a model, and the page."""
+"""Modules of `explore.py`: pictures, views of models, and the page."""

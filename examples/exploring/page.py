@@ -1,4 +1,4 @@
-"""The page: where things are, and what happens when."""
+"""The page: its layout and its events."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import socket
 from collections.abc import Sequence
 from typing import Any
 
-# Read when Gradio is imported: it sends nothing anywhere.
+# Gradio reads this at import: it sends no analytics.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
@@ -25,12 +25,12 @@ from examples.exploring.pictures import MAX_BYTES, Picture, read_picture
 from examples.exploring.views import MIDDLE, Drawing, Place, View, clicked
 
 UPLOAD_LIMIT = 4 * MAX_BYTES
-"""Bytes that the server writes to disk at most; of files between the two limits the page says it better."""
+"""The largest upload that the server accepts; below this limit, the page explains errors itself."""
 MOST_SCORES = 3
 
 
 def build_page(views: Sequence[View], pictures: Sequence[Picture]) -> gr.Blocks:
-    """The page for one model, or for two to compare; the first of `pictures` is shown at first."""
+    """Builds the page for one model, or for two to compare; it starts with the first of `pictures`."""
     with gr.Blocks(title="Where the gates look") as page:
         gr.HTML(style.HEADING, padding=False)
         with gr.Row():
@@ -46,15 +46,15 @@ def build_page(views: Sequence[View], pictures: Sequence[Picture]) -> gr.Blocks:
 
 
 def _others(views: Sequence[View]) -> list[View | None]:
-    """The model that each of them is compared with."""
+    """The model that each model is compared with."""
     return [None] if len(views) == 1 else [views[1], views[0]]
 
 
 class Controls:
-    """The left of the page: what to look at."""
+    """The left column of the page: picture, stage and options."""
 
     def __init__(self, views: Sequence[View], pictures: Sequence[Picture]) -> None:
-        """Adds them to the page."""
+        """Adds the components to the page."""
         most = max(views, key=lambda view: len(view.gates))
         self.pictures = pictures
         self.picture, self.place = gr.State(pictures[0]), gr.State(MIDDLE)
@@ -85,7 +85,7 @@ class Controls:
 
     @property
     def settings(self) -> list[Any]:
-        """What decides, with the picture, what the panels show."""
+        """The inputs that, with the picture, determine the panels."""
         return [self.stage, self.stacked, self.place]
 
 
@@ -106,7 +106,7 @@ def _say_which(picture: Picture) -> str:
 
 
 def take_upload(path: str) -> tuple[Picture | None, str]:
-    """The picture in an uploaded file, if it is one, and what the page says about it."""
+    """The picture of an uploaded file, if valid, and the message on the page."""
     try:
         picture = read_picture(path)
     except UserError as error:
@@ -115,10 +115,10 @@ def take_upload(path: str) -> tuple[Picture | None, str]:
 
 
 class Slot:
-    """A drawing on the page and the line below it."""
+    """A drawing and its caption."""
 
     def __init__(self, title: str, about: str, drawing: Drawing, name: str) -> None:
-        """Adds them to the page."""
+        """Adds the components to the page."""
         with gr.Column(min_width=200, elem_classes="slot"):
             gr.HTML(f"<h3>{title}</h3> <span class='about'>{about}</span>", padding=False)
             self.image = gr.Image(
@@ -136,7 +136,7 @@ class Slot:
 
     @property
     def components(self) -> list[Any]:
-        """What changes, in the order of `_contents`."""
+        """The components that change, in the order of `_contents`."""
         return [self.image, self.caption]
 
 
@@ -154,12 +154,12 @@ class Panel:
     Args:
         view: The model.
         other: The model it is compared with, or `None`.
-        name: What its components' names begin with.
-        picture: What to show at first.
+        name: Prefix of the names of its components.
+        picture: The initial picture.
     """
 
     def __init__(self, view: View, other: View | None, name: str, picture: Picture) -> None:
-        """Adds it to the page."""
+        """Adds the panel to the page."""
         self.view, self.other = view, other
         places, *more = self._draw(picture, 0, False, MIDDLE)
         self.scores = gr.HTML(self._write_scores(picture), padding=False, elem_id=f"{name}-scores")
@@ -177,7 +177,7 @@ class Panel:
 
     @property
     def components(self) -> list[Any]:
-        """All that changes, in the order of `fill`."""
+        """All components that change, in the order of `fill`."""
         return [self.scores, *(part for slot in self.slots for part in slot.components)]
 
     def fill(self, picture: Picture, number: int, stacked: bool, place: Place) -> list[Any]:
@@ -186,7 +186,7 @@ class Panel:
         return [self._write_scores(picture), *(part for drawing in drawings for part in _contents(drawing))]
 
     def move(self, picture: Picture, number: int, stacked: bool, place: Place) -> list[Any]:
-        """The contents of the first slot's components: no other depends on the place."""
+        """The contents of the first slot, the only one that depends on the point."""
         return _contents(self._draw_places(picture, number, stacked, place))
 
     def _draw(self, picture: Picture, number: int, stacked: bool, place: Place) -> list[Drawing]:
@@ -216,7 +216,7 @@ class Panel:
 def _connect(controls: Controls, panels: Sequence[Panel]) -> None:
     """What happens when."""
     everything = [part for panel in panels for part in panel.components]
-    # The models run for one event at a time: `visualize` listens to their layers meanwhile.
+    # One event at a time, because `visualize` intercepts the layers of the models.
     how: dict[str, Any] = {"concurrency_id": "models", "concurrency_limit": 1, "api_visibility": "private"}
 
     def fill(picture: Picture, *settings: Any) -> list[Any]:
@@ -245,7 +245,7 @@ def _connect(controls: Controls, panels: Sequence[Panel]) -> None:
 
 
 def _connect_clicks(panel: Panel, controls: Controls, panels: Sequence[Panel], how: dict[str, Any]) -> None:
-    """A click on any of a panel's drawings moves the place in all panels."""
+    """Makes clicks on the drawings of a panel move the point in all panels."""
 
     def move(picture: Picture, number: int, stacked: bool, event: gr.SelectData) -> list[Any]:
         place = clicked(event.index, panel.view.drawn_size)
@@ -261,7 +261,7 @@ def _connect_clicks(panel: Panel, controls: Controls, panels: Sequence[Panel], h
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens; port 0 lets the system choose."""
+    """A listening socket; port 0 selects any free port."""
     if not 0 <= port < 2**16:
         raise UserError(f"--port must be from 0 to {2**16 - 1}, not {port}")
     try:
@@ -274,7 +274,7 @@ def listen(host: str, port: int) -> socket.socket:
 def serve(page: gr.Blocks, server: socket.socket) -> None:
     """Serve the page until an interrupt or SIGTERM.
 
-    Not by Gradio's `launch`, which takes ports and looks for the network on its own.
+    Does not use Gradio's `launch`, which selects ports and accesses the network.
     """
     host, port = server.getsockname()[:2]
     app = gr.mount_gradio_app(
@@ -290,13 +290,13 @@ def serve(page: gr.Blocks, server: socket.socket) -> None:
         theme=gr.themes.Default(
             primary_hue="teal",
             neutral_hue="slate",
-            # Of the system: the themes' own fonts come from elsewhere.
+            # System fonts: the fonts of the themes come from a network.
             font=["system-ui", "sans-serif"],
             font_mono=["monospace"],
         ),
         css=style.CSS,
     )
-    # An open page holds connections that would be waited for.
+    # Does not wait for the connections of open pages.
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
     print(f"explore: http://{host}:{port}/ (Ctrl+C ends it)", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)

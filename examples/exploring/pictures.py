@@ -1,4 +1,4 @@
-"""The pictures that the page offers or gets."""
+"""Pictures that the page offers or receives."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ MAX_BYTES = 20 * 2**20
 MAX_PIXELS = 50_000_000
 COUNT = 8
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-"""What Pillow may decode: some of its other decoders start programs."""
+"""Formats that Pillow may decode; some of its other decoders start programs."""
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A picture in RGB, and what the page says which it is."""
+    """A picture in RGB, and its caption."""
 
     image: Image.Image
     caption: str = ""
 
 
 def read_picture(path: str | Path) -> Picture:
-    """The first frame of an image file in RGB, upright; a `UserError` says why a file cannot be taken."""
+    """The first frame of an image file in RGB, upright; a `UserError` explains why a file is rejected."""
     path = Path(path)
     size = path.stat().st_size
     if size > MAX_BYTES:
         raise UserError(f"{path.name} has {size / 2**20:.0f} MB; at most {MAX_BYTES >> 20} MB are taken")
     try:
         with warnings.catch_warnings():
-            # What Pillow only warns of is beyond our own limit, and refused.
+            # Images that Pillow warns about exceed the limit of this module.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             return Picture(_decode(path), path.name)
     except UserError:
@@ -47,7 +47,7 @@ def read_picture(path: str | Path) -> Picture:
         raise UserError(f"{path.name} is not a picture: {', '.join(FORMATS)} are taken") from error
     except Image.DecompressionBombError as error:
         raise UserError(f"{path.name} has too many pixels: {_pixel_limit()}") from error
-    except Exception as error:  # whatever Pillow's decoders raise at damaged files
+    except Exception as error:  # any error of Pillow's decoders for damaged files
         raise UserError(f"{path.name} is damaged or cut off: {common.first_line(error)}") from error
 
 
@@ -70,7 +70,7 @@ def _pixel_limit() -> str:
 
 
 def read_folder(folder: str | Path) -> list[Picture]:
-    """The first pictures of a folder, of the folders inside it by turns; a file that is none is an error."""
+    """The first pictures of a folder, alternating between subfolders; other files raise an error."""
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise UserError(f"--images: no such folder: {root}")
@@ -85,7 +85,7 @@ def read_folder(folder: str | Path) -> list[Picture]:
 
 
 def training_pictures(model: Path, size: int) -> list[Picture]:
-    """A few pictures of the test split that `classify.py` wrote into `results.json` beside the model."""
+    """A few pictures of the test split named in the `results.json` next to the model."""
     results = read_results(model)
     arguments = results.get("arguments", {})
     if "data" not in arguments:
@@ -101,7 +101,7 @@ def training_pictures(model: Path, size: int) -> list[Picture]:
 
 
 def read_results(model: Path) -> dict[str, Any]:
-    """What `classify.py` wrote beside the model it trained; empty if there is nothing."""
+    """The `results.json` of `classify.py` next to the model; empty if there is none."""
     path = model.with_name("results.json")
     if not path.is_file():
         return {}

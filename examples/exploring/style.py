@@ -1,4 +1,4 @@
-"""The words and the style sheet of the page."""
+"""The texts and the style sheet of the page."""
 
 import numpy as np
 from matplotlib import colormaps, colors

@@ -1,4 +1,4 @@
-"""What is shown of a model: drawings by `keras_das.visualize`, and probabilities."""
+"""Views of a model: drawings by `keras_das.visualize`, and probabilities."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from examples.exploring import pictures
 from keras_das import visualize
 
 SIDE = 576
-"""The least length in pixels of a drawing's longer side: more than the page has room for."""
+"""The smallest longer side of a drawing in pixels: more than its size on the page."""
 OPEN_SIZE = 224
-"""The side of the images for a model that takes any size."""
-_DPI = 192  # of `visualize`'s points and crosses
+"""The side of images for models that accept any size."""
+_DPI = 192  # of the points and crosses of `visualize`
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A point of a picture, as shares of its height and width: the same for models of any image size."""
+    """A point of a picture relative to its height and width, independent of the image size of models."""
 
     y: float
     x: float
@@ -39,29 +39,29 @@ MIDDLE = Place(0.5, 0.5)
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """What one picture of the page shows, and the line below it."""
+    """A picture on the page and its caption."""
 
     image: Image.Image
     caption: str
 
 
 def clicked(index: Sequence[int], size: Sequence[int]) -> Place:
-    """The place of a click at `index` on a drawing of `size`: both are x before y, as Gradio has them.
+    """The place of a click at `index` on a drawing of `size`, both x before y as in Gradio.
 
-    Gradio rounds where the click was to the nearest edge between two pixels of the drawing.
+    Gradio rounds clicks to the nearest edge between two pixels of the drawing.
     """
     (x, y), (width, height) = index, size
     return Place(y / height, x / width)
 
 
 class View:
-    """One model, and what the page shows of it.
+    """One model and its views on the page.
 
     Args:
         model: A functional or sequential model of images `(H, W, 3)` or `(H, W, 1)`.
-        name: What the page calls it.
-        class_names: Of its outputs; `None` numbers them.
-        open_size: The side of the images if the model takes any.
+        name: Name on the page.
+        class_names: Names of its outputs; `None` numbers them.
+        open_size: The side of images if the model accepts any size.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class View:
         class_names: Sequence[str] | None = None,
         open_size: int = OPEN_SIZE,
     ) -> None:
-        """Runs the model once, to see which gates it has."""
+        """Runs the model once to find its gates."""
         self.model, self.name = model, name
         self.shape = _image_shape(model, name, open_size)
         found = visualize.gate_inputs(model, np.zeros((1, *self.shape), "float32"))
@@ -88,7 +88,7 @@ class View:
         return self.shape[1] * self.scale, self.shape[0] * self.scale
 
     def fit(self, picture: Image.Image) -> np.ndarray:
-        """The picture at the model's size, uint8 `(H, W, 3)` or `(H, W)`: scaled, its middle cut out."""
+        """The picture at the model's size, uint8 `(H, W, 3)` or `(H, W)`, scaled and centre-cropped."""
         height, width, channels = self.shape
         fitted = ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)
         return np.asarray(fitted.convert("RGB" if channels == 3 else "L"))
@@ -97,13 +97,13 @@ class View:
         return pixels.astype("float32").reshape(self.shape)
 
     def point(self, place: Place) -> tuple[float, float]:
-        """`(y, x)` in pixels of the model's image, whose first pixel reaches from -0.5 to 0.5."""
+        """`(y, x)` in pixels of the model's image, whose first pixel extends from -0.5 to 0.5."""
         return place.y * self.shape[0] - 0.5, place.x * self.shape[1] - 0.5
 
     def predict(self, picture: Image.Image) -> dict[str, float]:
-        """The probabilities by class; a model without a softmax gets one."""
+        """The probabilities by class, with a softmax if the model has none."""
         images = self._input(self.fit(picture))[None]
-        if not isinstance(self.model, keras.Sequential):  # a list or a dictionary of one, perhaps
+        if not isinstance(self.model, keras.Sequential):  # may be a list or dictionary of one
             images = keras.tree.map_structure(lambda _, images=images: images, self.model.input)
         scores = keras.ops.cast(self.model(images, training=False), "float32")
         values = keras.ops.convert_to_numpy(scores)[0]
@@ -112,15 +112,15 @@ class View:
         return dict(zip(self.class_names, values.tolist(), strict=True))
 
     def stage(self, number: int) -> int:
-        """The number of the gate to show, where another model has more of them."""
+        """The number of the gate to show, limited to the gates of this model."""
         return min(number, len(self.gates) - 1)
 
     def share(self, number: int) -> float:
-        """The rows of a gate's feature map over those of the image."""
+        """The rows of a gate's feature map relative to those of the image."""
         return self.map_sizes[self.stage(number)][0] / self.shape[0]
 
     def points(self, picture: Image.Image, number: int, stacked: bool, place: Place) -> Drawing:
-        """Where a gate reads for a place; `stacked`: through what the gate before it reads."""
+        """The positions that a gate samples for a place, with `stacked` through the previous gate."""
         number, pixels, point = self.stage(number), self.fit(picture), self.point(place)
         first = number - 1 if stacked and number else number
         layers = self.gates[first : number + 1]
@@ -136,13 +136,13 @@ class View:
         return Drawing(self._draw(axes, point), caption)
 
     def plain(self, picture: Image.Image, place: Place) -> Drawing:
-        """The picture and the place, for a model that has no gates."""
+        """The picture and the place, for models without gates."""
         axes = Figure().subplots()
         axes.imshow(self.fit(picture), cmap="gray", vmin=0, vmax=255)
         return Drawing(self._draw(axes, self.point(place)), "no gates: no layer reads at learnt positions")
 
     def gate(self, picture: Image.Image, number: int) -> Drawing:
-        """How much of its feature map a gate keeps."""
+        """The share of its feature map that a gate keeps."""
         gate, pixels = self.gates[self.stage(number)], self.fit(picture)
         figure = visualize.plot_gates(self.model, [self._input(pixels)], [gate], pictures=[pixels])
         axes = figure.axes[1]
@@ -150,10 +150,10 @@ class View:
         return Drawing(self._draw(axes), f"{name}: {values} of the map's magnitude")
 
     def grad_cam(self, picture: Image.Image, number: int, share: float) -> Drawing:
-        """Which parts of a feature map speak for the class of the highest score.
+        """The Grad-CAM of a feature map for the class with the highest score.
 
-        The map is that of the gate of this `number`; without gates the last one, of the layers that run, with
-        this `share` of the image's rows or with the nearest to it.
+        The map is that of gate `number`. Without gates, it is the last one whose rows are closest to this
+        `share` of the image's rows.
         """
         layer = self.gates[self.stage(number)] if self.gates else self._layer_of(share)
         scores, pixels = self.predict(picture), self.fit(picture)
@@ -170,7 +170,7 @@ class View:
         return min(reversed(known), key=lambda layer: abs(layer.output.shape[1] / self.shape[0] - share))
 
     def _draw(self, axes: Axes, point: tuple[float, float] | None = None) -> Image.Image:
-        """One part of a figure alone, with a ring at `point`; a pixel of the image is `scale` pixels wide."""
+        """One part of a figure, with a ring at `point`; a pixel of the image is `scale` pixels wide."""
         figure = axes.figure
         if point is not None:
             axes.plot(point[1], point[0], "o", color="white", fillstyle="none", markersize=10, clip_on=False)
@@ -182,7 +182,7 @@ class View:
         axes.set_aspect("auto")
         axes.set_position((0, 0, 1, 1))
         figure.set_dpi(_DPI)
-        # The canvas cuts off fractions of a pixel, those of rounding included.
+        # The canvas truncates fractions of a pixel, including rounding errors.
         figure.set_size_inches([(side + 0.1) / _DPI for side in self.drawn_size])
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
@@ -190,7 +190,7 @@ class View:
 
 
 def _count_beyond(axes: Axes) -> int:
-    """How many points are not seen since they lie off the picture."""
+    """The number of points outside the picture."""
     x, y = np.concatenate([points.get_offsets() for points in axes.collections]).T
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     return int(np.sum((x < left) | (x > right) | (y < top) | (y > bottom)))
@@ -206,7 +206,7 @@ def _image_shape(model: keras.Model, name: str, open_size: int) -> tuple[int, in
 
 
 def _class_names(model: keras.Model, name: str, given: Sequence[str] | None) -> list[str]:
-    """The names of the classes; none if the model does not output one score a class."""
+    """The names of the classes; empty if the model does not output one score per class."""
     shapes = [tuple(tensor.shape) for tensor in model.outputs]
     if len(shapes) != 1 or len(shapes[0]) != 2:
         return []
@@ -219,7 +219,7 @@ def _class_names(model: keras.Model, name: str, given: Sequence[str] | None) -> 
 
 
 def _feature_layers(model: keras.Model) -> list[keras.layers.Layer]:
-    """The layers that make feature maps, those of models inside the model too, as they run."""
+    """The layers that output feature maps, including those of nested models, in order of execution."""
     found: list[keras.layers.Layer] = []
     for layer in model.layers:
         if isinstance(layer, keras.Model):
@@ -230,27 +230,27 @@ def _feature_layers(model: keras.Model) -> list[keras.layers.Layer]:
 
 
 def load_view(path: str | Path, labels: Sequence[str] | None = None, open_size: int = OPEN_SIZE) -> View:
-    """The model in a `.keras` file; its classes' names come from `labels` or `results.json` beside it."""
+    """The model of a `.keras` file, with class names from `labels` or the `results.json` next to it."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no such file: {path} (`make demo` trains runs/demo/model.keras)")
     try:
         model = keras.models.load_model(path, compile=False)
-    # Whatever Keras and the libraries of the model's layers raise at a file they cannot read.
+    # Any error of Keras, or of the libraries of the layers, for unreadable files.
     except Exception as error:
         raise UserError(f"{path} cannot be loaded as a Keras model: {common.first_line(error)}") from error
     return View(model, _title(path), labels or pictures.read_results(path).get("class_names"), open_size)
 
 
 def _title(path: Path) -> str:
-    """What tells one model from another: most are called model.keras."""
+    """The part of a path that distinguishes models, as most files are named model.keras."""
     return path.resolve().parent.name if path.stem == "model" else path.stem
 
 
 def load_views(
     model: str, compare: str | None, labels: Sequence[str] | None = None, open_size: int = OPEN_SIZE
 ) -> list[View]:
-    """The model, and the one to compare it with; one of them must have gates."""
+    """The model and the one to compare it with; at least one must have gates."""
     views = [load_view(path, labels, open_size) for path in (model, compare) if path]
     if not any(view.gates for view in views):
         wanted = "" if compare else "; name one that has with --compare"
