@@ -61,7 +61,7 @@ def compiled_choices():
 
 @pytest.mark.parametrize(
     ("case", "dtype", "data_format", "mode", "implementation"),
-    compiled_choices(),
+    list(compiled_choices()),
     ids=str,
     indirect=["implementation"],
 )
