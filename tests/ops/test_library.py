@@ -285,6 +285,7 @@ def wrap_compiler(folder, monkeypatch, *commands):
     return log
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_two_processes_at_once_build_once(target, root, tmp_path, monkeypatch):
     gate = tmp_path / "gate"
@@ -703,17 +704,27 @@ def run_operation(tmp_path, *modes, **environment):
     return result.stdout.splitlines()
 
 
-def test_op_without_compiler_and_without_cache(tmp_path):
+@pytest.mark.parametrize("modes", [["eager"], pytest.param(["graph", "xla"], marks=pytest.mark.slow)])
+def test_op_without_compiler_and_without_cache(tmp_path, modes):
     """Nothing to compile with, nothing compiled: the reference gives the oracle's numbers, without a word."""
     nothing = {"PATH": "", "CXX": "", library.CACHE_VARIABLE: str(tmp_path / "empty")}
-    warnings, native = run_operation(tmp_path, "eager", "graph", "xla", **nothing)
+    warnings, native = run_operation(tmp_path, *modes, **nothing)
     assert warnings == "0 warnings:"
     assert native.startswith('native: implementation="native" cannot be used: the kernel library')
     assert 'is not built: run "keras-das build"' in native
     assert not (tmp_path / "empty").exists()
 
 
-@pytest.mark.parametrize("damage", [truncate, damage_nothing, put_another_version_s, "folder"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_nothing,
+        *(
+            pytest.param(damage, marks=pytest.mark.slow)
+            for damage in (truncate, put_another_version_s, "folder")
+        ),
+    ],
+)
 def test_op_with_a_broken_library(tmp_path, damage):
     """`damage_nothing` leaves a file that passes every check and cannot be opened."""
     cache = tmp_path / "cache"
