@@ -21,8 +21,8 @@ help: ## This list
 # Enables TensorFlow's fast CPU convolutions, which are enabled by default only with AVX-512.
 demo demo-none demo-detect test-all test-fast test-slow: export TF_ENABLE_ONEDNN_OPTS ?= 1
 
-demo: $(VENV)/.demo $(VENV)/.kernels ## Train a ResNet-50 with DAS gates on aerial photographs, save, export and draw it
-	$(RUN) examples/classify.py $(DEMO) --attention das --identity-init on --output runs/demo --export runs/demo/saved_model
+demo: demo-none ## Train a ResNet-18 on aerial photographs without and with DAS gates; save, export and draw the latter
+	$(RUN) examples/classify.py $(DEMO) --attention das --output runs/demo --export runs/demo/saved_model --baseline runs/demo-none
 
 demo-none: $(VENV)/.demo $(VENV)/.kernels ## Train the same network without gates, for comparison
 	$(RUN) examples/classify.py $(DEMO) --attention none --output runs/demo-none
@@ -37,7 +37,7 @@ $(DEMO_MODEL):
 	@echo '$@ does not exist yet; training it with `make demo`.'
 	$(MAKE) demo
 
-DEMO := --backbone resnet50 --data trees --image-size 64 --epochs 6 --progress bar $(DEMO_ARGS)
+DEMO := --backbone resnet18 --data trees --image-size 64 --batch-size 32 --epochs 4 --progress bar $(DEMO_ARGS)
 DEMO_DETECT := --backbone resnet18 --data trees --image-size 256 --head-layers 1 --batch-size 4 --epochs 9 --progress bar $(DEMO_ARGS)
 
 test: lint test-fast ## Lint, type-check, and run the fast tests: every behaviour of the package, in minutes
