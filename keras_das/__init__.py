@@ -9,5 +9,16 @@ from keras_das._version import __version__
 from keras_das.export import export
 from keras_das.layers import DASLayer, DeformableConv2D
 from keras_das.models import attach_das
+from keras_das.ops.native import load_ops, portable
 
-__all__ = ["DASLayer", "DeformableConv2D", "__version__", "attach_das", "export", "ops", "visualize"]
+__all__ = [
+    "DASLayer",
+    "DeformableConv2D",
+    "__version__",
+    "attach_das",
+    "export",
+    "load_ops",
+    "ops",
+    "portable",
+    "visualize",
+]
