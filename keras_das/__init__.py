@@ -9,6 +9,7 @@ from keras_das._version import __version__
 from keras_das.export import export
 from keras_das.layers import DASLayer, DeformableConv2D
 from keras_das.models import attach_das, freeze_trunk
+from keras_das.ops.native import load_ops, portable
 
 __all__ = [
     "DASLayer",
@@ -17,6 +18,8 @@ __all__ = [
     "attach_das",
     "export",
     "freeze_trunk",
+    "load_ops",
     "ops",
+    "portable",
     "visualize",
 ]

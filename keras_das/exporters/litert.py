@@ -18,7 +18,7 @@ def write(model: keras.Model, path: Path, verbose: bool = False) -> None:
     import tensorflow as tf
 
     with tempfile.TemporaryDirectory() as scratch:
-        with native.reference_only(), precision.in_float32(model, _IN_FLOAT32):
+        with native.portable(), precision.in_float32(model, _IN_FLOAT32):
             model.export(scratch, format="tf_saved_model", verbose=verbose)
         converter = tf.lite.TFLiteConverter.from_saved_model(scratch, signature_keys=["serving_default"])
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]

@@ -40,7 +40,7 @@ class Serving:
 
 def write(model: keras.Model, folder: Path, verbose: bool, serving: Serving) -> None:
     """Writes a SavedModel to a new folder; see `keras_das.export`."""
-    with native.reference_only():
+    with native.portable():
         if serving.is_plain():
             model.export(str(folder), format="tf_saved_model", verbose=verbose)
         else:

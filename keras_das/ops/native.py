@@ -20,10 +20,11 @@ from keras_das.ops.kernel_attributes import make_attributes
 Tensor = Any
 
 CONTEXTS = ("eager", "graph", "XLA")
-_KERAS_EXPORTS = "keras.src.export."  # the modules that trace a model for `model.export`
+# The modules that trace a model, or a function, to write it.
+_EXPORTERS = ("keras.src.export.", "tensorflow.python.saved_model.", "tensorflow.lite.python.", "tf2onnx.")
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 _UNDECIDED = "CPU or GPU"  # the kind of device where a graph leaves it open
-_reference_only = contextvars.ContextVar("keras_das_reference_only", default=False)
+_portable = contextvars.ContextVar("keras_das_portable", default=False)
 
 
 def can_use(
@@ -122,27 +123,58 @@ def deformable_conv2d(
 
 
 @contextlib.contextmanager
-def reference_only() -> Iterator[None]:
-    """Within it, in this thread, only the reference is taken: for graphs to run without the kernels."""
-    token = _reference_only.set(True)
+def portable() -> Iterator[None]:
+    """A scope in which graphs are traced without the fused kernels, so that they run without this package.
+
+    It is for functions that you trace yourself and then freeze, convert or save. Functions traced before it
+    keep the kernels. `keras_das.export`, `model.export`, `tf.saved_model.save`, TensorFlow's LiteRT converter
+    and tf2onnx need no scope if they are given a model, or a `tf.function` that has not been called.
+
+    The scope covers the current thread only.
+
+    Example:
+
+    >>> with keras_das.portable():
+    ...     traced = tf.function(model).get_concrete_function(tf.TensorSpec((1, 32, 32, 3)))
+    >>> tf.lite.TFLiteConverter.from_concrete_functions([traced]).convert()
+    """
+    token = _portable.set(True)
     try:
         yield
     finally:
-        _reference_only.reset(token)
+        _portable.reset(token)
+
+
+def load_ops() -> None:
+    """Registers the fused kernels with TensorFlow, so that graphs that contain them can be loaded.
+
+    Call it before `tf.saved_model.load` if the load fails with "Op type not registered
+    'KerasDas>DeformableConv2D'". Further calls have no effect.
+
+    Raises:
+        RuntimeError: If there is no kernel library for this TensorFlow. The message says why.
+
+    Example:
+
+    >>> keras_das.load_ops()
+    >>> tf.saved_model.load("saved/1")
+    """
+    library.tensorflow_ops()
+    from keras_das.ops import native_tensorflow  # noqa: F401, which registers the gradients
 
 
 def must_be_portable(tensors: Sequence[Tensor | None]) -> bool:
     """Whether the graph that is being built must run without the kernel library: an export.
 
-    Keras' own `model.export`, in all its formats, has no hook that would say so; it is seen on the stack.
+    Keras, TensorFlow and tf2onnx have no hook that would say so; they are seen on the stack.
     """
-    if _reference_only.get():
+    if _portable.get():
         return True
     if not _is_tracing(tensors):
         return False
     frame: types.FrameType | None = sys._getframe()
     while frame is not None:
-        if frame.f_globals.get("__name__", "").startswith(_KERAS_EXPORTS):
+        if frame.f_globals.get("__name__", "").startswith(_EXPORTERS):
             return True
         frame = frame.f_back
     return False

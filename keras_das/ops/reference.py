@@ -136,7 +136,9 @@ def _locate(frame: _Frame, offsets: Tensor, tap: Tensor) -> _Sample:
     inside = ops.logical_and(_on_image(y, fraction_y, frame.height), _on_image(x, fraction_x, frame.width))
     # Off the image all corners are zeros, and the fraction is 0, or NaN where the offset was.
     is_nan = ops.logical_or(ops.isnan(offset_y), ops.isnan(offset_x))
-    elsewhere = ops.where(is_nan, ops.full_like(fraction_y, float("nan")), ops.zeros_like(fraction_y))
+    # The NaN is a constant, because tf2onnx writes a selection as products where it sees none.
+    nan = ops.convert_to_tensor(float("nan"), dtype=frame.dtype)
+    elsewhere = ops.where(is_nan, nan, ops.zeros_like(fraction_y))
     fraction_y, fraction_x = (ops.where(inside, f, elsewhere) for f in (fraction_y, fraction_x))
 
     dtype = _index_dtype(frame.table_rows)

@@ -696,30 +696,70 @@ def operations(function):
     return {node.op for node in nodes}
 
 
-def test_reference_only_is_a_thread_s_own(rng):
+def test_portable_is_a_thread_s_own(rng):
     arguments, _ = split_upstream(tensors_of(draw(DEPTHWISE, rng)))
     found = {}
 
     def look(name):
         found[name] = FORWARD in operations(lambda: call(arguments, DEPTHWISE, implementation="native"))
 
-    with native.reference_only():
+    with native.portable():
         look("within")
         other = threading.Thread(target=look, args=("elsewhere",))
         other.start()
         other.join()
-        with native.reference_only():
+        with native.portable():
             pass
         look("still within")
     look("after")
     assert found == {"within": False, "elsewhere": True, "still within": False, "after": True}
 
 
-def test_reference_only_ends_with_an_error():
+def test_portable_ends_with_an_error():
     def leave():
-        with native.reference_only():
+        with native.portable():
             raise KeyError
 
     with pytest.raises(KeyError):
         leave()
     assert not native.must_be_portable([])
+
+
+# Graphs that hold them, loaded by other processes
+
+
+LOAD_IN_ANOTHER_PROCESS = """
+import sys
+
+import numpy as np
+import tensorflow as tf
+
+import keras_das
+
+folder, register = sys.argv[1:]
+if register == "True":
+    keras_das.load_ops()
+    keras_das.load_ops()
+images = tf.Variable(np.load(f"{folder}/images.npy"))
+with tf.GradientTape() as tape:
+    loaded = tf.saved_model.load(f"{folder}/model")
+    (outputs,) = loaded.signatures["serving_default"](image=images.read_value()).values()
+print(np.abs(outputs - np.load(f"{folder}/outputs.npy")).max() < 1e-5)
+print(tape.gradient(outputs, images).shape)
+"""
+
+
+def test_operations_are_registered_before_loading(rng, tmp_path):
+    layer, images = keras_das.DeformableConv2D(2, 2), rng.normal(size=(2, 4, 4, 3)).astype("float32")
+    outputs, module = layer(images), tf.Module()
+    module.weights = [variable.value for variable in layer.variables]
+    serve = tf.function(layer).get_concrete_function(tf.TensorSpec(images.shape, name="image"))
+    tf.saved_model.save(module, str(tmp_path / "model"), signatures=serve)
+    assert saved_model.custom_operations(tmp_path / "model") == [FORWARD]
+    np.save(tmp_path / "images.npy", images)
+    np.save(tmp_path / "outputs.npy", outputs.numpy())
+    without, with_them = (
+        processes.python(LOAD_IN_ANOTHER_PROCESS, tmp_path, register) for register in (False, True)
+    )
+    assert f"Op type not registered '{FORWARD}'" in without.stderr
+    assert with_them.stdout.split("\n")[:2] == ["True", "(2, 4, 4, 3)"], with_them.stderr
