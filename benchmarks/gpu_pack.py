@@ -32,12 +32,13 @@ def main() -> None:
     )
     add = parser.add_argument
     add("output", type=pathlib.Path, help="a folder, which may not exist yet")
-    add("--data", type=data_folder, help="woof:FOLDER or dogs:FOLDER, with train/ and test/")
+    add("--data", help="woof:FOLDER or dogs:FOLDER, with train/ and test/")
     add("--arch", default="sm_90", help="the GPU's architecture (default: sm_90)")
     add("--python", default="3.12", help="the other machine's Python (default: 3.12)")
     add("--libraries", type=pathlib.Path, help="a folder of libraries that are built, to build none")
     add("--mib", type=int, default=60, help="size of a part (default: 60)")
     options = parser.parse_args()
+    data = data_folder(parser, options.data)
     options.output.mkdir(parents=True)
     with tempfile.TemporaryDirectory() as made:
         folder = pathlib.Path(made)
@@ -45,8 +46,8 @@ def main() -> None:
         site = download_peers(folder, options.python)
         contents = {"libraries": libraries, "site": site}
         task = ""
-        if options.data:
-            task, _, images = options.data.partition(":")
+        if data:
+            task, _, images = data.partition(":")
             contents["data"] = pathlib.Path(images)
         parts = write_parts(contents, options.output, options.mib << 20)
     text = "\n".join(commands(parts, task)) + "\n"

@@ -1,5 +1,6 @@
 """What gpu_report.py runs, in the order of its worth: on a GPU, or on toy sizes on a CPU, to rehearse."""
 
+import os
 import pathlib
 from collections.abc import Iterator
 
@@ -10,8 +11,8 @@ PHASES = ("right", "fast", "worth")
 # Of the budget. A CPU takes its time to compile, whatever is then computed.
 SHARES = {"gpu": (150 / 540, 150 / 540, 240 / 540), "cpu": (0.45, 0.35, 0.2)}
 TENSORFLOW, JAX = {"KERAS_BACKEND": "tensorflow"}, {"KERAS_BACKEND": "jax", "JAX_ENABLE_X64": "1"}
-# What runs once needs no program that is tuned for it.
-UNTUNED = {**TENSORFLOW, "XLA_FLAGS": "--xla_gpu_autotune_level=0"}
+# What runs once needs no program that is tuned for it. The machine may need flags of its own.
+UNTUNED = {**TENSORFLOW, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()}
 
 RIGHT = {  # what a check is expected to take on a GPU, in seconds
     "xla": 25,
@@ -38,6 +39,7 @@ FAST = {
 }
 _OPERATIONS = {"native-xla-loop": "depthwise,dense,aggregation", "dcnv4": "aggregation"}
 _AFTER = ("torchvision", "float32")  # comes the model
+MODEL = {"training": 60, "inference": 45}
 _TOY = 15.0  # seconds for a toy
 
 
@@ -53,7 +55,7 @@ def checks(device: str, data: str | None) -> Iterator[Check]:
     for (contender, dtype), seconds in FAST.items():
         yield _operation(contender, dtype, seconds, device)
         if (contender, dtype) == _AFTER:
-            yield _model(device)
+            yield from (_model(mode, seconds, device) for mode, seconds in MODEL.items())
     yield _worth(device, data)
 
 
@@ -86,12 +88,11 @@ def _operation(contender: str, dtype: str, seconds: float, device: str) -> Check
     )
 
 
-def _model(device: str) -> Check:
+def _model(mode: str, seconds: float, device: str) -> Check:
     toy = ["--network", "MobileNet", "--image-size", "32", "--batch", "2"] if device == "cpu" else []
     arguments = [str(HERE / "bench_model.py"), "--device", device, "--policy", "mixed_bfloat16", *toy]
-    arguments += ["--models", "none-xla,native-xla", "--repetitions", "3", "--output"]
-    seconds = _expected(90, device)
-    return Check("fast", "model", tuple(arguments), seconds, ("tensorflow",))
+    arguments += ["--mode", mode, "--models", "none-xla,native-xla", "--repetitions", "3", "--output"]
+    return Check("fast", f"model-{mode}", tuple(arguments), _expected(seconds, device), ("tensorflow",))
 
 
 def _worth(device: str, data: str | None) -> Check:

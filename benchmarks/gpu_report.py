@@ -71,24 +71,24 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--budget", type=float, default=540, help="seconds in all (default: 540)")
     add("--device", choices=list(gpu_plan.SHARES), default="gpu")
-    add(
-        "--data", type=data_folder, help="what to train on: woof:FOLDER or dogs:FOLDER, with train/ and test/"
-    )
+    add("--data", help="what to train on: woof:FOLDER or dogs:FOLDER, with train/ and test/")
     phases = ",".join(gpu_plan.PHASES)
     add("--phases", type=harness.comma_separated(gpu_plan.PHASES), default=gpu_plan.PHASES, help=phases)
     add("--output", type=pathlib.Path, default=ROOT / "runs" / "gpu", help="a folder (default: runs/gpu)")
     options = parser.parse_args()
-    options.output = options.output.resolve()
+    options.output, options.data = options.output.resolve(), data_folder(parser, options.data)
     return options
 
 
-def data_folder(text: str) -> str:
-    """A type for argparse: a task of `gpu_worth.py`, and its folder."""
+def data_folder(parser: argparse.ArgumentParser, text: str | None) -> str | None:
+    """The value of `--data` with the folder's whole path; an error of the parser if it is none."""
+    if text is None:
+        return None
     task, _, folder = text.partition(":")
     path = pathlib.Path(folder).resolve()
-    if task not in ("woof", "dogs") or not (path / "train").is_dir() or not (path / "test").is_dir():
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not woof:FOLDER or dogs:FOLDER with folders train and test in FOLDER"
+    if task not in ("woof", "dogs") or not all((path / part).is_dir() for part in ("train", "test")):
+        parser.error(
+            f"--data must be woof:FOLDER or dogs:FOLDER, with train/ and test/ in FOLDER, not {text!r}"
         )
     return f"{task}:{path}"
 

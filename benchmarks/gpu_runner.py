@@ -24,7 +24,7 @@ class Check:
     phase: str
     name: str
     arguments: tuple[str, ...]
-    seconds: float  # what it is expected to take: it starts if so much is left, and may take thrice as long
+    seconds: float  # what it is expected to take: it starts if so much is left
     needs: tuple[str, ...] = ()  # modules
     absent: str = ""  # why it cannot run here
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -88,7 +88,8 @@ def run(
         checks: The checks.
         journal: Where outcomes go, and where those of an interrupted report are.
         ends: For each phase, when it ends on the clock. What one leaves is the next one's.
-        start: Runs a check for at most that many seconds, and returns its outcome.
+        start: Runs a check for at most that many seconds, and returns its outcome. They are thrice what the
+            check is expected to take, or half of what its phase has left.
         clock: Seconds that pass.
     """
     for check in checks:
@@ -105,7 +106,7 @@ def run(
         else:
             print(f"{check.phase}: {check.name} ...", flush=True)
             began = clock()
-            outcome = start(check, min(left, 3 * check.seconds))
+            outcome = start(check, min(left, max(3 * check.seconds, left / 2)))
             outcome["seconds"] = round(clock() - began, 1)
         journal.add({"check": check.key, "phase": check.phase, "name": check.name, **outcome})
         print(f"{check.phase}: {check.name}: {outcome['status']} {outcome.get('reason', '')}", flush=True)

@@ -26,8 +26,9 @@ def lines(document: Document) -> list[str]:
         found += ["", "### What was asked for", "", *targets(document, operations)]
     for merged in operations:
         found += ["", *report.op_lines(merged)]
-    if model := _result(document, "fast-model"):
-        found += ["", *report.model_lines(model)]
+    for mode in ("training", "inference"):
+        if model := _result(document, f"fast-model-{mode}"):
+            found += ["", *report.model_lines(model)]
     return found + _worth(document)
 
 
@@ -127,7 +128,7 @@ def _overhead(found: Document) -> str:
 
 
 def _step(document: Document) -> str:
-    model = _result(document, "fast-model")
+    model = _result(document, "fast-model-training")
     times = {
         cell["contender"]: cell["milliseconds"]
         for cell in (model or {"cells": []})["cells"]

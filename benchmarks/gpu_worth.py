@@ -13,6 +13,7 @@ import pathlib
 import sys
 import tempfile
 
+import keras
 import numpy as np
 from PIL import Image
 
@@ -48,6 +49,7 @@ def main(device: str, data: str, path: pathlib.Path) -> None:
         for seed in seeds:
             for variant in variants:
                 if (task_name, variant, seed) not in done:
+                    keras.utils.clear_session()
                     document["lines"].append(
                         train(task_name, task, variant, seed, pathlib.Path(folder), device)
                     )
