@@ -34,7 +34,7 @@ def write(model: keras.Model, path: Path, verbose: bool = False) -> None:
         with substituted(marks.mark), precision.in_float32(model, _IN_FLOAT32):
             model.export(scratch, format="tf_saved_model", verbose=verbose)
         try:
-            handlers = {"PyFuncStateless": (marks.convert, [])}
+            handlers: onnx_conversion.Handlers = {"PyFuncStateless": (marks.convert, [])}
             proto, inputs, outputs = onnx_conversion.convert(Path(scratch), handlers, _DOMAIN)
             proto = _unmark(onnx, proto)
             onnx.checker.check_model(proto, full_check=True)
