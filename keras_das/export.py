@@ -36,8 +36,10 @@ def export(
 
     - `"saved_model"`: a folder for TensorFlow Serving, of standard TensorFlow operations, which is checked.
     - `"onnx"`: a `.onnx` file of opset 19, with one `DeformConv` for each deformable convolution. Its border
-      is ours; a NaN in an offset may give any number. Needs the extra `export`, and Keras on TensorFlow.
-    - `"litert"`: a `.tflite` file of LiteRT's own operations. Needs Keras on TensorFlow.
+      is ours; a NaN in an offset may give any number. bfloat16 becomes float32. Inputs and outputs are in
+      Keras' order. Needs the extra `export`, and Keras on TensorFlow.
+    - `"litert"`: a `.tflite` file of LiteRT's own operations, which computes in float32 whatever the model's
+      precision. Needs Keras on TensorFlow.
     - `"openvino"`: a folder of `model.xml` and `model.bin`, with one `DeformableConvolution` for each, by way
       of ONNX. Needs the extra `export`, and Keras on TensorFlow.
 

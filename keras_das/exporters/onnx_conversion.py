@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from keras_das._requirements import import_extra
 from keras_das.exporters import saved_model
 
 _OPSET = 18  # the last that tf2onnx writes
@@ -63,8 +64,8 @@ def check_values(kind: str, values: Any, specs: Specs) -> None:
 def _convert(folder: Path, handlers: Handlers, domain: str) -> tuple[Any, Specs, Specs]:
     import onnx
     import tensorflow as tf
-    import tf2onnx
 
+    tf2onnx = import_extra("tf2onnx", "export")
     saved_model.compile_nothing(folder)
     loaded = tf.saved_model.load(str(folder))  # held, for its variables must outlive the conversion
     signature = loaded.signatures["serving_default"]
