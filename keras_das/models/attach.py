@@ -273,9 +273,10 @@ def _gate(name: str, tensor: Tensor, identity_init: bool, das_arguments: Mapping
 
 
 def _precision(tensor: Tensor) -> str:
-    """Returns the dtype policy for a gate: that of the preceding layer without quantization, or a similar one.
+    """Returns the dtype policy for a gate: that of the preceding layer, without quantization.
 
-    A gate has no quantized form of its own; only the layers inside it are quantized.
+    If that does not fit the feature map, the policy is derived from its dtype. A gate has no quantized form
+    of its own; only the layers inside it are quantized.
     """
     operation = node_of(tensor).operation
     if (
