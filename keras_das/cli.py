@@ -107,11 +107,12 @@ def build(
     Args:
         framework: "tensorflow", "jax", or "all" for those of the two that are installed. `None` selects the
             framework that Keras uses.
-        force: Whether to build even if the library exists. jobs: Number of files to compile in parallel.
-        `None` selects the number of processors. output: Folder for libraries. `None` selects the user's cache
-        folder. cuda: Whether to also build kernels for NVIDIA GPUs. arch: GPU architectures, for example
-        "sm_80,sm_90". `None` selects those of this machine, or common ones
-            if it has no GPU.
+        force: Whether to build even if the library exists.
+        jobs: Number of files to compile in parallel. `None` selects the number of processors.
+        output: Folder for libraries. `None` selects the user's cache folder.
+        cuda: Whether to also build kernels for NVIDIA GPUs.
+        arch: GPU architectures, for example "sm_80,sm_90". `None` selects those of this machine, or common
+            ones if it has no GPU.
 
     Returns:
         The exit status, as documented by `keras-das build --help`.

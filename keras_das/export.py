@@ -34,9 +34,8 @@ def export(
     Exported models run without this package and accept batches of any size (and images of any size, if the
     model does):
 
-    - `"saved_model"`: a folder for TensorFlow Serving. It contains only standard TensorFlow operations, which
-    is
-      checked.
+    - `"saved_model"`: a folder for TensorFlow Serving. An error is raised if it contains operations that
+      TensorFlow does not have.
     - `"onnx"`: an `.onnx` file of opset 19, with one `DeformConv` per deformable convolution. Borders are the
       same as in this package; the result for a NaN in an offset is unspecified. Requires the extra `export`,
       and Keras on TensorFlow.
@@ -49,14 +48,14 @@ def export(
     unchanged.
 
     Args:
-        model: A built Keras model. path: String or path. The file or folder to write. An existing export of
-        the same format is replaced. Any
-            other existing file, or folder that is not empty, is an error.
+        model: A built Keras model.
+        path: String or path. The file or folder to write. An existing export of the same format is replaced.
+            Any other existing file, or folder that is not empty, is an error.
         format: String. `"saved_model"`, `"onnx"`, `"litert"` or `"openvino"`. Defaults to `"saved_model"`.
-        verbose: Boolean. Whether Keras prints the signatures. Defaults to `False`. labels: Sequence of
-        strings. The class names of a model with one output `(N, classes)`. The signatures of
-            the SavedModel then also return `labels`, strings `(N, 5)` (or fewer classes) with the best first,
-            and their `scores`. Defaults to `None`.
+        verbose: Boolean. Whether Keras prints the signatures. Defaults to `False`.
+        labels: Sequence of strings. The class names of a model with one output `(N, classes)`. The signatures
+            of the SavedModel then also return `labels`, strings `(N, 5)` (or fewer classes) with the best
+            first, and their `scores`. Defaults to `None`.
         serving_bytes: Boolean. Whether to add a signature `serving_bytes` to the SavedModel, from
             `image_bytes`, strings `(N,)` of encoded JPEG, PNG, BMP or GIF files, to the same outputs. Images
             are resized to the size of the model, bilinearly with antialiasing. Defaults to `False`.
@@ -71,7 +70,7 @@ def export(
     Raises:
         ValueError: If an argument is invalid, the model is not built, or it contains operations that the
             format does not support.
-        FileExistsError: If `path` exists and is not an export of the same format.
+        FileExistsError: If `path` exists and must not be replaced.
         ImportError: If a package is missing.
         OSError: If the files cannot be written.
 

@@ -95,9 +95,10 @@ def stacked_sampling_points(
     along the way. If a sample is outside its feature map, all points derived from it have `inside=False`.
 
     Args:
-        model: See `sampling_points`. image: See `sampling_points`. layers: Layers or their names, as in
-        `sampling_points`, in any order. They are sorted by their order of
-            execution and must be on one path.
+        model: See `sampling_points`.
+        image: See `sampling_points`.
+        layers: Layers or their names, as in `sampling_points`, in any order. They are sorted by their order
+            of execution and must be on one path.
         point: See `sampling_points`.
 
     Returns:
@@ -131,11 +132,12 @@ def gate_map(
     """Computes the factors by which a gate multiplies its feature map.
 
     Args:
-        model: A Keras model. image: See `sampling_points`. layer: A `DASLayer` of the model or of a nested
-        model, or its name. reduce: String or `None`. How channels are reduced. `"share"` is the share of the
-        feature map's magnitude
-            that the gate keeps, `sum |x A| / sum |x|` (the mean where x is 0). `"mean"` is the mean of A,
-            which a layer norm keeps near the middle of A's range for every image. `None` returns all
+        model: A Keras model.
+        image: See `sampling_points`.
+        layer: A `DASLayer` of the model or of a nested model, or its name.
+        reduce: String or `None`. How channels are reduced. `"share"` is the share of the feature map's
+            magnitude that the gate keeps, `sum |x A| / sum |x|` (the mean where x is 0). `"mean"` is the mean
+            of A, which a layer norm keeps near the middle of A's range for every image. `None` returns all
             channels. Defaults to `"share"`.
 
     Returns:
@@ -349,15 +351,15 @@ def plot_gates(
     The title of a column contains the mean of its gate and the deviation over locations (`gate_statistics`).
 
     Args:
-        model: See `sampling_points`. images: Images as in `sampling_points`, as a sequence or a batch. Each
-        image is a row. layers: Gates or their names. Each gate is a column. Defaults to `None`, which selects
-        all gates of the
-            model, in the order of execution.
+        model: See `sampling_points`.
+        images: Images as in `sampling_points`, as a sequence or a batch. Each image is a row.
+        layers: Gates or their names. Each gate is a column. Defaults to `None`, which selects all gates of
+            the model, in the order of execution.
         point: `(y, x)` in pixels of the image. If given, the points that each gate samples for it are drawn;
             their size is proportional to their mask. Defaults to `None`.
-        labels: A text for each image. Defaults to `None`. pictures: Arrays `(H, W)` or `(H, W, 3)`. The
-        images to draw, if the inputs of the model are not pixels.
-            Defaults to `None`, which draws `images`.
+        labels: A text for each image. Defaults to `None`.
+        pictures: Arrays `(H, W)` or `(H, W, 3)`. The images to draw, if the inputs of the model are not
+            pixels. Defaults to `None`, which draws `images`.
 
     Returns:
         A matplotlib figure.
@@ -571,7 +573,7 @@ class GateMonitor(keras.callbacks.Callback):
     """Callback that measures how selective a model's gates are, and reports gates that are not.
 
     The gates are measured after each epoch. When training ends, one line names the gates with `identity_init`
-    whose values stayed within 2 % of 1, and suggests changes.
+    whose values are still within 2 % of 1, and suggests changes.
 
     Args:
         images: A batch of inputs of the model on which the gates are measured.
@@ -767,10 +769,7 @@ def _fields(sample: Sample, layers: Sequence[Any]) -> list[Fields]:
     )
     found: dict[int, Fields] = {}
     for network in _networks(model):
-        found = {
-            **fields_of(network, size, data_format, **several),
-            **found,
-        }  # the outermost takes precedence
+        found = {**fields_of(network, size, data_format, **several), **found}  # the outermost wins
         if all(id(layer) in found for layer in layers):
             return [found[id(layer)] for layer in layers]
     missing = [layer.name for layer in layers if id(layer) not in found]

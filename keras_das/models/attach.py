@@ -52,10 +52,10 @@ def attach_das(
     frozen, only they are trained. The copy is not compiled.
 
     Args:
-        model: A KerasHub or KerasCV backbone, or a functional or sequential `keras.Model`. at: The feature
-        maps to gate: a layer, the name of a layer, a level (`"P2"` to `"P5"`), or a sequence of
-            these. Defaults to `None`, which selects the end of each level from P2 to P5 (1/4 to 1/32 of the
-            rows and columns of the image). In a backbone, these are its feature pyramid outputs. In other
+        model: A KerasHub or KerasCV backbone, or a functional or sequential `keras.Model`.
+        at: The feature maps to gate: a layer, the name of a layer, a level (`"P2"` to `"P5"`), or a sequence
+            of these. Defaults to `None`, which selects the end of each level from P2 to P5 (1/4 to 1/32 of
+            the rows and columns of the image). In a backbone, these are its feature pyramid outputs. In other
             models, a level ends with its last feature map that all deeper layers depend on: after the last
             residual sum or concatenation, if there is one. The deepest level ends with its last feature map.
         identity_init: Boolean. Whether the gates start at exactly 1; see `keras_das.DASLayer`. Defaults to
@@ -279,9 +279,7 @@ def _precision(tensor: Tensor) -> str:
     of its own; only the layers inside it are quantized.
     """
     operation = node_of(tensor).operation
-    if (
-        getattr(operation, "compute_dtype", None) != tensor.dtype
-    ):  # operations without weights have no compute dtype
+    if getattr(operation, "compute_dtype", None) != tensor.dtype:  # a plain `keras.Operation` has none
         return f"mixed_{tensor.dtype}" if tensor.dtype in ("float16", "bfloat16") else tensor.dtype
     mixed = operation.variable_dtype != tensor.dtype
     return f"mixed_{tensor.dtype}" if mixed else tensor.dtype

@@ -38,9 +38,7 @@ class Axis(NamedTuple):
     def nearest(self, position: float) -> int:
         """Returns the index whose centre is nearest to a position in the image."""
         index = (position - self.locate(0)) / self.stride
-        return min(
-            max(int(index + 0.5), 0), self.size - 1
-        )  # int() rounds negative numbers up, but they are clipped
+        return min(max(int(index + 0.5), 0), self.size - 1)  # int() rounds up only negatives, clipped to 0
 
     def through(self, window: Window) -> "Axis":
         """Returns the axis of the outputs of a window that slides over this axis."""

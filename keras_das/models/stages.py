@@ -104,10 +104,9 @@ def _nodes_after(image: Tensor, outputs: Iterable[Tensor]) -> list[Node]:
 
 
 def _preprocessing(nodes: Sequence[Node], dominators: dict[Node, int]) -> tuple[set[Node], list[Node]]:
-    """Returns the calls before the first layers with weights, and those among them that the whole network
-    depends on.
+    """Returns the calls before the first layers with weights, and those that the whole network depends on.
 
-    The latter exclude the paddings of the first convolution.
+    The latter are among the former and exclude the paddings of the first convolution.
     """
     learnt: set[Node] = set()
     first: list[Node] = []

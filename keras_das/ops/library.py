@@ -1,4 +1,4 @@
-"""The kernel library: which library a framework requires, where it is searched, and how it is loaded.
+"""The kernel library: which library a framework requires, where it is looked up, and how it is loaded.
 
 This module does not compile; `keras-das build` does, with `builder.py`. A framework is imported only when its
 library is requested.
@@ -472,7 +472,7 @@ def _broken(file: pathlib.Path, what: str) -> _Broken:
 
 
 class Slot:
-    """A library that is searched once, when it is first used. Thread-safe."""
+    """A library that is looked up once, when it is first used. Thread-safe."""
 
     def __init__(self, describe: Callable[[], Target], load: Callable[[pathlib.Path], Any]):
         """Stores the functions that describe the library and load its file."""

@@ -240,7 +240,7 @@ def _tensorflow_places(context: str | None, tensors: Sequence[Tensor]) -> dict[s
     if all(device.device_type == "CPU" for device in tf.config.list_logical_devices()):
         return {"CPU": ""}
     if tensors and context in (None, "eager") and tf.executing_eagerly():
-        # `keras.ops.convert_to_tensor` does not convert Keras variables, which have no `device` attribute.
+        # `keras.ops.convert_to_tensor` does not convert Keras variables, which do not report their device.
         asked = [tensor.value if isinstance(tensor, keras.Variable) else tensor for tensor in tensors]
         devices = [tensor.device for tensor in asked]
     else:

@@ -116,7 +116,7 @@ class _Frame:
 
 
 class _Sample(NamedTuple):
-    """The positions that one tap samples. Fields are `(N, Ho, Wo, offset_groups)`, or tuples with one per
+    """The positions that one tap samples. Tensors have shape `(N, Ho, Wo, offset_groups)`, tuples one per
     corner.
     """
 
@@ -276,9 +276,7 @@ def _read(frame: _Frame, table: Tensor, rows: Tensor) -> Tensor:
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        pixels = tf.gather(
-            table, rows
-        )  # `ops.take` also handles negative indices, which costs three more operations
+        pixels = tf.gather(table, rows)  # `ops.take` handles negative indices, at three more operations
     else:
         pixels = ops.take(table, rows, axis=0)
     return ops.cast(pixels, frame.dtype)
