@@ -132,9 +132,9 @@ def build(
                 target = target.for_gpus(compilers.architectures(compilers.find_nvcc(), arch))
             builder.build(target, output, force, jobs, _progress)
     except (library.LibraryUnavailable, compilers.NoCompiler) as error:
-        return _complain(error, _CANNOT_BUILD)
+        return _report_error(error, _CANNOT_BUILD)
     except builder.BuildError as error:
-        return _complain(error, _BUILD_FAILED)
+        return _report_error(error, _BUILD_FAILED)
     return 0
 
 
@@ -152,7 +152,7 @@ def clean(output: pathlib.Path | None = None) -> int:
     try:
         builder.clean(output, _progress)
     except (library.LibraryUnavailable, builder.BuildError) as error:
-        return _complain(error, _BUILD_FAILED)
+        return _report_error(error, _BUILD_FAILED)
     return 0
 
 
@@ -160,7 +160,7 @@ def _progress(line: str) -> None:
     print(line, flush=True)
 
 
-def _complain(error: Exception, status: int) -> int:
+def _report_error(error: Exception, status: int) -> int:
     print(f"keras-das: {error}", file=sys.stderr)
     return status
 

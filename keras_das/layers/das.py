@@ -185,7 +185,7 @@ class DASLayer(keras.layers.Layer):
             self.kernel_size,
             padding="same",
             use_bias=False,
-            depthwise_initializer=_fresh(self.kernel_initializer),
+            depthwise_initializer=_clone_initializer(self.kernel_initializer),
             depthwise_regularizer=self.kernel_regularizer,
             depthwise_constraint=self.kernel_constraint,
             name="depthwise",
@@ -199,7 +199,7 @@ class DASLayer(keras.layers.Layer):
         self.reduce = keras.layers.Dense(
             width,
             use_bias=False,
-            kernel_initializer=_fresh(self.kernel_initializer),
+            kernel_initializer=_clone_initializer(self.kernel_initializer),
             name="reduce",
             dtype=wide,
             **weighted,
@@ -217,8 +217,8 @@ class DASLayer(keras.layers.Layer):
             modulated=self.modulated,
             offset_scale=self.offset_scale,
             use_bias=not separable,
-            kernel_initializer=_fresh(self.kernel_initializer),
-            offset_initializer=_fresh(self.offset_initializer),
+            kernel_initializer=_clone_initializer(self.kernel_initializer),
+            offset_initializer=_clone_initializer(self.offset_initializer),
             offset_regularizer=self.offset_regularizer,
             offset_constraint=self.offset_constraint,
             implementation=self.implementation,
@@ -231,7 +231,7 @@ class DASLayer(keras.layers.Layer):
             self.expand = keras.layers.Dense(
                 channels,
                 use_bias=False,
-                kernel_initializer=_fresh(self.kernel_initializer),
+                kernel_initializer=_clone_initializer(self.kernel_initializer),
                 name="expand",
                 dtype=self.dtype_policy,
                 **weighted,
@@ -425,6 +425,6 @@ def _inverse_deviation(variance: Tensor) -> Tensor:
     return ops.rsqrt(ops.maximum(variance, 0) + _EPSILON)  # rounding can make a variance negative
 
 
-def _fresh(initializer: Any) -> Any:
+def _clone_initializer(initializer: Any) -> Any:
     """A copy for one weight: a Keras initializer that is used twice returns the same values twice."""
     return initializer.clone() if isinstance(initializer, initializers.Initializer) else initializer

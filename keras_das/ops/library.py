@@ -106,7 +106,7 @@ def instruction_set(framework: str) -> str:
     Raises:
         LibraryUnavailable: If there is no library.
     """
-    return _say(framework, "keras_das_instruction_set")
+    return _query(framework, "keras_das_instruction_set")
 
 
 def cuda_architectures(framework: str) -> str:
@@ -121,7 +121,7 @@ def cuda_architectures(framework: str) -> str:
     Raises:
         LibraryUnavailable: If there is no library.
     """
-    return _say(framework, "keras_das_cuda_architectures")
+    return _query(framework, "keras_das_cuda_architectures")
 
 
 def cuda_problem(framework: str) -> str:
@@ -136,17 +136,17 @@ def cuda_problem(framework: str) -> str:
     Raises:
         LibraryUnavailable: If there is no library.
     """
-    return _say(framework, "keras_das_cuda_problem")
+    return _query(framework, "keras_das_cuda_problem")
 
 
-def _say(framework: str, name: str) -> str:
+def _query(framework: str, name: str) -> str:
     """Returns the string that a function of the library returns."""
     _SLOTS[framework].get()
-    return _say_once(str(path(framework)), name)
+    return _query_once(str(path(framework)), name)
 
 
 @functools.cache
-def _say_once(file: str, name: str) -> str:
+def _query_once(file: str, name: str) -> str:
     function = getattr(ctypes.CDLL(file), name)
     function.restype = ctypes.c_char_p
     return function().decode()

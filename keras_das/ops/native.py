@@ -81,7 +81,7 @@ def why_not(context: str | None = None, tensors: Sequence[Tensor | None] = (), d
         return f"there is no kernel for {dtype}"
     present = [tensor for tensor in tensors if tensor is not None]
     places = _PLACES[backend](context, present)
-    return _why_not_there(backend, places) or library.why_not(backend)
+    return _why_not_on(backend, places) or library.why_not(backend)
 
 
 def deformable_conv2d(
@@ -212,7 +212,7 @@ def _is_tracing(tensors: Sequence[Tensor | None]) -> bool:
     return False
 
 
-def _why_not_there(framework: str, places: dict[str, str]) -> str:
+def _why_not_on(framework: str, places: dict[str, str]) -> str:
     """Why the kernels cannot run on these kinds of devices, or "". `places` describes each kind."""
     others = {kind: where for kind, where in places.items() if kind != "CPU"}
     for kind, where in others.items():

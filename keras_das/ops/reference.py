@@ -179,7 +179,7 @@ def _forward(frame: _Frame, inputs: Tensor, kernel: Tensor, offsets: Tensor, mas
         masked = _masked(sample.weights, _at_tap(frame, mask, tap))
         columns = 0.0
         for rows, weight in zip(sample.rows, masked, strict=True):
-            columns = columns + _read(frame, table, rows) * _last(weight)
+            columns = columns + _read(frame, table, rows) * _add_last_axis(weight)
         columns = ops.reshape(columns, frame.columns_shape)
         return (output + _apply_kernel(columns, _at_tap(frame, kernel, tap), frame.geometry.groups),)
 
@@ -202,8 +202,8 @@ def _backward(
         for rows, weight in zip(sample.rows, _masked(sample.weights, modulation), strict=True):
             pixels = _read(frame, table, rows)
             products.append(ops.sum(pixels * grad_columns, axis=-1))
-            columns = columns + pixels * _last(weight)
-            grad_table = grad_table + _spread(frame, rows, grad_columns * _last(weight))
+            columns = columns + pixels * _add_last_axis(weight)
+            grad_table = grad_table + _spread(frame, rows, grad_columns * _add_last_axis(weight))
         grad_kernel = _kernel_gradient(ops.reshape(columns, frame.columns_shape), grad_output, groups)
         by_tap = [grad_kernel, _offset_gradient(sample, products, modulation)]
         if modulation is not None:
@@ -268,7 +268,7 @@ def _offset_gradient(sample: _Sample, products: list[Tensor], modulation: Tensor
     gradient = ops.stack(
         [(1 - fx) * (p10 - p00) + fx * (p11 - p01), (1 - fy) * (p01 - p00) + fy * (p11 - p10)], axis=-1
     )
-    return gradient if modulation is None else gradient * _last(modulation)
+    return gradient if modulation is None else gradient * _add_last_axis(modulation)
 
 
 def _read(frame: _Frame, table: Tensor, rows: Tensor) -> Tensor:
@@ -349,7 +349,7 @@ def _on_image(whole: Tensor, fraction: Tensor, size: Any) -> Tensor:
     return ops.logical_and(above, whole < size)
 
 
-def _last(x: Tensor) -> Tensor:
+def _add_last_axis(x: Tensor) -> Tensor:
     """`x[..., None]`, by an operation that LiteRT also supports for unknown sizes."""
     return ops.expand_dims(x, -1)
 
