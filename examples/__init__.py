@@ -1,4 +1,4 @@
-"""Training scripts, one file a task: run them (`python examples/classify.py --help`) or import them."""
+"""Training scripts, one per task. Run them (`python examples/classify.py --help`) or import them."""
 
 import importlib.util
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def require(extra: str, *packages: str) -> None:
-    """Exit with one line that names the extra if one of the packages that it brings is missing."""
+    """Exit with one line that names the extra if one of its packages is missing."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         program = Path(sys.argv[0]).stem

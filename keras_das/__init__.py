@@ -2,7 +2,7 @@
 
 from keras_das._requirements import check_backend
 
-check_backend()  # ahead of the imports below, which would fail in less clear words
+check_backend()  # before the imports below, whose errors would be less clear
 
 from keras_das import ops, visualize
 from keras_das._version import __version__

@@ -1,4 +1,4 @@
-"""What must be there before anything else of the package is imported."""
+"""Checks of the requirements of this package and of its optional features."""
 
 import importlib
 from typing import Any
@@ -11,7 +11,7 @@ _INSTALL = (
 
 
 def check_backend() -> None:
-    """Raises one clear ImportError where Keras' TensorFlow backend is missing or too old."""
+    """Raises an ImportError if TensorFlow, as Keras' backend, is missing or too old."""
     try:
         import keras
     except ModuleNotFoundError as error:
@@ -31,7 +31,7 @@ def check_backend() -> None:
 
 
 def import_extra(name: str, extra: str) -> Any:
-    """A module of an optional dependency, imported where it is needed; an ImportError says how to get it."""
+    """Imports a module of an optional dependency; the ImportError says how to install it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -41,7 +41,7 @@ def import_extra(name: str, extra: str) -> Any:
 
 
 def check_keras_3(name: str, value: Any) -> None:
-    """Raises a ValueError for a model, layer or symbolic tensor of Keras 2 given as the argument `name`."""
+    """Raises a ValueError if the argument `name` is a model, layer or symbolic tensor of Keras 2."""
     if any(base.__module__.partition(".")[0] == "tf_keras" for base in type(value).__mro__):
         raise ValueError(
             f"`{name}` must be of Keras 3. Received: {name} of the Keras 2 class {type(value).__name__}. "

@@ -1,4 +1,4 @@
-"""`keras-das info`: which implementation runs where, and why; `keras-das build`: compile the kernels."""
+"""`keras-das info` reports which implementation runs and why; `keras-das build` compiles the kernels."""
 
 import argparse
 import importlib.metadata
@@ -14,14 +14,14 @@ import keras_das
 from keras_das.ops import library, native
 
 _PACKAGES = ("keras", "numpy", "tensorflow", "tensorflow-cpu", "jax", "torch", "keras-hub", "keras-cv")
-_CANNOT_BUILD, _BUILD_FAILED = 1, 3  # 2 is argparse's
+_CANNOT_BUILD, _BUILD_FAILED = 1, 3  # argparse uses 2
 
 
 def collect() -> dict[str, dict[str, str]]:
-    """Gathers what `keras-das info` prints.
+    """Collects the information that `keras-das info` prints.
 
     Returns:
-        Sections by title, each a mapping from a name to what was found.
+        Sections by title, each a dict from names to values.
     """
     return {
         "Versions": _versions(),
@@ -43,7 +43,7 @@ def _versions() -> dict[str, str]:
 
 def _backend() -> dict[str, str]:
     backend = keras.backend.backend()
-    # Keras lists devices of these backends only.
+    # Keras lists devices only for these backends.
     devices = keras.distribution.list_devices() if backend in ("tensorflow", "jax") else []
     return {
         "keras backend": backend,
@@ -64,7 +64,7 @@ def _implementations() -> dict[str, str]:
 
 
 def _kernel_library() -> dict[str, str]:
-    """The library of the Keras backend in use, or why there is none."""
+    """Describes the library for the current Keras backend, or why there is none."""
     backend = keras.backend.backend()
     if backend not in library.FRAMEWORKS:
         return {"library": f"none (there are no kernels for Keras on {backend})"}
@@ -102,19 +102,20 @@ def build(
     cuda: bool = False,
     arch: str | None = None,
 ) -> int:
-    """Builds kernel libraries, and says on standard output what it does.
+    """Builds kernel libraries and prints progress to standard output.
 
     Args:
-        framework: "tensorflow", "jax", "all" for those of the two that are installed, or `None` for the one
-            that Keras uses.
-        force: Build even what is there.
-        jobs: How many files are compiled at once; `None` takes the number of processors.
-        output: The folder for libraries; `None` takes the user's cache folder.
-        cuda: Build kernels for NVIDIA GPUs as well.
-        arch: For which: "sm_80,sm_90". `None` takes those in this machine, or else the common ones.
+        framework: "tensorflow", "jax", or "all" for those of the two that are installed. `None` selects the
+            framework that Keras uses.
+        force: Whether to build even if the library exists.
+        jobs: Number of files to compile in parallel. `None` selects the number of processors.
+        output: Folder for libraries. `None` selects the user's cache folder.
+        cuda: Whether to also build kernels for NVIDIA GPUs.
+        arch: GPU architectures, for example "sm_80,sm_90". `None` selects those of this machine, or common
+            ones if it has no GPU.
 
     Returns:
-        The exit status, as `keras-das build --help` has it.
+        The exit status, as documented by `keras-das build --help`.
     """
     from keras_das.ops import builder, compilers
 
@@ -131,17 +132,17 @@ def build(
                 target = target.for_gpus(compilers.architectures(compilers.find_nvcc(), arch))
             builder.build(target, output, force, jobs, _progress)
     except (library.LibraryUnavailable, compilers.NoCompiler) as error:
-        return _complain(error, _CANNOT_BUILD)
+        return _report_error(error, _CANNOT_BUILD)
     except builder.BuildError as error:
-        return _complain(error, _BUILD_FAILED)
+        return _report_error(error, _BUILD_FAILED)
     return 0
 
 
 def clean(output: pathlib.Path | None = None) -> int:
-    """Removes the kernel libraries from the cache folder, and says which.
+    """Removes the kernel libraries from the cache folder and prints their paths.
 
     Args:
-        output: The folder for libraries; `None` takes the user's cache folder.
+        output: Folder for libraries. `None` selects the user's cache folder.
 
     Returns:
         The exit status.
@@ -151,7 +152,7 @@ def clean(output: pathlib.Path | None = None) -> int:
     try:
         builder.clean(output, _progress)
     except (library.LibraryUnavailable, builder.BuildError) as error:
-        return _complain(error, _BUILD_FAILED)
+        return _report_error(error, _BUILD_FAILED)
     return 0
 
 
@@ -159,7 +160,7 @@ def _progress(line: str) -> None:
     print(line, flush=True)
 
 
-def _complain(error: Exception, status: int) -> int:
+def _report_error(error: Exception, status: int) -> int:
     print(f"keras-das: {error}", file=sys.stderr)
     return status
 
@@ -209,7 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line.
 
     Args:
-        arguments: What follows the program's name; `None` takes `sys.argv`.
+        arguments: The command-line arguments. `None` selects those of `sys.argv`.
 
     Returns:
         The exit status.

@@ -1,4 +1,4 @@
-"""`export`: models as files that run without Keras and without this package."""
+"""`export`: writes models to files that run without Keras and without this package."""
 
 import os
 import shutil
@@ -14,8 +14,8 @@ from keras_das.exporters import litert, onnx, openvino, saved_model
 from keras_das.exporters.saved_model import Serving
 
 FORMATS = ("saved_model", "onnx", "litert", "openvino")
-_SUFFIXES = {"onnx": ".onnx", "litert": ".tflite"}  # of the formats that are a file
-_MEMBERS = {"saved_model": "saved_model.pb", "openvino": "model.xml"}  # of those that are a folder
+_SUFFIXES = {"onnx": ".onnx", "litert": ".tflite"}  # of formats that are a file
+_MEMBERS = {"saved_model": "saved_model.pb", "openvino": "model.xml"}  # of formats that are a folder
 
 
 def export(
@@ -29,44 +29,49 @@ def export(
     preprocessing: Callable[[Any], Any] | None = None,
     warmup: Sequence[int] = (),
 ) -> None:
-    """Writes a model for serving.
+    """Exports a model for serving.
 
-    What is written runs without this package, and takes batches of any size (of images of any size, if the
+    Exported models run without this package and accept batches of any size (and images of any size, if the
     model does):
 
-    - `"saved_model"`: a folder for TensorFlow Serving, of standard TensorFlow operations, which is checked.
-    - `"onnx"`: a `.onnx` file of opset 19, with one `DeformConv` for each deformable convolution. Its border
-      is ours; a NaN in an offset may give any number. bfloat16 becomes float32. Inputs and outputs are in
-      Keras' order. Needs the extra `export`, and Keras on TensorFlow.
-    - `"litert"`: a `.tflite` file of LiteRT's own operations, which computes in float32 whatever the model's
-      precision. Needs Keras on TensorFlow.
-    - `"openvino"`: a folder of `model.xml` and `model.bin`, with one `DeformableConvolution` for each, by way
-      of ONNX. Needs the extra `export`, and Keras on TensorFlow.
+    - `"saved_model"`: a folder for TensorFlow Serving. An error is raised if it contains operations that
+      TensorFlow does not have.
+    - `"onnx"`: an `.onnx` file of opset 19, with one `DeformConv` per deformable convolution. Borders are the
+      same as in this package; the result for a NaN in an offset is unspecified. bfloat16 becomes float32.
+      Inputs and outputs are in Keras' order. Requires the extra `export`, and Keras on TensorFlow.
+    - `"litert"`: a `.tflite` file of built-in LiteRT operations, which computes in float32 whatever the model's
+      precision. Requires Keras on TensorFlow.
+    - `"openvino"`: a folder with `model.xml` and `model.bin`, converted from ONNX, with one
+      `DeformableConvolution` per deformable convolution. Requires the extra `export`, and Keras on
+      TensorFlow.
 
-    It is written beside `path` and moved there when it is complete: if anything goes wrong, what stood at
-    `path` still does.
+    The export is written next to `path` and moved there when it is complete. If it fails, `path` is
+    unchanged.
 
     Args:
         model: A built Keras model.
-        path: The file or folder to write. One of the same format that stands there is replaced; any other
-            file, or folder with content, is an error.
-        format: `"saved_model"`, `"onnx"`, `"litert"` or `"openvino"`.
-        verbose: Whether Keras prints the signatures.
-        labels: Names of the classes of a model with one output `(N, classes)`. The SavedModel's signatures
-            then also give `labels`, strings `(N, 5)` (or fewer classes), the best first, and their `scores`.
-        serving_bytes: Whether the SavedModel has a second signature `serving_bytes`, from `image_bytes`,
-            strings `(N,)` that are JPEG, PNG, BMP or GIF files, to the same outputs. Images are resized to
-            the model's size, bilinearly with antialiasing.
-        image_size: Rows and columns that the files are resized to, if the model takes any.
-        preprocessing: What makes the model's inputs of the resized images, float32 pixels of 0..255
-            `(N, rows, columns, 3)`; TensorFlow operations or Keras layers. `None` if the model takes these.
-        warmup: Sizes of batches that TensorFlow Serving runs each signature on, of blank images, before it
-            takes requests: `(1,)` for example.
+        path: String or path. The file or folder to write. An existing export of the same format is replaced.
+            Any other existing file, or folder that is not empty, is an error.
+        format: String. `"saved_model"`, `"onnx"`, `"litert"` or `"openvino"`. Defaults to `"saved_model"`.
+        verbose: Boolean. Whether Keras prints the signatures. Defaults to `False`.
+        labels: Sequence of strings. The class names of a model with one output `(N, classes)`. The signatures
+            of the SavedModel then also return `labels`, strings `(N, 5)` (or fewer classes) with the best
+            first, and their `scores`. Defaults to `None`.
+        serving_bytes: Boolean. Whether to add a signature `serving_bytes` to the SavedModel, from
+            `image_bytes`, strings `(N,)` of encoded JPEG, PNG, BMP or GIF files, to the same outputs. Images
+            are resized to the size of the model, bilinearly with antialiasing. Defaults to `False`.
+        image_size: `(rows, columns)` to resize encoded images to, for a model that accepts any size. Defaults
+            to `None`.
+        preprocessing: Function of TensorFlow operations or Keras layers that maps the resized images, float32
+            pixels of 0..255 `(N, rows, columns, 3)`, to inputs of the model. Defaults to `None`, for a model
+            of such pixels.
+        warmup: Sequence of integers. Batch sizes for which TensorFlow Serving runs each signature on blank
+            images before it accepts requests, for example `(1,)`. Defaults to `()`.
 
     Raises:
-        ValueError: If an argument does not fit, the model is not built, or it holds operations that the
-            format does not have.
-        FileExistsError: If `path` holds something else.
+        ValueError: If an argument is invalid, the model is not built, or it contains operations that the
+            format does not support.
+        FileExistsError: If `path` exists and must not be replaced.
         ImportError: If a package is missing.
         OSError: If the files cannot be written.
 
@@ -109,7 +114,7 @@ def export(
 
 
 def _put_in_place(written: Path, target: Path) -> None:
-    """Moves an export to where it belongs. A folder that it replaces is removed last, or put back."""
+    """Moves an export to its path. A replaced folder is removed last, or restored on failure."""
     if not target.is_dir():
         os.replace(written, target)
         return
@@ -124,7 +129,7 @@ def _put_in_place(written: Path, target: Path) -> None:
 
 
 def _put_back(old: Path, target: Path, error: BaseException) -> None:
-    """Undoes the first move of `_put_in_place`, or says where the old export is."""
+    """Reverts the first move of `_put_in_place`, or adds the path of the previous export to the error."""
     try:
         if old.exists():
             os.replace(old, target)

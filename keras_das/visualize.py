@@ -1,14 +1,14 @@
-"""`visualize`: where gates look, and what they keep.
+"""`visualize`: where gates sample their feature map, and which parts of it they keep.
 
-Positions are `(y, x)` in pixels of the model's input image, row before column; a whole number is the middle
-of a pixel, so that an image of H rows reaches from -0.5 to H - 0.5. They are composed through the strides,
-paddings and kernel sizes of the layers ahead, exactly, not by the ratio of the sizes: a feature map's pixel
-lies at the middle of its receptive field, zeros around the image included (Araujo et al., 2019, equations 2
-and 3). What gates ahead of it read elsewhere, and means over the whole image, do not move it. Layers that
-resize a feature map are taken to keep its ends in place.
+Positions are `(y, x)` in pixels of the input image, row before column. An integer is the centre of a pixel,
+so an image of H rows extends from -0.5 to H - 0.5. Positions are computed exactly from the strides, paddings
+and kernel sizes of the preceding layers, not from the ratio of the sizes: a pixel of a feature map is located
+at the centre of its receptive field, including zero padding (Araujo et al., 2019, equations 2 and 3).
+Preceding gates and global means do not affect positions. Layers that resize a feature map are assumed to keep
+its ends in place.
 
-The functions that draw return a `matplotlib.figure.Figure`; `figure.savefig(path)` writes it. They need
-matplotlib, which the extra `viz` brings: `pip install 'keras-das[viz]'`.
+The functions that draw return a `matplotlib.figure.Figure`; `figure.savefig(path)` writes it. They require
+matplotlib, which the extra `viz` installs: `pip install 'keras-das[viz]'`.
 
 Reference:
     - [Araujo et al., 2019](https://distill.pub/2019/computing-receptive-fields)
@@ -37,46 +37,46 @@ Point = tuple[float, float]
 
 _SAMPLING = (DASLayer, DeformableConv2D)
 _DPI = 120
-_IDLE = 0.02  # mean and deviation of a gate that is taken for 1
+_IDLE = 0.02  # deviation from 1 below which a gate counts as idle
 
 
 class SamplingPoints(NamedTuple):
-    """Where one output position of a layer reads, and how much it makes of each sample."""
+    """The positions that a layer samples for one output position, and the factor of each sample."""
 
-    points: np.ndarray  # (offset_groups, taps, 2): (y, x) in pixels of the image, taps row by row
-    mask: np.ndarray  # (offset_groups, taps): the factor of each sample; 1 without modulation
-    inside: np.ndarray  # (offset_groups, taps): False where the sample lies off the feature map, and is 0
+    points: np.ndarray  # (offset_groups, taps, 2): (y, x) in pixels of the image, taps in row-major order
+    mask: np.ndarray  # (offset_groups, taps): factor of each sample; 1 without modulation
+    inside: np.ndarray  # (offset_groups, taps): False for samples outside the feature map, which are 0
     position: tuple[int, int]  # row and column of the output position in its feature map
-    center: np.ndarray  # (2,): (y, x) of the output position's middle, in pixels of the image
+    center: np.ndarray  # (2,): (y, x) of the centre of the output position, in pixels of the image
 
 
 def sampling_points(
     model: keras.Model, image: Any, layer: str | keras.layers.Layer, point: Sequence[float]
 ) -> SamplingPoints:
-    """Finds where a gate or deformable convolution reads, for one of its output positions.
+    """Locates the samples of a gate or deformable convolution for one output position.
 
-    The samples are taken from the layer's input (by bilinear interpolation), each pixel of which sees a
-    neighbourhood of the image: a point is the middle of what its sample sees.
+    The layer samples its input by bilinear interpolation. Each point is the centre of the receptive field of
+    a sample, in the image.
 
     Args:
-        model: A Keras model of images, whose layers form a graph: functional, sequential, or a subclass
-            around such a network (which must then get the image as it is).
-        image: What the model takes, without its batch axis or with a batch of one: `(H, W, C)`, or
-            `(C, H, W)` for channels-first models. Of a functional model of several inputs, a list of what it
-            takes, or a dict by the inputs' names; the layer must see one image among them.
-        layer: A `DASLayer` or `DeformableConv2D` of the model or of a model inside it, or its name.
-        point: `(y, x)` in pixels of the image. The output position whose middle is nearest is taken.
+        model: A Keras model of images with a graph of layers: functional, sequential, or a subclass that
+            contains such a network and passes the image to it unchanged.
+        image: The input of the model, without a batch axis or as a batch of one: `(H, W, C)`, or `(C, H, W)`
+            for channels-first models. For a functional model with several inputs, a list of inputs, or a dict
+            with their names. The layer must depend on exactly one image.
+        layer: A `DASLayer` or `DeformableConv2D` of the model or of a nested model, or its name.
+        point: `(y, x)` in pixels of the image. Selects the output position with the nearest centre.
 
     Returns:
         `SamplingPoints`.
 
     Raises:
-        ValueError: If an argument does not fit; the message names it.
+        ValueError: If an argument is invalid. The message names it.
 
     Example:
 
     >>> found = keras_das.visualize.sampling_points(model, image, "das_p4", (100, 60))
-    >>> found.points[0, 4]  # of the first offset group, the middle one of 3x3 taps: y, x
+    >>> found.points[0, 4]  # (y, x) of the middle tap of 3x3, in the first offset group
 
     Reference:
         - [Dai et al., 2017](https://arxiv.org/abs/1703.06211), figure 6
@@ -88,25 +88,24 @@ def sampling_points(
 def stacked_sampling_points(
     model: keras.Model, image: Any, layers: Sequence[str | keras.layers.Layer], point: Sequence[float]
 ) -> SamplingPoints:
-    """Finds where several layers, one after the other, read for one output position of the last.
+    """Locates the samples of several consecutive layers for one output position of the last.
 
-    Each point that the last layer reads is taken for an output position of the layer before it (the nearest),
-    whose own points are read for it, and so on: nine points become 9x9 over two gates of 3x3 taps. Masks are
-    multiplied along the way. A sample that lies off a feature map ends there, and all that would be read for
-    it has `inside=False`.
+    Each point that the last layer samples selects the nearest output position of the preceding layer, and the
+    points of that position are located in turn. Two gates of 3x3 taps yield 9x9 points. Masks are multiplied
+    along the way. If a sample is outside its feature map, all points derived from it have `inside=False`.
 
     Args:
         model: See `sampling_points`.
         image: See `sampling_points`.
-        layers: Layers or names of layers as in `sampling_points`, in any order: they are taken in the order
-            in which the model runs them. They must lie on one path.
+        layers: Layers or their names, as in `sampling_points`, in any order. They are sorted by their order
+            of execution and must be on one path.
         point: See `sampling_points`.
 
     Returns:
-        `SamplingPoints` with one group of all the points; position and center are the last layer's.
+        `SamplingPoints` with all points in one group. `position` and `center` are those of the last layer.
 
     Raises:
-        ValueError: If an argument does not fit; the message names it.
+        ValueError: If an argument is invalid. The message names it.
 
     Example:
 
@@ -130,22 +129,23 @@ def stacked_sampling_points(
 def gate_map(
     model: keras.Model, image: Any, layer: str | keras.layers.Layer, reduce: str | None = "share"
 ) -> np.ndarray:
-    """Computes what a gate multiplies its feature map by.
+    """Computes the factors by which a gate multiplies its feature map.
 
     Args:
         model: A Keras model.
         image: See `sampling_points`.
-        layer: A `DASLayer` of the model or of a model inside it, or its name.
-        reduce: What becomes of the channels. `"share"`: how much of the feature map's magnitude the gate
-            keeps, `sum |x A| / sum |x|` (where x is 0, the mean). `"mean"`: the mean of A, which a layer norm
-            holds near the middle of A's range whatever the image. `None`: all of them are returned.
+        layer: A `DASLayer` of the model or of a nested model, or its name.
+        reduce: String or `None`. How channels are reduced. `"share"` is the share of the feature map's
+            magnitude that the gate keeps, `sum |x A| / sum |x|` (the mean where x is 0). `"mean"` is the mean
+            of A, which a layer norm keeps near the middle of A's range for every image. `None` returns all
+            channels. Defaults to `"share"`.
 
     Returns:
-        float32 `(h, w)`, or `(h, w, channels)`, of the feature map's size; channels last in any case. In
-        (0, 1), or in (0, 2) for a gate with `identity_init`.
+        float32 array `(h, w)` or `(h, w, channels)` with the size of the feature map, channels last. Values
+        are in (0, 1), or in (0, 2) for a gate with `identity_init`.
 
     Raises:
-        ValueError: If an argument does not fit; the message names it.
+        ValueError: If an argument is invalid. The message names it.
 
     Example:
 
@@ -163,18 +163,18 @@ def gate_map(
 
 
 def gate_inputs(model: keras.Model, images: Any) -> list[tuple[DASLayer, Tensor]]:
-    """Runs the model, and keeps what each of its gates gets.
+    """Runs the model and returns the input of each of its gates.
 
     Args:
         model: A Keras model.
-        images: A batch of what the model takes; of several inputs, a list or dict of batches.
+        images: A batch of inputs. For a model with several inputs, a list or dict of batches.
 
     Returns:
-        The gates in the order in which they run, those of models inside the model too, each with its input
-        as a tensor, batch axis and data format as in the model.
+        Pairs of a gate and its input tensor, in the order of execution, including the gates of nested models.
+        Inputs have the batch axis and the data format of the model.
 
     Raises:
-        ValueError: If a gate is called more than once, or not at all.
+        ValueError: If a gate is called more than once or not at all.
     """
     gates = _of_kind(model, (DASLayer,))
     order: list[Any] = []
@@ -184,7 +184,7 @@ def gate_inputs(model: keras.Model, images: Any) -> list[tuple[DASLayer, Tensor]
 
 
 class GateStatistics(NamedTuple):
-    """How a gate's values spread over some images; see `gate_statistics`."""
+    """The distribution of a gate's values over a batch of images; see `gate_statistics`."""
 
     name: str
     mean: float
@@ -193,20 +193,20 @@ class GateStatistics(NamedTuple):
 
 
 def gate_statistics(model: keras.Model, images: Any) -> list[GateStatistics]:
-    """Measures how far each gate of a model selects.
+    """Measures how selective each gate of a model is.
 
     Args:
         model: A Keras model.
-        images: A batch of what the model accepts.
+        images: A batch of inputs. For a model with several inputs, a list or dict of batches.
 
     Returns:
-        One `GateStatistics` for each gate, in the order in which the gates run: `name`, the `mean` and the
-        standard `deviation` of all the gate's values, and `deviation_over_place`, the standard deviation over
-        rows and columns of the gate's mean over channels, averaged over the images. Where the last is near
-        0, the gate keeps and drops channels but no places.
+        One `GateStatistics` for each gate, in the order of execution: `name`, the `mean` and the standard
+        `deviation` of all values of the gate, and `deviation_over_place`, the standard deviation over rows
+        and columns of the gate's mean over channels, averaged over the images. If the last is near 0, the
+        gate selects channels but not locations.
 
     Raises:
-        ValueError: If a gate is called more than once, or not at all.
+        ValueError: If a gate is called more than once or not at all.
 
     Example:
 
@@ -229,25 +229,26 @@ def _statistics(gate: DASLayer, values: np.ndarray) -> GateStatistics:
 def grad_cam(
     model: keras.Model, image: Any, layer: str | keras.layers.Layer, class_index: int | None = None
 ) -> np.ndarray:
-    """Computes a Grad-CAM: which pixels of a feature map speak for a class.
+    """Computes a Grad-CAM: the pixels of a feature map that contribute to the score of a class.
 
-    The channels of the layer's output are weighted by the mean gradient of the class's score and added up;
-    what is negative is cut off. For TensorFlow and JAX.
+    The channels of the layer's output are weighted by the mean gradient of the score and summed. Negative
+    values are set to 0. Supports TensorFlow and JAX.
 
     Args:
-        model: A classifier with one output `(N, classes)`. The score is what it outputs; where that is a
-            softmax, the map also counts against the other classes.
+        model: A classifier with one output `(N, classes)`, which is the score. After a softmax, the map also
+            reflects evidence against the other classes.
         image: See `sampling_points`.
-        layer: A layer that makes a feature map, of the model or of a model inside it, or its name.
-        class_index: The class, or `None` for the one of the highest score.
+        layer: A layer that outputs a feature map, of the model or of a nested model, or its name.
+        class_index: Integer. Index of the class. Defaults to `None`, which selects the class with the highest
+            score.
 
     Returns:
-        float32 `(h, w)` of the feature map's size, scaled to a maximum of 1 (all zeros where nothing speaks
-        for the class).
+        float32 array `(h, w)` with the size of the feature map, scaled to a maximum of 1, or all zeros if no
+        pixel contributes.
 
     Raises:
-        ValueError: If an argument does not fit; the message names it.
-        NotImplementedError: On another backend of Keras.
+        ValueError: If an argument is invalid. The message names it.
+        NotImplementedError: If Keras uses another backend.
 
     Example:
 
@@ -292,24 +293,24 @@ def plot_sampling_points(
     point: Sequence[float],
     picture: np.ndarray | None = None,
 ) -> Any:
-    """Draws the points that are read for one position over the image, coloured by their masks.
+    """Draws the points that are sampled for one position over the image, coloured by their masks.
 
-    A red cross marks the middle of the output position; points off the feature map, whose samples are 0, are
-    crosses too, in grey.
+    A red cross marks the centre of the output position. Grey crosses mark points outside the feature map,
+    whose samples are 0.
 
     Args:
         model: See `sampling_points`.
         image: See `sampling_points`.
         layers: A layer as in `sampling_points`, or several as in `stacked_sampling_points`.
         point: See `sampling_points`.
-        picture: The image as it is to be drawn, `(H, W)` or `(H, W, 3)`, if the model takes something else
-            than pixels.
+        picture: Array `(H, W)` or `(H, W, 3)`. The image to draw, if the inputs of the model are not pixels.
+            Defaults to `None`, which draws `image`.
 
     Returns:
         A matplotlib figure.
 
     Raises:
-        ValueError: If an argument does not fit; the message names it.
+        ValueError: If an argument is invalid. The message names it.
         ImportError: If matplotlib is not installed.
 
     Example:
@@ -344,27 +345,27 @@ def plot_gates(
     labels: Sequence[str] | None = None,
     pictures: Sequence[np.ndarray] | None = None,
 ) -> Any:
-    """Draws over each image how much of its feature map each stage's gate keeps (`gate_map`): bright is more.
+    """Draws the share of the feature map that each gate keeps (`gate_map`) over each image; brighter is more.
 
-    The colours reach from 0 to the largest value that the gate can have: 1, or 2 for gates with
-    `identity_init`. A column's title gives the mean of its gate and the deviation over place
-    (`gate_statistics`).
+    The colour scale ends at the largest possible value of the gate: 1, or 2 for gates with `identity_init`.
+    The title of a column contains the mean of its gate and the deviation over locations (`gate_statistics`).
 
     Args:
         model: See `sampling_points`.
-        images: Images as in `sampling_points`, a sequence or a batch; one row each.
-        layers: Gates or their names, a column each; `None` takes all of the model's, as they run.
-        point: `(y, x)` in pixels of the image, to draw the points that each gate reads for it, the larger the
-            larger their mask is; or `None`.
-        labels: A text for each image, or `None`.
-        pictures: The images as they are to be drawn, `(H, W)` or `(H, W, 3)`, if the model takes something
-            else than pixels.
+        images: Images as in `sampling_points`, as a sequence or a batch. Each image is a row.
+        layers: Gates or their names. Each gate is a column. Defaults to `None`, which selects all gates of
+            the model, in the order of execution.
+        point: `(y, x)` in pixels of the image. If given, the points that each gate samples for it are drawn;
+            their size is proportional to their mask. Defaults to `None`.
+        labels: A text for each image. Defaults to `None`.
+        pictures: Arrays `(H, W)` or `(H, W, 3)`. The images to draw, if the inputs of the model are not
+            pixels. Defaults to `None`, which draws `images`.
 
     Returns:
         A matplotlib figure.
 
     Raises:
-        ValueError: If an argument does not fit; the message names it.
+        ValueError: If an argument is invalid. The message names it.
         ImportError: If matplotlib is not installed.
 
     Example:
@@ -411,20 +412,20 @@ def plot_grad_cam(
     class_index: int | None = None,
     picture: np.ndarray | None = None,
 ) -> Any:
-    """Draws the Grad-CAMs of several models side by side, of one with gates and one without for example.
+    """Draws the Grad-CAMs of several models side by side, for example with and without gates.
 
     Args:
-        models: By title, a model and the layer to look at; see `grad_cam`.
-        image: See `sampling_points`; all the models take it.
-        class_index: See `grad_cam`; with `None` each model's own.
-        picture: The image as it is to be drawn, `(H, W)` or `(H, W, 3)`, if the models take something else
-            than pixels.
+        models: A dict from titles to pairs of a model and a layer; see `grad_cam`.
+        image: The input of all models; see `sampling_points`.
+        class_index: See `grad_cam`. Defaults to `None`, which selects each model's own class.
+        picture: Array `(H, W)` or `(H, W, 3)`. The image to draw, if the inputs of the models are not pixels.
+            Defaults to `None`, which draws `image`.
 
     Returns:
         A matplotlib figure.
 
     Raises:
-        ValueError: If an argument does not fit; the message names it.
+        ValueError: If an argument is invalid. The message names it.
         ImportError: If matplotlib is not installed.
 
     Example:
@@ -455,19 +456,19 @@ def plot_grad_cam(
 def plot_history(
     files: Mapping[str, str | os.PathLike], metrics: Sequence[str] | None = None, epoch: str = "epoch"
 ) -> Any:
-    """Draws training curves from the files of `keras.callbacks.CSVLogger`.
+    """Draws training curves from files of `keras.callbacks.CSVLogger`.
 
     Args:
-        files: By the name of a run, its file.
-        metrics: Columns to draw, a panel each; a `val_` column is drawn dashed in its metric's panel. `None`
-            takes all.
-        epoch: The column of the epoch.
+        files: A dict from names of runs to files.
+        metrics: Columns to draw, one panel each. A `val_` column is a dashed line in the panel of its metric.
+            Defaults to `None`, which selects all columns.
+        epoch: String. The column with the epoch. Defaults to `"epoch"`.
 
     Returns:
         A matplotlib figure.
 
     Raises:
-        ValueError: If a file lacks the epochs, or none has one of the metrics.
+        ValueError: If a file has no column of epochs, or no file has one of the metrics.
         OSError: If a file cannot be read.
         ImportError: If matplotlib is not installed.
 
@@ -496,23 +497,23 @@ def plot_history(
 
 
 class TensorBoardFigures(keras.callbacks.Callback):
-    """Writes figures of a model's gates to TensorBoard while it trains.
+    """Callback that writes figures of a model's gates to TensorBoard during training.
 
-    After every N epochs: the gates with the points that they read (`plot_gates`) for all the images, and for
-    the first of them the points of each gate (`plot_sampling_points`). Needs TensorFlow, the package
-    tensorboard, and matplotlib.
+    Every N epochs, it writes the gates with their sampling points for all images (`plot_gates`), and the
+    sampling points of each gate for the first image (`plot_sampling_points`). Requires TensorFlow, matplotlib
+    and the package tensorboard.
 
     Args:
         log_dir: TensorBoard's folder.
         images: Images as in `plot_gates`.
-        every: Epochs from one set of figures to the next.
-        point: `(y, x)` in pixels of the image; `None` takes its middle.
-        labels: See `plot_gates`.
-        pictures: See `plot_gates`.
+        every: Integer. Number of epochs between figures. Defaults to `1`.
+        point: `(y, x)` in pixels of the image. Defaults to `None`, which selects the centre.
+        labels: See `plot_gates`. Defaults to `None`.
+        pictures: See `plot_gates`. Defaults to `None`.
 
     Raises:
-        ValueError: If `every` is not a positive integer; when training begins, if the model has no gates.
-        ImportError: If matplotlib is not installed.
+        ValueError: If `every` is not a positive integer, or, when training begins, if the model has no gates.
+        ImportError: If matplotlib or tensorboard is not installed.
 
     Example:
 
@@ -529,21 +530,21 @@ class TensorBoardFigures(keras.callbacks.Callback):
         labels: Sequence[str] | None = None,
         pictures: Sequence[np.ndarray] | None = None,
     ):
-        """Checks and keeps the arguments."""
+        """Validates and stores the arguments."""
         super().__init__()
         for package in ("matplotlib.figure", "tensorboard"):
-            import_extra(package, "viz")  # now, not after the first epochs, if it is missing
+            import_extra(package, "viz")  # fails now instead of after the first epochs
         self.log_dir, self.images = str(log_dir), images
         self.every = standardize_count(every, "every")
         self.point, self.labels, self.pictures = point, labels, pictures
 
     def on_train_begin(self, logs: dict | None = None) -> None:
-        """Checks the model."""
+        """Checks that the model has gates."""
         if not _names(self.model, (DASLayer,)):
             raise ValueError(f"`model` must have gates. Received: model={self.model!r}")
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        """Writes the figures when it is time."""
+        """Writes the figures every N epochs."""
         if (epoch + 1) % self.every:
             return
         import tensorflow as tf
@@ -569,18 +570,18 @@ class TensorBoardFigures(keras.callbacks.Callback):
 
 
 class GateMonitor(keras.callbacks.Callback):
-    """Measures after each epoch how far a model's gates select, and says at the end which of them do not.
+    """Callback that measures how selective a model's gates are, and reports gates that are not.
 
-    When training ends, one line names the gates with `identity_init` whose values stayed within 2 % of 1, and
-    what to change.
+    The gates are measured after each epoch. When training ends, one line names the gates with `identity_init`
+    whose values are still within 2 % of 1, and suggests changes.
 
     Args:
-        images: A batch of what the model accepts, on which the gates are measured.
-        log_dir: TensorBoard's folder for the figures, or `None`. It needs TensorFlow and the package
-            tensorboard. Defaults to `None`.
+        images: A batch of inputs of the model on which the gates are measured.
+        log_dir: TensorBoard's folder for the statistics. Requires TensorFlow and the package tensorboard.
+            Defaults to `None`, which writes nothing.
 
     Attributes:
-        history: A list for each gate's name, with one `GateStatistics` for each epoch.
+        history: A dict from the name of each gate to its `GateStatistics`, one per epoch.
 
     Example:
 
@@ -591,7 +592,7 @@ class GateMonitor(keras.callbacks.Callback):
     """
 
     def __init__(self, images: Any, log_dir: str | os.PathLike | None = None):
-        """Keeps the arguments."""
+        """Stores the arguments."""
         super().__init__()
         if log_dir is not None:
             import_extra("tensorboard", "viz")
@@ -607,7 +608,7 @@ class GateMonitor(keras.callbacks.Callback):
             _write_scalars(str(self.log_dir), measured, epoch)
 
     def on_train_end(self, logs: dict | None = None) -> None:
-        """Names the gates that hardly moved."""
+        """Reports the gates that stayed close to 1."""
         gates = {gate.name: gate for gate in _of_kind(self.model, (DASLayer,)) if gate.identity_init}
         latest = [measured[-1] for name, measured in self.history.items() if name in gates]
         idle = [gate.name for gate in latest if abs(gate.mean - 1) + gate.deviation < _IDLE]
@@ -629,18 +630,18 @@ def _write_scalars(log_dir: str, measured: Sequence[GateStatistics], epoch: int)
     writer.close()
 
 
-# What the layers read
+# Reading the layers
 
 
 class _Reading(NamedTuple):
-    """One layer in one run of the model."""
+    """One layer in one run of the model, with its input."""
 
     layer: Any
     inputs: Tensor
     fields: Fields
 
     def at(self, point: Sequence[float]) -> SamplingPoints:
-        """What is read for the output position nearest to a point in the image."""
+        """Returns the sampling points of the output position nearest to a point in the image."""
         offsets, mask = self.layer.predict_offsets(self.inputs)
         windows = windows_of(self.layer)
         grid = through(self.fields.inputs, windows)
@@ -669,7 +670,7 @@ def _read(
     layers: Sequence[str | keras.layers.Layer],
     kinds: tuple[type, ...] = _SAMPLING,
 ) -> tuple[Sample, list[_Reading]]:
-    """Runs the model on one image; the layers' readings in the order in which they run."""
+    """Runs the model on one image. Returns the readings of the layers in the order of execution."""
     _check_built(model)
     found = [_find(model, layer, kinds) for layer in layers]
     sample = sample_of(model, image, found)
@@ -681,7 +682,7 @@ def _read(
 
 
 def _run(model: keras.Model, images: Any) -> Any:
-    """The model's outputs for a batch, of all of its inputs if it has several."""
+    """Returns the model's outputs for a batch, for all inputs if there are several."""
     several = isinstance(model, keras.Function) and len(model.inputs) > 1
     if several and not isinstance(images, list | tuple | Mapping):
         names = [tensor.name for tensor in model.inputs]
@@ -692,7 +693,7 @@ def _run(model: keras.Model, images: Any) -> Any:
 def _inputs_of(
     run_model: Callable[[], Any], layers: Sequence[Any], order: list[Any] | None = None
 ) -> list[Tensor]:
-    """What each of the layers gets when the model runs; `order` receives them as they run."""
+    """Runs the model and returns the input of each layer. `order` collects the layers as they run."""
     ran: list[Any] = [] if order is None else order
 
     def note(layer: Any, call: Callable[..., Any], x: Tensor) -> Any:
@@ -708,9 +709,9 @@ def _inputs_of(
 def _replaced_call(
     layers: Sequence[Any], replacement: Callable[[Any, Callable[..., Any], Tensor], Any]
 ) -> Iterator[dict[int, list[tuple[Tensor, Tensor]]]]:
-    """Within it the layers compute `replacement(layer, call, x)`; gives inputs and outputs by `id`.
+    """Context in which the layers compute `replacement(layer, call, x)`. Yields inputs and outputs by `id`.
 
-    Unlike a model over the same layers this reaches into models inside the model and into subclasses.
+    Unlike a model of the same layers, this also works for nested models and subclasses.
     """
     seen: dict[int, list[tuple[Tensor, Tensor]]] = {id(layer): [] for layer in layers}
 
@@ -725,7 +726,7 @@ def _replaced_call(
         return call
 
     try:
-        for layer in layers:  # past Keras' own __setattr__, which tracks state
+        for layer in layers:  # bypasses Keras' __setattr__, which tracks state
             object.__setattr__(layer, "call", replaced(layer))
         yield seen
     finally:
@@ -750,7 +751,7 @@ def _reduced_gate(gate: DASLayer, inputs: Tensor, reduce: str | None) -> np.ndar
 
 
 def _reduce(values: np.ndarray, features: np.ndarray, reduce: str | None) -> np.ndarray:
-    """A gate `(h, w, channels)` over the channels, weighted by the features' magnitudes for "share"."""
+    """Reduces the channels of a gate `(h, w, channels)`, weighted by feature magnitudes for "share"."""
     if reduce is None:
         return values
     weights = np.abs(features) if reduce == "share" else np.ones_like(features)
@@ -759,7 +760,7 @@ def _reduce(values: np.ndarray, features: np.ndarray, reduce: str | None) -> np.
 
 
 def _fields(sample: Sample, layers: Sequence[Any]) -> list[Fields]:
-    """Where inputs and outputs of the layers lie."""
+    """Returns the positions of the inputs and outputs of the layers."""
     model = sample.model
     data_format = _data_format(model)
     size = _image_size(sample.pixels.shape, data_format)
@@ -768,7 +769,7 @@ def _fields(sample: Sample, layers: Sequence[Any]) -> list[Fields]:
     )
     found: dict[int, Fields] = {}
     for network in _networks(model):
-        found = {**fields_of(network, size, data_format, **several), **found}  # the outermost has the say
+        found = {**fields_of(network, size, data_format, **several), **found}  # the outermost wins
         if all(id(layer) in found for layer in layers):
             return [found[id(layer)] for layer in layers]
     missing = [layer.name for layer in layers if id(layer) not in found]
@@ -779,7 +780,7 @@ def _fields(sample: Sample, layers: Sequence[Any]) -> list[Fields]:
 
 
 def _networks(model: keras.Model) -> list[keras.Model]:
-    """The model if it is a graph of layers; else those inside it that take images, outermost first."""
+    """Returns the model if it is a graph of layers, otherwise its inner graphs of images, outermost first."""
     graphs = keras.Sequential | keras.Function
     if isinstance(model, graphs):
         return [model]
@@ -789,7 +790,7 @@ def _networks(model: keras.Model) -> list[keras.Model]:
 
 
 def _of_kind(model: keras.Model, kinds: tuple[type, ...]) -> list[Any]:
-    """The layers of these classes, those of models inside the model too, but not the parts of gates."""
+    """Returns the layers of these classes, including those of nested models but not the parts of gates."""
     _check_built(model)
     layers = model._flatten_layers(include_self=False)
     parts = {
@@ -819,7 +820,7 @@ def _find(model: keras.Model, layer: str | keras.layers.Layer, kinds: tuple[type
 
 
 def _data_format(model: keras.Model) -> str:
-    """The model's data format: that of the first of its layers that has one."""
+    """Returns the model's data format: that of its first layer that has one."""
     for layer in model._flatten_layers(include_self=False):
         if data_format := getattr(layer, "data_format", None):
             return data_format
@@ -848,7 +849,7 @@ def _check_point(model: keras.Model, image: np.ndarray, point: Sequence[float]) 
 
 
 def _gradient(score: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
-    """The gradient of a number that Keras computes from a tensor."""
+    """Returns the gradient of a scalar function of a tensor."""
     backend = keras.backend.backend()
     if backend == "tensorflow":
         import tensorflow as tf
@@ -872,21 +873,21 @@ def _to_numpy(x: Tensor) -> np.ndarray:
 
 
 def _figure(width: float, height: float) -> Any:
-    """An empty figure, in inches, that no window shows."""
+    """Creates an empty figure, with its size in inches, that is not shown in a window."""
     return import_extra("matplotlib.figure", "viz").Figure(
         figsize=(width, height), dpi=_DPI, layout="constrained"
     )
 
 
 def _to_pixels(figure: Any) -> np.ndarray:
-    """The figure as uint8 `(h, w, 4)`."""
+    """Returns the figure as uint8 `(h, w, 4)`."""
     canvas = import_extra("matplotlib.backends.backend_agg", "viz").FigureCanvasAgg(figure)
     canvas.draw()
     return np.array(canvas.buffer_rgba())
 
 
 def _picture(model: keras.Model, pixels: np.ndarray, picture: np.ndarray | None) -> np.ndarray:
-    """What to draw of an image: float32 in 0..1, `(H, W)` or `(H, W, 3)`."""
+    """Returns the picture to draw for an image: float32 in 0..1, `(H, W)` or `(H, W, 3)`."""
     size = _image_size(pixels.shape, _data_format(model))
     if picture is None:
         pixels = pixels if _data_format(model) == "channels_last" else np.moveaxis(pixels, 0, -1)
@@ -912,20 +913,20 @@ def _show_picture(axes: Any, picture: np.ndarray, gray: bool = False) -> None:
 
 
 def _show_map(axes: Any, values: np.ndarray, field: Field, **style: Any) -> Any:
-    """Lays a feature map over the picture, linear between the middles of its pixels and level beyond them."""
+    """Draws a feature map over the picture, interpolated between pixel centres and constant beyond them."""
     columns, rows = (round(max(ends) + 0.5) for ends in (axes.get_xlim(), axes.get_ylim()))
     spread = _interpolate(_interpolate(values, field[0], rows).T, field[1], columns).T
     return axes.imshow(spread, alpha=0.65, **style)
 
 
 def _interpolate(values: np.ndarray, axis: Axis, size: int) -> np.ndarray:
-    """The values, `(axis.size, n)`, at each of `size` pixels of the image along their first axis."""
+    """Interpolates `(axis.size, n)` values at each of `size` pixels of the image, along the first axis."""
     middles = axis.locate(np.arange(axis.size))
     return np.stack([np.interp(np.arange(size), middles, line) for line in values.T], axis=-1)
 
 
 def _scatter(axes: Any, found: SamplingPoints) -> Any:
-    """The points in the colours of their masks."""
+    """Draws the points, coloured by their masks."""
     limits = axes.get_xlim(), axes.get_ylim()
     y, x = np.moveaxis(found.points.reshape(-1, 2), -1, 0)  # drawn as x, y
     inside, mask = found.inside.ravel(), found.mask.ravel()
@@ -939,7 +940,7 @@ def _scatter(axes: Any, found: SamplingPoints) -> Any:
 
 
 def _scatter_sizes(axes: Any, found: SamplingPoints) -> None:
-    """The points in the sizes of their masks."""
+    """Draws the points, sized by their masks."""
     limits = axes.get_xlim(), axes.get_ylim()
     y, x = np.moveaxis(found.points[found.inside], -1, 0)
     axes.scatter(x, y, s=40 * found.mask[found.inside], c="white", edgecolors="red", linewidths=0.8)
@@ -947,13 +948,13 @@ def _scatter_sizes(axes: Any, found: SamplingPoints) -> None:
 
 
 def _columns(path: str | os.PathLike, epoch: str) -> dict[str, list[float]]:
-    """The columns of numbers of a CSV file; an empty cell is a NaN."""
+    """Reads the columns of numbers of a CSV file. An empty cell is NaN."""
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     if not rows or epoch not in rows[0]:
         raise ValueError(f"`files` must hold rows with the column {epoch!r}. Received: {os.fspath(path)!r}")
     columns = {}
     for name in rows[0]:
-        with contextlib.suppress(ValueError):  # a column of words is none to draw
+        with contextlib.suppress(ValueError):  # columns of text are not drawn
             columns[name] = [float(row[name] or math.nan) for row in rows]
     return columns

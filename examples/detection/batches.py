@@ -1,7 +1,7 @@
 """The tf.data batches of detection: square images, and boxes that are transformed with them.
 
 They do not use Keras' preprocessing layers. In Keras 3.15.1, RandomCrop swaps x and y when it shifts boxes,
-all layers turn padding rows into boxes, and none drops boxes that are cut to slivers. RandomZoom also
+all layers turn padding rows into boxes, and none drops boxes of which little remains. RandomZoom also
 resamples images that have already been resampled.
 """
 

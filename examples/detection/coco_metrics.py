@@ -1,4 +1,4 @@
-"""COCO metrics by pycocotools, for lists of boxes and for detectors during training."""
+"""COCO metrics, computed by pycocotools, for lists of boxes and for detectors during training."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def score(truths: Sequence[Boxes], detections: Sequence[Boxes], class_names: Seq
         raise UserError(f"there are detections, and no truth, for image {min(strange)}")
     from pycocotools import cocoeval
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints every step
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints every step
         truth = _index(coco_dataset(truths, class_names))
         results = coco_results(detections)
         # `loadRes` does not accept an empty list.

@@ -72,7 +72,7 @@ def _check_features(name: str, features: Mapping[str, Any]) -> None:
 
 
 def _read(builder: Any, part: str, classes: int, room: int) -> tuple[splits.Split, int]:
-    """The slice `part` of a data set, and the number of bytes of `room` that it uses."""
+    """The slice `part` of a data set, and the number of bytes it uses, at most `room`."""
     truths: list[splits.Truth] = []
     records, encoded = [], []
     dropped = size = 0
@@ -136,7 +136,7 @@ def _with_own_ids(truths: list[splits.Truth]) -> list[splits.Truth]:
     return [dataclasses.replace(truth, image_id=index) for index, truth in enumerate(truths)]
 
 
-# Large splits: TFRecord files as random access memory
+# Large splits: TFRecord files with random access
 
 
 def _places(builder: Any, records: Sequence[str]) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:

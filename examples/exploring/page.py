@@ -1,4 +1,4 @@
-"""The page: its layout and its events."""
+"""The layout and the events of the page."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import socket
 from collections.abc import Sequence
 from typing import Any
 
-# Gradio reads this at import: it sends no analytics.
+# Gradio reads this variable when it is imported. No analytics are sent.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
@@ -214,7 +214,7 @@ class Panel:
 
 
 def _connect(controls: Controls, panels: Sequence[Panel]) -> None:
-    """What happens when."""
+    """Connects the events of the page to the panels."""
     everything = [part for panel in panels for part in panel.components]
     # One event at a time, because `visualize` intercepts the layers of the models.
     how: dict[str, Any] = {"concurrency_id": "models", "concurrency_limit": 1, "api_visibility": "private"}

@@ -1,4 +1,4 @@
-"""Pictures that the page offers or receives."""
+"""Pictures that the page offers or accepts."""
 
 from __future__ import annotations
 

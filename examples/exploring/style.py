@@ -1,4 +1,4 @@
-"""The texts and the style sheet of the page."""
+"""Texts and style sheet of the page."""
 
 import numpy as np
 from matplotlib import colormaps, colors

@@ -1,1 +1,1 @@
-"""What `keras_das.export` writes, one module a format."""
+"""Writers of `keras_das.export`, one module per format."""

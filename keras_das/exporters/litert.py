@@ -1,4 +1,4 @@
-"""LiteRT, once TensorFlow Lite: TensorFlow's converter, and operations that the runtime itself has."""
+"""LiteRT, formerly TensorFlow Lite: TensorFlow's converter, restricted to built-in operations."""
 
 import re
 import tempfile
@@ -9,7 +9,7 @@ import keras
 from keras_das.exporters import precision
 from keras_das.ops import native
 
-_IN_FLOAT32 = ("float16", "bfloat16", "float64")  # LiteRT has hardly an operation for these
+_IN_FLOAT32 = ("float16", "bfloat16", "float64")  # LiteRT supports few operations for these
 _LACKING = (*_IN_FLOAT32, "int8", "int4", "float8_e4m3fn", "float8_e5m2")
 
 
@@ -24,7 +24,7 @@ def write(model: keras.Model, path: Path, verbose: bool = False) -> None:
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
         try:
             content = converter.convert()
-        except Exception as error:  # of several private classes
+        except Exception as error:  # the classes are private
             raise ValueError(
                 f"`model` cannot be written as LiteRT: {_reason(error)}."
                 f"{precision.advice(Path(scratch), _LACKING)}"
@@ -33,7 +33,7 @@ def write(model: keras.Model, path: Path, verbose: bool = False) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """The converter's list of what LiteRT lacks, else its errors, else its last line."""
+    """Returns the converter's list of unsupported operations, or its errors, or its last line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     lacking = [line for line in lines if line.startswith(("TF Select ops:", "Custom ops:"))]
     errors = [re.sub(r"^.*?error: (loc\(.*?\): )?", "", line) for line in lines if "error: " in line]

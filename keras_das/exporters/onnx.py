@@ -1,8 +1,8 @@
-"""ONNX: a SavedModel whose deformable convolutions are marked, by tf2onnx; then each mark is a `DeformConv`.
+"""ONNX: tf2onnx converts a SavedModel in which deformable convolutions are marked; marks become `DeformConv`.
 
-tf2onnx knows no deformable convolution, and no opset that has one. So each of them is traced as a single
-operation that computes nothing (TensorFlow's `PyFuncStateless`), on tensors in ONNX's layout; tf2onnx makes
-it a node of a domain of ours, which is renamed once ONNX's own converter has raised the opset.
+tf2onnx does not support deformable convolutions or an opset that has them. Each of them is therefore traced
+as a placeholder operation (TensorFlow's `PyFuncStateless`) on tensors in ONNX's layout. tf2onnx converts it
+to a node of a custom domain, which is renamed after ONNX's version converter has raised the opset.
 """
 
 import tempfile
@@ -40,7 +40,7 @@ def write(model: keras.Model, path: Path, verbose: bool = False) -> None:
             onnx.checker.check_model(proto, full_check=True)
             onnx_conversion.check_values("inputs", proto.graph.input, inputs)
             onnx_conversion.check_values("outputs", proto.graph.output, outputs)
-        except Exception as error:  # of many classes
+        except Exception as error:  # of various classes
             raise ValueError(
                 f"`model` cannot be written as ONNX: {_reason(error)}"
                 f"{precision.advice(Path(scratch), _LACKING)}"
@@ -49,7 +49,7 @@ def write(model: keras.Model, path: Path, verbose: bool = False) -> None:
 
 
 def _unmark(onnx: Any, proto: Any) -> Any:
-    """Raises the opset, and makes the marks what they stand for."""
+    """Raises the opset and converts the marks to `DeformConv`."""
     proto = onnx.version_converter.convert_version(proto, _OPSET)
     for node in proto.graph.node:
         if node.domain == _DOMAIN:
@@ -61,13 +61,13 @@ def _unmark(onnx: Any, proto: Any) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error, as a sentence; its class too, if it is not one that is meant to be read."""
+    """Returns the first line of an error as a sentence, with its class unless it is a ValueError."""
     line = next(iter(str(error).splitlines()), "")
     return line if isinstance(error, ValueError) else f"{type(error).__name__}: {line}."
 
 
 class _Marks:
-    """The deformable convolutions of a graph that is being traced, and the nodes that stand for them."""
+    """The deformable convolutions of a graph during tracing, and their placeholder nodes."""
 
     def __init__(self) -> None:
         self.attributes: dict[str, dict[str, Any]] = {}
@@ -82,14 +82,14 @@ class _Marks:
         geometry: Geometry,
         dtype: str,
     ) -> Tensor:
-        """Traces one operation with the tensors of a `DeformConv`, and notes its attributes."""
+        """Traces one operation with the tensors of a `DeformConv` and stores its attributes."""
         import tensorflow as tf
 
         working = "float64" if dtype == "float64" else "float32"
         x, kernel, offsets = (tf.cast(t, working) for t in (inputs, kernel, offsets))
         sides = [_padding(w, size) for w, size in zip(_windows(geometry), _sizes(inputs), strict=True)]
         if not all(isinstance(pad, int) for side in sides for pad in side):
-            # The size decides how "same" pads a strided convolution: the zeros are put there beforehand.
+            # Strided "same" padding depends on the size, so the input is padded in advance.
             x, sides = tf.pad(x, ((0, 0), *sides, (0, 0))), [(0, 0), (0, 0)]
         filters = kernel.shape[3]
         tensors = [
@@ -106,7 +106,7 @@ class _Marks:
         return tf.cast(tf.transpose(output, _NHWC), dtype)
 
     def convert(self, graph: Any, node: Any, name: str, arguments: Any, **_: Any) -> None:
-        """Of tf2onnx: turns the operation into a node of the marks' domain."""
+        """Handler of tf2onnx: converts the operation to a node of the custom domain."""
         attributes = self.attributes[node.get_attr_str("token")]
         for attribute in list(node.attr):
             del node.attr[attribute]
@@ -140,12 +140,12 @@ def _windows(geometry: Geometry) -> tuple[Window, Window]:
 
 
 def _sizes(inputs: Tensor) -> list[Any]:
-    """Rows and columns: integers where they are known, else scalar tensors."""
+    """Returns rows and columns, as integers if they are known, otherwise as scalar tensors."""
     return list(keras.ops.shape(inputs)[1:3])
 
 
 def _padding(window: Window, size: Any) -> tuple[Any, Any]:
-    """Zeros before and after."""
+    """Returns the number of zeros before and after."""
     if window.padding != "same":
         return window.padding[0], window.padding[1]
     before = window.pad_before(size)

@@ -1,4 +1,4 @@
-"""From a SavedModel to ONNX, by tf2onnx: the inputs and outputs are the model's, and all else is constant."""
+"""Conversion of a SavedModel to ONNX by tf2onnx, with the model's inputs and outputs."""
 
 import concurrent.futures
 import contextlib
@@ -10,7 +10,7 @@ from typing import Any
 from keras_das._requirements import import_extra
 from keras_das.exporters import saved_model
 
-_OPSET = 18  # the last that tf2onnx writes
+_OPSET = 18  # the newest that tf2onnx supports
 
 Handlers = dict[str, tuple[Callable[..., None], list[Any]]]
 Specs = dict[str, Any]
@@ -21,16 +21,17 @@ def convert(folder: Path, handlers: Handlers, domain: str) -> tuple[Any, Specs, 
 
     Args:
         folder: The SavedModel.
-        handlers: What tf2onnx does with operations that it does not know; see its `custom_op_handlers`.
-        domain: Of the operations that the handlers make.
+        handlers: Handlers of operations that tf2onnx does not support; see its `custom_op_handlers`.
+        domain: Domain of the operations that the handlers create.
 
     Returns:
-        The `onnx.ModelProto`, and a `TensorSpec` by name of each input and of each output, in Keras' order.
+        The `onnx.ModelProto`, and the `TensorSpec` of each input and each output by name, in Keras' order.
 
     Raises:
-        ValueError: If there are operations that ONNX does not have. What tf2onnx raises besides is raised.
+        ValueError: If the model contains operations that ONNX does not have. Errors of tf2onnx are not
+            caught.
     """
-    # The scopes of strategies and devices are a thread's own. Variables loaded in them could not be frozen.
+    # A new thread has no strategy or device scope; variables loaded in such a scope cannot be frozen.
     with _logged() as errors, concurrent.futures.ThreadPoolExecutor(1) as pool:
         converted = pool.submit(_convert, folder, handlers, domain).result()
     _check_operations(converted[0], errors)
@@ -38,15 +39,15 @@ def convert(folder: Path, handlers: Handlers, domain: str) -> tuple[Any, Specs, 
 
 
 def check_values(kind: str, values: Any, specs: Specs) -> None:
-    """Checks that a graph's inputs or outputs are the model's, in number, order, name and dtype.
+    """Checks that the inputs or outputs of a graph match the model in number, order, name and dtype.
 
     Args:
         kind: `"inputs"` or `"outputs"`.
-        values: Of the graph.
-        specs: Of the model.
+        values: Those of the graph.
+        specs: Those of the model.
 
     Raises:
-        ValueError: If they are not.
+        ValueError: If they differ.
     """
     import numpy as np
     import onnx
@@ -67,11 +68,11 @@ def _convert(folder: Path, handlers: Handlers, domain: str) -> tuple[Any, Specs,
 
     tf2onnx = import_extra("tf2onnx", "export")
     saved_model.compile_nothing(folder)
-    loaded = tf.saved_model.load(str(folder))  # held, for its variables must outlive the conversion
+    loaded = tf.saved_model.load(str(folder))  # keeps the variables alive during the conversion
     signature = loaded.signatures["serving_default"]
     inputs, outputs = _tensor_names(signature, loaded.serve.concrete_functions[0])
     ends = {"input_names": list(inputs.values()), "output_names": list(outputs.values())}
-    # Given a function, tf2onnx would make an input of each constant that the function captures.
+    # If given a function, tf2onnx converts each captured constant to an input.
     graph = tf2onnx.tf_loader.from_function(signature, *ends.values())
     proto, _ = tf2onnx.convert.from_graph_def(
         graph,
@@ -90,7 +91,7 @@ def _convert(folder: Path, handlers: Handlers, domain: str) -> tuple[Any, Specs,
 
 
 def _check_operations(proto: Any, errors: list[str]) -> None:
-    """Checks that ONNX has every operation: tf2onnx leaves those that it cannot convert as they are."""
+    """Checks that ONNX has every operation, because tf2onnx copies operations that it cannot convert."""
     import onnx
 
     types = {node.op_type for node in proto.graph.node if not node.domain}
@@ -101,7 +102,7 @@ def _check_operations(proto: Any, errors: list[str]) -> None:
 
 @contextlib.contextmanager
 def _logged() -> Iterator[list[str]]:
-    """Keeps the loggers of tf2onnx and TensorFlow silent. Gives the list that tf2onnx adds errors to."""
+    """Silences the loggers of tf2onnx and TensorFlow. Yields the list of errors that tf2onnx has logged."""
     errors: list[str] = []
 
     class Handler(logging.Handler):
@@ -122,9 +123,9 @@ def _logged() -> Iterator[list[str]]:
 
 
 def _tensor_names(signature: Any, serve: Any) -> tuple[dict[str, str], dict[str, str]]:
-    """The graph's tensors by the names of inputs and of outputs, in the order of the traced function `serve`.
+    """Returns the tensors of inputs and outputs by name, in the order of the traced function `serve`.
 
-    A signature has its inputs and outputs sorted by name.
+    The signature sorts its inputs and outputs by name.
     """
     keywords, names = signature._arg_keywords, sorted(signature.structured_outputs)
     inputs = {name: tensor.name for name, tensor in zip(keywords, signature.inputs, strict=False)}
@@ -135,7 +136,7 @@ def _tensor_names(signature: Any, serve: Any) -> tuple[dict[str, str], dict[str,
 
 
 def _convert_erfc(graph: Any, node: Any, name: str, arguments: Any, **_: Any) -> None:
-    """Of tf2onnx, which knows `Erf` alone: 1 - erf(x)."""
+    """Handler of tf2onnx, which only supports `Erf`: 1 - erf(x)."""
     import numpy as np
 
     dtype = graph.get_dtype(node.output[0])

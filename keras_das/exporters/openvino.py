@@ -1,4 +1,4 @@
-"""OpenVINO: its own converter on the ONNX model; `DeformConv` becomes OpenVINO's `DeformableConvolution`."""
+"""OpenVINO: OpenVINO's converter maps `DeformConv` of the ONNX model to `DeformableConvolution`."""
 
 import tempfile
 from pathlib import Path
@@ -40,7 +40,7 @@ def _deformable_convolution(node: Any) -> list[Any]:
         *mask,
         group=node.get_attribute("group"),
         deformable_group=node.get_attribute("offset_group"),
-        bilinear_interpolation_pad=True,  # corners off the image count as 0
+        bilinear_interpolation_pad=True,  # corners outside the image count as 0
     )
     by_channel = opset.reshape(bias, opset.constant([1, -1, 1, 1]), special_zero=False)
     return opset.add(output, by_channel).outputs()

@@ -1,4 +1,4 @@
-"""Precisions that a format does not have: layers compute in float32 instead, or the error says so."""
+"""Precisions that a format does not support: layers compute in float32, or the error explains the problem."""
 
 import contextlib
 from collections.abc import Collection, Iterator, Sequence
@@ -12,11 +12,11 @@ from keras_das.exporters import saved_model
 
 @contextlib.contextmanager
 def in_float32(model: keras.Model, dtypes: Collection[str]) -> Iterator[None]:
-    """Within it, a model's layers that compute in one of some dtypes compute in float32.
+    """Context in which layers that compute in one of `dtypes` compute in float32.
 
     Args:
         model: The model. Its weights keep their dtypes.
-        dtypes: `"bfloat16"`, for example.
+        dtypes: Names of dtypes, for example `"bfloat16"`.
     """
     layers = [layer for layer in model._flatten_layers() if layer.compute_dtype in dtypes]
     policies = [layer._dtype_policy for layer in layers]
@@ -30,7 +30,7 @@ def in_float32(model: keras.Model, dtypes: Collection[str]) -> Iterator[None]:
 
 
 def _float32_policy(layer: keras.Layer) -> Any:
-    """Variables are cast to float32 as they are read if the policy says that they are of another dtype."""
+    """Returns a float32 policy that keeps the variable dtype; variables are cast when they are read."""
     policy = layer.dtype_policy
     if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
         policy = policy[layer.path]
@@ -42,14 +42,14 @@ def _float32_policy(layer: keras.Layer) -> Any:
 
 
 def advice(folder: Path, lacking: Sequence[str]) -> str:
-    """A sentence to add to the error of a conversion that has failed.
+    """Returns a sentence for the error message of a failed conversion.
 
     Args:
-        folder: The SavedModel that was to be converted.
-        lacking: Dtypes that the format does not have.
+        folder: The SavedModel that was converted.
+        lacking: Dtypes that the format does not support.
 
     Returns:
-        The sentence, or `""` if the model has none of these dtypes.
+        The sentence, or `""` if the model uses none of these dtypes.
     """
     if not (found := [dtype for dtype in lacking if dtype in _dtypes(folder)]):
         return ""
@@ -60,7 +60,7 @@ def advice(folder: Path, lacking: Sequence[str]) -> str:
 
 
 def _dtypes(folder: Path) -> set[str]:
-    """The dtypes of all operations in a SavedModel."""
+    """Returns the dtypes of all operations in a SavedModel."""
     import tensorflow as tf
 
     values = [value for node in saved_model.nodes(saved_model.read(folder)) for value in node.attr.values()]

@@ -1,4 +1,4 @@
-"""SavedModels: standard operations only, and what a server wants beside the model itself."""
+"""SavedModels of standard operations, with optional labels, signatures and warm-up requests."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -11,14 +11,14 @@ from keras_das.models.graph import run
 from keras_das.ops import native
 
 Tensor = Any
-_TOP = 5  # classes that are named
+_TOP = 5  # number of classes in `labels`
 _FILE = "saved_model.pb"
-_COMPILED = "_XlaMustCompile"  # TensorFlow's mark of `jit_compile=True`
+_COMPILED = "_XlaMustCompile"  # TensorFlow's attribute for `jit_compile=True`
 
 
 @dataclasses.dataclass
 class Serving:
-    """What a SavedModel holds beside the model; see `keras_das.export`."""
+    """Options of a SavedModel besides the model; see `keras_das.export`."""
 
     labels: Sequence[str] | None = None
     serving_bytes: bool = False
@@ -27,14 +27,14 @@ class Serving:
     warmup: Sequence[int] = ()
 
     def __post_init__(self) -> None:
-        """Checks what can be checked without a model."""
+        """Validates the options that do not depend on the model."""
         if not self.serving_bytes and (self.image_size is not None or self.preprocessing is not None):
             raise ValueError("`image_size` and `preprocessing` go with serving_bytes=True.")
         if any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in self.warmup):
             raise ValueError(f"`warmup` must hold batch sizes. Received: warmup={self.warmup!r}")
 
     def is_plain(self) -> bool:
-        """Whether there is nothing beside the model."""
+        """Whether no options are set."""
         return self == Serving()
 
 
@@ -49,14 +49,14 @@ def write(model: keras.Model, folder: Path, verbose: bool, serving: Serving) -> 
 
 
 def read(folder: Path) -> Any:
-    """The protocol buffer of a SavedModel."""
+    """Returns the protocol buffer of a SavedModel."""
     from tensorflow.core.protobuf import saved_model_pb2
 
     return saved_model_pb2.SavedModel.FromString((folder / _FILE).read_bytes())
 
 
 def nodes(proto: Any) -> Iterator[Any]:
-    """The operations in a SavedModel's graphs and their functions."""
+    """Yields the operations in the graphs and functions of a SavedModel."""
     for meta_graph in proto.meta_graphs:
         yield from meta_graph.graph_def.node
         for function in meta_graph.graph_def.library.function:
@@ -64,7 +64,7 @@ def nodes(proto: Any) -> Iterator[Any]:
 
 
 def compile_nothing(folder: Path) -> None:
-    """Makes plain functions of those that XLA would compile, among them Keras' grouped convolutions."""
+    """Removes XLA compilation from all functions, including those of Keras' grouped convolutions."""
     proto = read(folder)
     functions = [
         function for meta_graph in proto.meta_graphs for function in meta_graph.graph_def.library.function
@@ -76,13 +76,13 @@ def compile_nothing(folder: Path) -> None:
 
 
 def custom_operations(path: Path) -> list[str]:
-    """The names of operations in a SavedModel that TensorFlow itself does not have, sorted."""
-    # TensorFlow keeps names with a namespace for operations from outside.
+    """Returns the sorted names of operations in a SavedModel that TensorFlow does not have."""
+    # TensorFlow reserves names with a namespace for custom operations.
     return sorted({node.op for node in nodes(read(path)) if ">" in node.op})
 
 
 def check_operations(path: Path) -> None:
-    """Raises a ValueError if the SavedModel holds operations that a server does not have."""
+    """Raises a ValueError if the SavedModel contains operations that a server does not have."""
     custom = custom_operations(path)
     if custom:
         raise ValueError(
@@ -147,7 +147,7 @@ def _check_labels(model: keras.Model, labels: Sequence[str] | None) -> None:
 
 
 def _named(scores: Tensor, labels: Sequence[str] | None) -> dict[str, Tensor]:
-    """The best classes and their scores, the best one first."""
+    """Returns the best classes and their scores, best first."""
     import tensorflow as tf
 
     if labels is None:
@@ -157,7 +157,7 @@ def _named(scores: Tensor, labels: Sequence[str] | None) -> dict[str, Tensor]:
 
 
 def _image_layout(image: Tensor, image_size: tuple[int, int] | None) -> tuple[tuple[int, int], bool]:
-    """Rows and columns of the model's images, and whether channels come first."""
+    """Returns rows and columns of the model's images, and whether channels come first."""
     shape = tuple(image.shape)
     channels_first = len(shape) == 4 and shape[1] == 3 and shape[3] != 3
     if len(shape) != 4 or 3 not in (shape[1], shape[3]):
@@ -175,7 +175,7 @@ def _image_layout(image: Tensor, image_size: tuple[int, int] | None) -> tuple[tu
 
 
 def _decode(image_bytes: Tensor, size: tuple[int, int]) -> Tensor:
-    """JPEG, PNG, GIF (its first picture) or BMP files as float32 pixels `(N, *size, 3)` of 0..255."""
+    """Decodes JPEG, PNG, BMP or GIF files (first frame) to float32 pixels `(N, *size, 3)` of 0..255."""
     import tensorflow as tf
 
     def decode(content: Tensor) -> Tensor:
@@ -209,10 +209,10 @@ def _blank_files(size: tuple[int, int], count: int) -> Tensor:
 
 
 def _write_warmup(folder: Path, requests: Sequence[tuple[str, str, Callable[[int], Tensor], int]]) -> None:
-    """Requests that TensorFlow Serving runs before it takes others.
+    """Writes requests that TensorFlow Serving runs before it accepts others.
 
-    They are `PredictionLog` messages of tensorflow-serving-api, put together here from the numbers of their
-    fields, which cannot change, so that the package is not needed.
+    They are `PredictionLog` messages of tensorflow-serving-api. They are assembled from field numbers, which
+    are stable, so that the package is not required.
     """
     import tensorflow as tf
 
@@ -228,7 +228,7 @@ def _write_warmup(folder: Path, requests: Sequence[tuple[str, str, Callable[[int
 
 
 def _field(number: int, content: bytes) -> bytes:
-    """A field of a protocol buffer that holds bytes: key, length, content."""
+    """Encodes a bytes field of a protocol buffer: key, length, content."""
     return _varint(number << 3 | 2) + _varint(len(content)) + content
 
 

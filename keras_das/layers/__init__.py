@@ -1,4 +1,4 @@
-"""The layers: the attention gate, and the deformable convolution below it."""
+"""Layers: the attention gate and deformable convolution."""
 
 from keras_das.layers.das import DASLayer
 from keras_das.layers.deformable_conv2d import DeformableConv2D

@@ -1,4 +1,4 @@
-"""Checks of the layers' arguments that are not the operation's."""
+"""Validation of arguments that only the layers have."""
 
 import math
 import numbers

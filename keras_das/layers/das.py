@@ -15,20 +15,20 @@ from keras_das.layers.policies import build_layer, check_not_quantized, quantiza
 from keras_das.ops.deformable import standardize_count, standardize_implementation, standardize_positive
 from keras_das.ops.geometry import standardize_data_format, standardize_pair
 
-# Those of PyTorch's norms. Keras' own 1e-3 would flatten feature maps of small variance.
+# The default of PyTorch's norms. Keras' default of 1e-3 would flatten feature maps of small variance.
 _EPSILON = 1e-5
-# More channels C' than these make the quadratic form of the folded norm dearer than the norm itself.
+# With more channels C', the quadratic form of the folded norm costs more than the norm itself.
 _FOLDED_WIDTH = 128
-# What a configuration without these entries means: the layer as it was before they existed.
+# Values for configurations that were saved before these arguments existed.
 _FORMER_DEFAULTS = {"norm": "channels", "identity_gain": 1.0, "offset_scale": 1.0}
 
 
 @keras.saving.register_keras_serializable("keras_das")
 class DASLayer(keras.layers.Layer):
-    """Deformable attention gate: multiplies a feature map by how much each of its values matters.
+    """Deformable attention gate: multiplies each value of a feature map by a learned weight.
 
-    The gate sees beyond a convolution's window, for it reads the feature map at positions it has learnt, at
-    a cost linear in the number of pixels:
+    The gate samples the feature map at learned positions, so its receptive field extends beyond the window
+    of a convolution. Its cost is linear in the number of pixels:
 
         X_c = GELU(InstanceNorm(X W1))                       (1)  W1: depthwise-separable, C -> C' = alpha C
         deform(p) = sum_k w_k * m_k * X_c(p + p_k + dp_k)    (2)  dp_k and m_k in (0, 1) predicted from X_c
@@ -36,45 +36,53 @@ class DASLayer(keras.layers.Layer):
         X_out = X * A                                        (4)
 
     Args:
-        reduction: alpha, the share of the channels that the gate works on: `C' = max(1, round(alpha C))`.
-        kernel_size: Size of both of the gate's spatial kernels, an integer or `(rows, columns)`.
-        dilation_rate: Distance between the deformable kernel's taps in pixels.
-        offset_groups: Groups of neighbouring channels of `C'` with offsets and masks of their own.
-        modulated: Whether to predict the masks m_k; without them they are 1.
-        deformable: `"separable"`: a depthwise deformable convolution, then a pointwise one from C' to C.
-            `"dense"`: one deformable convolution from C' to C, with `9 alpha C^2` weights.
-        norm: What the layer norm of equation 3 averages over. `"image"`: rows, columns and channels of each
-            image, so that the gate can keep or drop a place as a whole. `"channels"`: the channels of each
-            pixel. Both have a scale and a shift for each channel. Defaults to `"image"`.
-        identity_init: `True`: the gate is `2 * sigmoid`, with a norm whose scale starts at 0, so that it
-            starts at exactly 1 and the layer changes nothing until training moves it. `False`: the paper's
-            gate. Defaults to `False`.
-        identity_gain: Factor before the sigmoid with `identity_init=True`. The scale and the shift of the
-            norm start at 0 there, and an optimizer such as Adam moves them by about its learning rate a
-            step, so that the gate leaves 1 this many times as fast. Without `identity_init` it has no
-            effect. Defaults to `4.0`.
-        offset_scale: Factor on the predicted offsets. Below 1 the offsets learn more slowly than the other
-            weights: Adam's steps shrink by this factor, those of SGD by its square. With 0 they stay 0.
-            Defaults to `1.0`.
-        data_format: `"channels_last"`, `"channels_first"` or `None` for Keras' default.
-        implementation: `"auto"`, `"native"` or `"reference"`; see `keras_das.ops.deformable_conv2d`.
-        kernel_initializer: Initializer of the convolutions' kernels.
-        offset_initializer: Initializer of the kernel that predicts offsets and masks.
-        kernel_regularizer: Regularizer of the convolutions' kernels.
-        offset_regularizer: Regularizer of the kernel that predicts offsets and masks.
-        activity_regularizer: Regularizer of the output.
-        kernel_constraint: Constraint on the convolutions' kernels.
-        offset_constraint: Constraint on the kernel that predicts offsets and masks.
-        **kwargs: `name`, `dtype`, `trainable`, as for every Keras layer.
+        reduction: Positive float. The factor alpha that sets the number of channels inside the gate,
+            `C' = max(1, round(alpha C))`. Defaults to `0.2`.
+        kernel_size: Integer or `(rows, columns)`. Size of both spatial kernels of the gate. Defaults to `3`.
+        dilation_rate: Integer or `(rows, columns)`. Distance between the taps of the deformable kernel, in
+            pixels. Defaults to `1`.
+        offset_groups: Integer. Number of groups of adjacent channels of `C'`; each group has its own offsets
+            and masks. Defaults to `1`.
+        modulated: Boolean. Whether to predict the masks m_k. If `False`, they are 1. Defaults to `True`.
+        deformable: String. `"separable"` is a depthwise deformable convolution followed by a pointwise
+            convolution from C' to C. `"dense"` is one deformable convolution from C' to C, with
+            `9 alpha C^2` weights. Defaults to `"separable"`.
+        norm: String. The axes of the layer norm in equation 3. `"image"` normalizes over the rows, columns
+            and channels of each image, so the gate can keep or suppress a location as a whole. `"channels"`
+            normalizes over the channels of each pixel. Both have a scale and a shift per channel. Defaults
+            to `"image"`.
+        identity_init: Boolean. If `True`, the gate is `2 * sigmoid` and the scale of its norm starts at 0,
+            so the gate is exactly 1 and the layer is the identity until it is trained. If `False`, the gate
+            is that of the paper. Defaults to `False`.
+        identity_gain: Positive float. Factor before the sigmoid if `identity_init=True`. The scale and the
+            shift of the norm then start at 0, and an optimizer such as Adam changes them by about its
+            learning rate per step; the gain makes the gate leave 1 faster by this factor. Has no effect
+            without `identity_init`. Defaults to `4.0`.
+        offset_scale: Non-negative float. Factor on the predicted offsets. Below 1, offsets learn more slowly
+            than the other weights: steps of Adam shrink by this factor, steps of SGD by its square. With 0,
+            offsets stay 0. Defaults to `1.0`.
+        data_format: String. `"channels_last"` or `"channels_first"`. Defaults to `None`, which selects
+            `keras.config.image_data_format()`.
+        implementation: String. `"auto"`, `"native"` or `"reference"`; see
+            `keras_das.ops.deformable_conv2d`. Defaults to `"auto"`.
+        kernel_initializer: Initializer for the kernels of the convolutions. Defaults to `"glorot_uniform"`.
+        offset_initializer: Initializer for the kernel that predicts offsets and masks. Defaults to
+            `"zeros"`.
+        kernel_regularizer: Regularizer for the kernels of the convolutions. Defaults to `None`.
+        offset_regularizer: Regularizer for the kernel that predicts offsets and masks. Defaults to `None`.
+        activity_regularizer: Regularizer for the output. Defaults to `None`.
+        kernel_constraint: Constraint for the kernels of the convolutions. Defaults to `None`.
+        offset_constraint: Constraint for the kernel that predicts offsets and masks. Defaults to `None`.
+        **kwargs: Arguments of every Keras layer: `name`, `dtype`, `trainable`.
 
     Input shape:
-        `(N, H, W, C)`, or `(N, C, H, W)` with `data_format="channels_first"`. Floating.
+        `(N, H, W, C)`, or `(N, C, H, W)` with `data_format="channels_first"`. Floating point.
 
     Output shape:
-        The input's.
+        Same as the input shape.
 
     Raises:
-        ValueError: If an argument is invalid or does not fit the input; the message names it.
+        ValueError: If an argument is invalid or does not fit the input. The message names it.
 
     Example:
 
@@ -113,10 +121,10 @@ class DASLayer(keras.layers.Layer):
         offset_constraint: Identifier = None,
         **kwargs: Any,
     ):
-        """Checks and keeps the arguments; the weights are made by `build`."""
+        """Validates and stores the arguments. `build` creates the weights."""
         super().__init__(activity_regularizer=activity_regularizer, **kwargs)
         check_not_quantized(self)
-        self._quantization: Mapping[str, Any] = {}  # of the layers inside; `from_config` sets it
+        self._quantization: Mapping[str, Any] = {}  # of the inner layers; set by `from_config`
         self.reduction = standardize_positive(reduction, "reduction")
         self.kernel_size = standardize_pair(kernel_size, "kernel_size")
         self.dilation_rate = standardize_pair(dilation_rate, "dilation_rate")
@@ -136,10 +144,10 @@ class DASLayer(keras.layers.Layer):
         self.kernel_constraint = constraints.get(kernel_constraint)
         self.offset_constraint = constraints.get(offset_constraint)
         self.input_spec = keras.layers.InputSpec(ndim=4)
-        self.supports_masking = True  # the output's pixels are the input's: a mask passes through
+        self.supports_masking = True  # outputs have the pixels of the input, so masks pass through
 
     def build(self, input_shape: Shape) -> None:
-        """Creates the gate's layers for inputs of this shape."""
+        """Creates the layers of the gate for inputs of this shape."""
         channel_axis = 3 if self.data_format == "channels_last" else 1
         channels = input_shape[channel_axis]
         if channels is None:
@@ -167,7 +175,7 @@ class DASLayer(keras.layers.Layer):
     def _create_layers(self, channels: int, width: int) -> None:
         separable = self.deformable == "separable"
         common = {"data_format": "channels_last", "dtype": self.dtype_policy}
-        # Ahead of the norm, sums of large features are beyond float16.
+        # Before the norm, sums of large features exceed the range of float16.
         wide = "float32" if self.compute_dtype == "float16" else self.dtype_policy
         weighted = {
             "kernel_regularizer": self.kernel_regularizer,
@@ -177,20 +185,21 @@ class DASLayer(keras.layers.Layer):
             self.kernel_size,
             padding="same",
             use_bias=False,
-            depthwise_initializer=_fresh(self.kernel_initializer),
+            depthwise_initializer=_clone_initializer(self.kernel_initializer),
             depthwise_regularizer=self.kernel_regularizer,
             depthwise_constraint=self.kernel_constraint,
             name="depthwise",
             data_format="channels_last",
             dtype=wide,
         )
-        self.depthwise.supports_masking = True  # or it would warn of a mask that this layer hands on
-        # The pointwise convolutions are `Dense` on the channels: the same product, and sound for an empty
-        # batch, which TensorFlow's oneDNN convolution is not (2.21). The norms after them replace biases.
+        self.depthwise.supports_masking = True  # avoids a warning about masks, which this layer passes on
+        # The pointwise convolutions are `Dense` layers on the channels. The product is the same, and it is
+        # correct for empty batches, unlike TensorFlow's oneDNN convolution (2.21). The norms that follow make
+        # biases redundant.
         self.reduce = keras.layers.Dense(
             width,
             use_bias=False,
-            kernel_initializer=_fresh(self.kernel_initializer),
+            kernel_initializer=_clone_initializer(self.kernel_initializer),
             name="reduce",
             dtype=wide,
             **weighted,
@@ -208,8 +217,8 @@ class DASLayer(keras.layers.Layer):
             modulated=self.modulated,
             offset_scale=self.offset_scale,
             use_bias=not separable,
-            kernel_initializer=_fresh(self.kernel_initializer),
-            offset_initializer=_fresh(self.offset_initializer),
+            kernel_initializer=_clone_initializer(self.kernel_initializer),
+            offset_initializer=_clone_initializer(self.offset_initializer),
             offset_regularizer=self.offset_regularizer,
             offset_constraint=self.offset_constraint,
             implementation=self.implementation,
@@ -222,7 +231,7 @@ class DASLayer(keras.layers.Layer):
             self.expand = keras.layers.Dense(
                 channels,
                 use_bias=False,
-                kernel_initializer=_fresh(self.kernel_initializer),
+                kernel_initializer=_clone_initializer(self.kernel_initializer),
                 name="expand",
                 dtype=self.dtype_policy,
                 **weighted,
@@ -239,7 +248,7 @@ class DASLayer(keras.layers.Layer):
         )
 
     def _gate_layers(self) -> list[keras.layers.Layer]:
-        """The layers between the input and the sigmoid, in the order of equations 1 to 3."""
+        """The layers between input and sigmoid, in the order of equations 1 to 3."""
         layers = (
             self.depthwise,
             self.reduce,
@@ -251,13 +260,13 @@ class DASLayer(keras.layers.Layer):
         return [layer for layer in layers if layer is not None]
 
     def gate(self, inputs: Tensor) -> Tensor:
-        """The attention map A of equation 3.
+        """Computes the attention map A of equation 3.
 
         Args:
             inputs: Tensor of the layer's input shape.
 
         Returns:
-            Tensor of the input's shape, in (0, 1), or in (0, 2) with `identity_init`.
+            Tensor of the input's shape, with values in (0, 1), or in (0, 2) with `identity_init`.
         """
         if not self.built:
             self.build(tuple(inputs.shape))
@@ -275,11 +284,11 @@ class DASLayer(keras.layers.Layer):
         return ops.gelu(self.instance_norm(self.reduce(self.depthwise(x))), approximate=False)
 
     def _expand_and_normalize(self, x: Tensor) -> Tensor:
-        """The norm of `x W`, with as few passes over the C channels as possible.
+        """The norm of `x W`, with few passes over the C channels.
 
-        The mean over channels of `x W` is 0 if each row of W has mean 0, and subtracting the rows' means from
-        W is the same as subtracting that mean from `x W`. The variance is then a quadratic form of the C'
-        channels of x, with the matrix `W W^T / C`. Where these are few, the norm is folded into the product.
+        If the mean over channels of each row of W is subtracted from W, the mean over channels of `x W` is 0.
+        The variance of `x W` is then a quadratic form of the C' channels of x, with the matrix `W W^T / C`.
+        If C' is small, the norm is folded into the product.
         """
         dtype = keras.backend.result_type(x.dtype, "float32")
         scale, shift = (ops.cast(weight, dtype) for weight in (self.layer_norm.gamma, self.layer_norm.beta))
@@ -304,8 +313,9 @@ class DASLayer(keras.layers.Layer):
     def _image_norm_of_product(self, x: Tensor, kernel: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """The norm of `x W` over each image.
 
-        `x W` is split into that of x's deviation from its mean over places, and that of this mean, which is
-        one vector an image. Their squares add up, and neither suffers from a large common offset.
+        `x W` is split into two parts: the product with the deviation of x from its spatial mean, and the
+        product with this mean, which is one vector per image. The squares of the parts add up, and neither
+        part loses precision if x has a large common offset.
         """
         place = ops.mean(x, axis=(1, 2), keepdims=True)
         x = x - place
@@ -323,7 +333,7 @@ class DASLayer(keras.layers.Layer):
         return x + ops.cast(common * scaling * scale + shift, self.compute_dtype)
 
     def _normalize(self, x: Tensor, scale: Tensor) -> Tensor:
-        """Brings x, whose mean is 0, to the scale's deviation."""
+        """Scales x, which has mean 0, to the standard deviation `scale`."""
         variance = ops.mean(ops.square(x), axis=self._norm_axes(), keepdims=True)
         return ops.cast(x * (_inverse_deviation(variance) * scale), self.compute_dtype)
 
@@ -343,7 +353,7 @@ class DASLayer(keras.layers.Layer):
         return ops.transpose(x, (0, 2, 3, 1)) if self.data_format == "channels_first" else x
 
     def __call__(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Checks the input, of whatever kind, and calls the layer."""
+        """Validates the input, which may be symbolic, and calls the layer."""
         check_input(inputs)
         return super().__call__(inputs, *args, **kwargs)
 
@@ -352,7 +362,7 @@ class DASLayer(keras.layers.Layer):
         return inputs * self.gate(inputs)
 
     def predict_offsets(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Where the gate reads the feature map; see `DeformableConv2D.predict_offsets`.
+        """Predicts where the gate samples the feature map; see `DeformableConv2D.predict_offsets`.
 
         Args:
             inputs: Tensor of the layer's input shape.
@@ -365,11 +375,11 @@ class DASLayer(keras.layers.Layer):
         return self.deform.predict_offsets(self._deformable_input(self._channels_last(inputs)))
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
-        """The input's shape."""
+        """Returns the input shape."""
         return tuple(input_shape)
 
     def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments, serialized."""
+        """Returns the serialized arguments of the constructor."""
         config = {
             "reduction": self.reduction,
             "kernel_size": self.kernel_size,
@@ -398,7 +408,7 @@ class DASLayer(keras.layers.Layer):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "DASLayer":
-        """Makes a layer of the `get_config` of this or an earlier version, quantized as that layer is."""
+        """Creates a layer from a configuration of this or an earlier version, quantized as saved."""
         config = {**_FORMER_DEFAULTS, **config}
         quantization = config.pop("quantization", {})
         layer = super().from_config(config)
@@ -407,14 +417,14 @@ class DASLayer(keras.layers.Layer):
 
 
 def _gram(kernel: Tensor) -> Tensor:
-    """`W W^T / C`: with it, the mean over channels of the square of `x W` is a quadratic form of x."""
+    """`W W^T / C`. With it, the mean over channels of the squares of `x W` is a quadratic form of x."""
     return ops.matmul(kernel, ops.transpose(kernel)) / kernel.shape[1]
 
 
 def _inverse_deviation(variance: Tensor) -> Tensor:
-    return ops.rsqrt(ops.maximum(variance, 0) + _EPSILON)  # rounding may take a variance below 0
+    return ops.rsqrt(ops.maximum(variance, 0) + _EPSILON)  # rounding can make a variance negative
 
 
-def _fresh(initializer: Any) -> Any:
-    """A copy to hand to one weight: a Keras initializer used twice gives the same numbers twice."""
+def _clone_initializer(initializer: Any) -> Any:
+    """A copy for one weight: a Keras initializer that is used twice returns the same values twice."""
     return initializer.clone() if isinstance(initializer, initializers.Initializer) else initializer

@@ -1,4 +1,4 @@
-"""`DeformableConv2D`: a convolution that predicts from its input where to read it."""
+"""`DeformableConv2D`: a convolution that predicts its sampling positions from its input."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,52 +27,56 @@ Identifier = str | dict | Callable | None
 
 @keras.saving.register_keras_serializable("keras_das")
 class DeformableConv2D(keras.layers.Layer):
-    """2-D convolution that reads its input at positions it predicts from it.
+    """2-D convolution that samples its input at predicted positions.
 
-    A plain convolution (the predictor) gives, for every output position and tap, an offset `(dy, dx)` and,
-    if `modulated`, a mask in (0, 1). The sampled values, by bilinear interpolation, are multiplied by the
-    mask and the kernel and added up. The predictor starts at zero: all offsets are 0 and all masks 0.5.
+    A plain convolution, the predictor, computes an offset `(dy, dx)` for every output position and tap and,
+    if `modulated`, a mask in (0, 1). The input is sampled at these positions by bilinear interpolation. The
+    samples are multiplied by the mask and the kernel and summed. The predictor is initialized to zero: all
+    offsets are 0 and all masks are 0.5.
 
-    `groups == channels` gives the depthwise form.
+    With `groups` equal to the number of input channels, the convolution is depthwise.
 
     Args:
-        filters: Number of output channels.
-        kernel_size: Size of the kernel, an integer or `(rows, columns)`.
-        strides: Step between output positions in input pixels, an integer or `(rows, columns)`. As in
-            `keras.layers.Conv2D`, strides and dilation cannot both be larger than 1.
-        padding: `"valid"`, `"same"` or `((top, bottom), (left, right))` in pixels.
-        data_format: `"channels_last"`, `"channels_first"` or `None` for Keras' default.
-        dilation_rate: Distance between taps in input pixels, an integer or `(rows, columns)`.
-        groups: Number of groups of channels that are convolved apart from each other.
-        offset_groups: Number of groups of neighbouring channels with offsets and masks of their own.
-        modulated: Whether to predict a mask too (Deformable ConvNets v2).
-        activation: Activation function applied to the output, or `None`.
-        use_bias: Whether to add a bias.
-        kernel_initializer: Initializer of the kernel.
-        bias_initializer: Initializer of the bias.
-        offset_initializer: Initializer of the predictor's kernel.
-        kernel_regularizer: Regularizer of the kernel.
-        bias_regularizer: Regularizer of the bias.
-        offset_regularizer: Regularizer of the predictor's kernel.
-        activity_regularizer: Regularizer of the output.
-        kernel_constraint: Constraint on the kernel.
-        bias_constraint: Constraint on the bias.
-        offset_constraint: Constraint on the predictor's kernel.
-        implementation: `"auto"`, `"native"` or `"reference"`; see `keras_das.ops.deformable_conv2d`.
-        offset_scale: Factor on the predicted offsets. Below 1 the offsets learn more slowly than the other
-            weights: Adam's steps shrink by this factor, those of SGD by its square. With 0 they stay 0.
-            Defaults to `1.0`.
-        **kwargs: `name`, `dtype`, `trainable`, as for every Keras layer.
+        filters: Integer. Number of output channels.
+        kernel_size: Integer or `(rows, columns)`. Size of the kernel.
+        strides: Integer or `(rows, columns)`. Step between output positions, in input pixels. As in
+            `keras.layers.Conv2D`, strides and dilation cannot both be larger than 1. Defaults to `1`.
+        padding: `"valid"`, `"same"` or `((top, bottom), (left, right))`, in pixels. Defaults to `"valid"`.
+        data_format: String. `"channels_last"` or `"channels_first"`. Defaults to `None`, which selects
+            `keras.config.image_data_format()`.
+        dilation_rate: Integer or `(rows, columns)`. Distance between taps, in input pixels. Defaults to `1`.
+        groups: Integer. Number of groups of channels that are convolved separately. Defaults to `1`.
+        offset_groups: Integer. Number of groups of adjacent channels; each group has its own offsets and
+            masks. Defaults to `1`.
+        modulated: Boolean. Whether to predict a mask too (Deformable ConvNets v2). Defaults to `True`.
+        activation: Activation function of the output. Defaults to `None`.
+        use_bias: Boolean. Whether to add a bias. Defaults to `True`.
+        kernel_initializer: Initializer for the kernel. Defaults to `"glorot_uniform"`.
+        bias_initializer: Initializer for the bias. Defaults to `"zeros"`.
+        offset_initializer: Initializer for the kernel of the predictor. Defaults to `"zeros"`.
+        kernel_regularizer: Regularizer for the kernel. Defaults to `None`.
+        bias_regularizer: Regularizer for the bias. Defaults to `None`.
+        offset_regularizer: Regularizer for the kernel of the predictor. Defaults to `None`.
+        activity_regularizer: Regularizer for the output. Defaults to `None`.
+        kernel_constraint: Constraint for the kernel. Defaults to `None`.
+        bias_constraint: Constraint for the bias. Defaults to `None`.
+        offset_constraint: Constraint for the kernel of the predictor. Defaults to `None`.
+        implementation: String. `"auto"`, `"native"` or `"reference"`; see
+            `keras_das.ops.deformable_conv2d`. Defaults to `"auto"`.
+        offset_scale: Non-negative float. Factor on the predicted offsets. Below 1, offsets learn more slowly
+            than the other weights: steps of Adam shrink by this factor, steps of SGD by its square. With 0,
+            offsets stay 0. Defaults to `1.0`.
+        **kwargs: Arguments of every Keras layer: `name`, `dtype`, `trainable`.
 
     Input shape:
-        `(N, H, W, C)`, or `(N, C, H, W)` with `data_format="channels_first"`. Floating; the layer computes
-        in its dtype policy's compute dtype, positions and sums in float32 at least.
+        `(N, H, W, C)`, or `(N, C, H, W)` with `data_format="channels_first"`. Floating point. The layer
+        computes in the compute dtype of its policy; positions and sums are at least float32.
 
     Output shape:
-        `(N, Ho, Wo, filters)`, or `(N, filters, Ho, Wo)`, sizes as in `keras.layers.Conv2D`.
+        `(N, Ho, Wo, filters)`, or `(N, filters, Ho, Wo)`, with the sizes of `keras.layers.Conv2D`.
 
     Raises:
-        ValueError: If an argument is invalid or does not fit the input; the message names it.
+        ValueError: If an argument is invalid or does not fit the input. The message names it.
 
     Example:
 
@@ -112,7 +116,7 @@ class DeformableConv2D(keras.layers.Layer):
         offset_scale: float = 1.0,
         **kwargs: Any,
     ):
-        """Checks and keeps the arguments; the weights are made by `build`."""
+        """Validates and stores the arguments. `build` creates the weights."""
         super().__init__(activity_regularizer=activity_regularizer, **kwargs)
         check_not_quantized(self)
         self.filters = standardize_count(filters, "filters")
@@ -138,7 +142,7 @@ class DeformableConv2D(keras.layers.Layer):
         self.offset_constraint = constraints.get(offset_constraint)
         self.implementation = standardize_implementation(implementation)
         self.input_spec = keras.layers.InputSpec(ndim=4)
-        self.supports_masking = True  # masks are accepted, and end here: see compute_mask
+        self.supports_masking = True  # masks are accepted and not passed on; see compute_mask
         self._check_arguments()
 
     def _check_arguments(self) -> None:
@@ -167,7 +171,7 @@ class DeformableConv2D(keras.layers.Layer):
                     f"`{name}` must divide the number of input channels, which must be known. "
                     f"Received: {name}={getattr(self, name)}, input_shape={tuple(input_shape)}"
                 )
-        self.compute_output_shape(input_shape)  # raises where the kernel does not fit
+        self.compute_output_shape(input_shape)  # raises if the kernel does not fit
         self.input_spec = keras.layers.InputSpec(ndim=4, axes={channel_axis: channels})
         self.kernel = self.add_weight(
             name="kernel",
@@ -196,13 +200,13 @@ class DeformableConv2D(keras.layers.Layer):
         self.offset_bias = self.add_weight(name="offset_bias", shape=(predictions,), initializer="zeros")
 
     def __call__(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Checks the input, of whatever kind, and calls the layer."""
+        """Validates the input, which may be symbolic, and calls the layer."""
         check_input(inputs)
         return super().__call__(inputs, *args, **kwargs)
 
     def call(self, inputs: Tensor) -> Tensor:
-        """Predicts offsets and mask, and convolves."""
-        # Channels last throughout: TensorFlow's CPU convolutions and the sampling want it.
+        """Predicts offsets and mask, and convolves the input."""
+        # Channels last throughout, as TensorFlow's CPU convolutions and the sampling require.
         if self.data_format == "channels_first":
             inputs = ops.transpose(inputs, (0, 2, 3, 1))
         offsets, mask = self._predict(inputs)
@@ -224,14 +228,15 @@ class DeformableConv2D(keras.layers.Layer):
         return outputs if self.activation is None else self.activation(outputs)
 
     def predict_offsets(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Where the layer reads `inputs`, and how much it makes of each sample.
+        """Predicts where the layer samples `inputs`, and the factor of each sample.
 
         Args:
             inputs: Tensor of the layer's input shape.
 
         Returns:
-            `(offsets, mask)`, channels last: `(N, Ho, Wo, offset_groups * taps * 2)` in input pixels, `dy`
-            before `dx`, and `(N, Ho, Wo, offset_groups * taps)`, or `None` where the layer is not modulated.
+            `(offsets, mask)`, channels last. The offsets have shape `(N, Ho, Wo, offset_groups * taps * 2)`,
+            in input pixels, `dy` before `dx`. The mask has shape `(N, Ho, Wo, offset_groups * taps)`, or is
+            `None` if the layer is not modulated.
         """
         if not self.built:
             self.build(tuple(inputs.shape))
@@ -255,7 +260,7 @@ class DeformableConv2D(keras.layers.Layer):
             data_format="channels_last",
             dilation_rate=self.dilation_rate,
         )
-        # As a matrix, because TensorFlow's oneDNN convolution gives an empty batch the wrong shape (2.21).
+        # A matrix, because TensorFlow's oneDNN convolution returns the wrong shape for an empty batch (2.21).
         positions = grid[0] * grid[1] * grid[2]
         predictions = ops.reshape(predictions, (positions, self.offset_bias.shape[0]))
         predictions = predictions + ops.cast(self.offset_bias, inputs.dtype)
@@ -271,7 +276,7 @@ class DeformableConv2D(keras.layers.Layer):
         return make_windows(self.kernel_size, self.strides, self.dilation_rate, self.padding)
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
-        """Output shape for inputs of this shape; raises a ValueError if the kernel does not fit."""
+        """Returns the output shape; raises a ValueError if the kernel is larger than the padded input."""
         last = self.data_format == "channels_last"
         sizes = input_shape[1:3] if last else input_shape[2:4]
         out = tuple(window.output_size(size) for window, size in zip(self._windows(), sizes, strict=True))
@@ -284,11 +289,11 @@ class DeformableConv2D(keras.layers.Layer):
         return (input_shape[0], *out, self.filters) if last else (input_shape[0], self.filters, *out)
 
     def compute_mask(self, inputs: Tensor, previous_mask: Tensor | None = None) -> None:
-        """A mask on the input says nothing about positions read elsewhere: it ends here."""
+        """Returns `None`: a mask on the input does not describe the sampled positions."""
         return None
 
     def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments, serialized."""
+        """Returns the serialized arguments of the constructor."""
         config = {
             "filters": self.filters,
             "kernel_size": self.kernel_size,

@@ -1,4 +1,4 @@
-"""The gate's depthwise convolution: Keras', where that is fast and sound."""
+"""Depthwise convolution of the gate, with workarounds for XLA on CPUs and for empty batches."""
 
 from typing import Any
 
@@ -11,15 +11,16 @@ Tensor = Any
 
 
 class DepthwiseConv2D(keras.layers.DepthwiseConv2D):
-    """Keras' layer, with two differences.
+    """`keras.layers.DepthwiseConv2D` with two differences.
 
-    In programs that XLA compiles for a CPU it is computed by shifts: there an ordinary depthwise convolution
-    takes many times as long as outside XLA. And the kernel's gradient of an empty batch is 0. For stride 1,
-    `padding="same"`, one filter for each channel, channels last, without bias and activation.
+    In programs that XLA compiles for a CPU, the layer sums shifted copies of the input, because an ordinary
+    depthwise convolution is many times slower there than outside XLA. The gradient of the kernel is 0 for an
+    empty batch. Supports stride 1, `padding="same"`, one filter per channel and channels last, without bias
+    and activation.
     """
 
     def call(self, inputs: Tensor) -> Tensor:
-        """Convolves; arguments and result are those of Keras' layer."""
+        """Convolves the input, with the arguments and the result of Keras' layer."""
         if native.xla_compiles_for_cpu():
             return depthwise_by_shifts(inputs, self.kernel[..., 0])
         kernel = _without_gradient_of_nothing(ops.convert_to_tensor(self.kernel), ops.shape(inputs)[0])
@@ -27,9 +28,9 @@ class DepthwiseConv2D(keras.layers.DepthwiseConv2D):
 
 
 def _without_gradient_of_nothing(kernel: Tensor, batch: Any) -> Tensor:
-    """The kernel. If the batch is empty its gradient is 0, whatever comes in as such.
+    """Returns the kernel. Its gradient is 0 if the batch is empty.
 
-    TensorFlow (2.21, on CPUs without AVX-512) hands out memory there that it has not written to.
+    TensorFlow (2.21, on CPUs without AVX-512) returns uninitialized memory as the gradient in this case.
     """
     if isinstance(batch, int) and batch > 0:
         return kernel
@@ -46,16 +47,16 @@ def _without_gradient_of_nothing(kernel: Tensor, batch: Any) -> Tensor:
 
 
 def depthwise_by_shifts(inputs: Tensor, kernel: Tensor) -> Tensor:
-    """Depthwise convolution, stride 1, same padding, as a sum of shifted and weighted copies of the input.
+    """Depthwise convolution with stride 1 and same padding, as a weighted sum of shifted copies of the input.
 
-    Sums are taken in float32 at least.
+    Sums are at least float32.
 
     Args:
         inputs: `(N, H, W, C)`.
         kernel: `(kh, kw, C)`.
 
     Returns:
-        `(N, H, W, C)` of the inputs' dtype.
+        `(N, H, W, C)` in the dtype of the inputs.
     """
     size = tuple(kernel.shape[:2])
     before = tuple((extent - 1) // 2 for extent in size)
@@ -68,7 +69,7 @@ def depthwise_by_shifts(inputs: Tensor, kernel: Tensor) -> Tensor:
             grad_output = args[0] if upstream is None else upstream
             grad_inputs = _correlate(grad_output, ops.flip(kernel, axis=(0, 1)), after, before)
             products = [shifted * grad_output for shifted in _shifts(inputs, size, before, after)]
-            # The batch first: XLA is slow at the sum over all three axes at once.
+            # Sum over the batch first: XLA is slow if it sums over all three axes at once.
             by_pixel = ops.stack([ops.sum(product, axis=0) for product in products])
             return grad_inputs, ops.reshape(ops.sum(by_pixel, axis=(1, 2)), kernel.shape)
 
@@ -87,7 +88,7 @@ def _correlate(x: Tensor, kernel: Tensor, before: tuple[int, int], after: tuple[
 def _shifts(
     x: Tensor, size: tuple[int, int], before: tuple[int, int], after: tuple[int, int]
 ) -> list[Tensor]:
-    """For each tap, row by row, what it sees: x moved by the tap's distance, zeros beyond its edges."""
+    """x shifted by the distance of each tap, row by row, with zeros beyond its edges."""
     height, width = ops.shape(x)[1:3]
     padded = ops.pad(x, ((0, 0), (before[0], after[0]), (before[1], after[1]), (0, 0)))
     return [

@@ -1,4 +1,4 @@
-"""What the layers accept as input."""
+"""Validation of the layers' inputs."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from keras_das._requirements import check_keras_3
 
 
 def check_input(inputs: Any) -> None:
-    """Raises a ValueError for what is of Keras 2 or not floating."""
+    """Raises a ValueError for inputs of Keras 2 and for inputs that are not floating point."""
     check_keras_3("inputs", inputs)
     dtype = getattr(inputs, "dtype", None)
     if dtype is None:  # not a tensor yet

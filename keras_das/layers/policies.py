@@ -1,4 +1,4 @@
-"""The precision of the layers inside a gate, which `quantize` changes, in configurations."""
+"""Configurations of the layers inside a gate that `quantize` has changed."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ _ENTRIES = ("dtype", "quantization_config")  # of a layer's configuration
 
 
 def quantization_of(layers: Iterable[keras.layers.Layer]) -> dict[str, Any]:
-    """The serialized precision of the layers that are quantized, by their names."""
+    """Returns the serialized precision of each quantized layer, by name."""
     configs = {layer.name: layer.get_config() for layer in layers if layer.quantization_mode is not None}
     return {
         name: {entry: config[entry] for entry in _ENTRIES if entry in config}
@@ -20,7 +20,7 @@ def quantization_of(layers: Iterable[keras.layers.Layer]) -> dict[str, Any]:
 def build_layer(
     layer: keras.layers.Layer, shape: Sequence[int | None], quantization: Mapping[str, Any]
 ) -> None:
-    """Builds a layer in the precision that `quantization_of` wrote of it, if it did."""
+    """Builds a layer in the precision that `quantization_of` has saved for it, if any."""
     saved = quantization.get(layer.name)
     if saved is None:
         layer.build(shape)
@@ -28,7 +28,7 @@ def build_layer(
     policy = keras.dtype_policies.deserialize(saved["dtype"])
     config = keras.saving.deserialize_keras_object(saved.get("quantization_config"))
     if policy.quantization_mode == "float8":
-        # It adds to the weights that the layer has, and they come first in the layer that was quantized.
+        # Float8 adds weights to a built layer; in the saved layer they follow the original weights.
         layer.build(shape)
         layer.dtype_policy = policy
         layer.quantization_config = config
@@ -39,7 +39,7 @@ def build_layer(
 
 
 def check_not_quantized(layer: keras.layers.Layer) -> None:
-    """Raises a ValueError for a layer that cannot compute in its quantized precision."""
+    """Raises a ValueError for a layer that is created with a quantized dtype policy."""
     if layer.quantization_mode is not None:
         raise ValueError(
             "`dtype` must not be quantized: build the model in a floating precision, then call "

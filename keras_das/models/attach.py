@@ -1,4 +1,4 @@
-"""`attach_das`: a copy of a model with attention gates after its stages."""
+"""`attach_das`: copies a model and inserts attention gates after its stages."""
 
 import difflib
 import importlib
@@ -25,7 +25,7 @@ from keras_das.models.graph import (
 )
 from keras_das.models.stages import LEVELS, find_stages
 
-Site = str | Any  # the name of a layer or level, or a layer
+Site = str | Any  # a layer, or the name of a layer or level
 _LIBRARIES = ("keras_hub", "keras_cv")
 _LEVEL_NAMES = [f"P{level}" for level in LEVELS]
 
@@ -36,39 +36,42 @@ def attach_das(
     identity_init: bool = True,
     **das_arguments: Any,
 ) -> keras.Model:
-    """Makes a copy of a convolutional network with DAS gates after its stages.
+    """Copies a convolutional network and inserts DAS gates after its stages.
 
-    The copy has the model's weights, but shares none with it: training one leaves the other as it is. With
-    `identity_init` the copy's outputs are the model's, bit for bit, until training moves the gates. (Compiled
-    by XLA they can differ in the last bits, for XLA may fuse the layers next to a gate in another way.)
+    The copy has the weights of the model but shares none with it: training one does not change the other.
+    With `identity_init`, the outputs of the copy are bit-identical to those of the model until the gates are
+    trained. (Under XLA they can differ in the last bits, because XLA can fuse the layers next to a gate
+    differently.)
 
-    A KerasHub or KerasCV backbone becomes a backbone of the same library, whose feature pyramid taps are the
-    gated feature maps: build `ImageClassifier`, `RetinaNet` and the like on it, save and load it as `.keras`
-    file or preset. Of `keras.applications` and other functional and sequential models, heads included, a
-    functional model is made.
+    A KerasHub or KerasCV backbone becomes a backbone of the same library, whose feature pyramid consists of
+    the gated feature maps. Build `ImageClassifier`, `RetinaNet` and similar models on it, and save and load
+    it as a `.keras` file or a preset. A model of `keras.applications`, or any other functional or sequential
+    model with or without a head, becomes a functional model.
 
-    Layers keep their `trainable` flags, precision and data format. The gates themselves are trainable, so
-    that on a frozen model they alone are trained. The copy is not compiled.
+    Layers keep their `trainable` flags, precision and data format. The gates are trainable; if the model is
+    frozen, only they are trained. The copy is not compiled.
 
     Args:
         model: A KerasHub or KerasCV backbone, or a functional or sequential `keras.Model`.
-        at: What to gate: layers or their names, or levels (`"P2"` ... `"P5"`), or a sequence of them. `None`:
-            the end of each of the levels P2 to P5 (1/4 to 1/32 of the image's rows and columns). These are
-            the backbone's taps. In a model without taps they are the last feature maps of their level that
-            everything deeper is computed from: after the last residual sum or concatenation if there is one;
-            the deepest level's is simply its last.
-        identity_init: Whether the gates start at exactly 1. See `keras_das.DASLayer`.
-        **das_arguments: Further arguments of `keras_das.DASLayer`. Each gate has by default the data format
-            of its input and the precision of the layer it follows.
+        at: The feature maps to gate: a layer, the name of a layer, a level (`"P2"` to `"P5"`), or a sequence
+            of these. Defaults to `None`, which selects the end of each level from P2 to P5 (1/4 to 1/32 of
+            the rows and columns of the image). In a backbone, these are its feature pyramid outputs. In other
+            models, a level ends with its last feature map that all deeper layers depend on: after the last
+            residual sum or concatenation, if there is one. The deepest level ends with its last feature map.
+        identity_init: Boolean. Whether the gates start at exactly 1; see `keras_das.DASLayer`. Defaults to
+            `True`.
+        **das_arguments: Further arguments of `keras_das.DASLayer`, except `name`. By default, each gate has
+            the data format of its input and the precision of the layer that it follows.
 
     Returns:
-        The new model. Its gates are named `das_p2` ... for levels, `das_<layer>` for layers.
+        The new model. Gates are named `das_p2` to `das_p5` for levels and `das_<layer>` for layers.
 
     Raises:
-        ValueError: If the model is not functional, if `at` names no layer or level of the model, if a layer
-            cannot be gated (it has several outputs, is called more than once, makes no feature map, is gated
-            already), or if the stages of the model cannot be told without `at`.
-        RuntimeError: If an output or a tap of the result bypasses a gate. It would be a bug.
+        ValueError: If the model is not functional, if `at` contains a name that is not a layer or level of
+            the model, if a layer cannot be gated (it has several outputs, is called more than once, does not
+            output a feature map, or is gated already), or if `at` is `None` and the stages cannot be
+            detected.
+        RuntimeError: If an output or a pyramid level of the result bypasses a gate. This indicates a bug.
 
     Example:
 
@@ -111,9 +114,9 @@ def attach_das(
 
 
 def _library_of(model: keras.Model) -> ModuleType | None:
-    """What knows the library that the model is a backbone of, or `None` for Keras' own models."""
+    """Returns the module for the library of a backbone, or `None` for other models."""
     for name in _LIBRARIES:
-        library = sys.modules.get(name)  # not imported: then the model cannot be one of its classes
+        library = sys.modules.get(name)  # if it is not imported, the model is not of its classes
         if library is None:
             continue
         if isinstance(model, library.models.Task):
@@ -130,7 +133,7 @@ def _library_of(model: keras.Model) -> ModuleType | None:
 
 
 def _check_graph(model: keras.Model) -> None:
-    """Checks that a graph of layers is all there is to the model."""
+    """Checks that the model consists only of a graph of layers."""
     if not isinstance(model, keras.Sequential | keras.Function) or not isinstance(model, keras.Model):
         raise ValueError(
             "`model` must be a functional or sequential Keras model, or a backbone of KerasHub or KerasCV: "
@@ -152,7 +155,7 @@ def _check_graph(model: keras.Model) -> None:
 def _sites(
     base: keras.Model, taps: Mapping[str, Tensor], at: Site | Sequence[Site] | None
 ) -> dict[str, Tensor]:
-    """The feature maps to gate, by the names of their gates."""
+    """Returns the feature maps to gate, by the names of their gates."""
     nodes = sort_nodes(base.outputs)
     layers = {node.operation.name: node.outputs[0] for node in nodes}
     if at is None:
@@ -176,7 +179,7 @@ def _sites(
 
 
 def _advice_for_encoders(model: keras.Model) -> str:
-    """What to do with a backbone that is built around another, such as KerasHub's `RetinaNetBackbone`."""
+    """Advice for a backbone that contains another one, such as KerasHub's `RetinaNetBackbone`."""
     if not isinstance(getattr(model, "image_encoder", None), keras.Model):
         return ""
     return (
@@ -216,7 +219,7 @@ def _named(
 
 
 def _name_of(base: keras.Model, nodes: Sequence[Node], site: Site) -> str:
-    """The name of a layer of the model that was given as itself."""
+    """Returns the name of a site that is a layer; names are returned unchanged."""
     if not isinstance(site, keras.Operation):
         return site
     if not any(node.operation is site for node in nodes):
@@ -239,7 +242,7 @@ def _hint(name: str, base: keras.Model, known: Mapping[str, Tensor]) -> str:
 
 
 def _check_site(name: str, tensor: Tensor, nodes: Sequence[Node]) -> None:
-    """Checks that a gate can follow, and does not follow yet."""
+    """Checks that a gate can follow the feature map and does not do so already."""
     operation = node_of(tensor).operation
     calls = [node for node in nodes if node.operation is operation]
     gates = [node.operation for node in nodes if any(tensor is source for source in node.input_tensors)]
@@ -270,12 +273,13 @@ def _gate(name: str, tensor: Tensor, identity_init: bool, das_arguments: Mapping
 
 
 def _precision(tensor: Tensor) -> str:
-    """The precision of the layer that makes the tensor, without its quantization, or one that fits.
+    """Returns the dtype policy for a gate: that of the preceding layer, without quantization.
 
-    A gate quantizes what is inside it; it has no quantized form of its own.
+    If that does not fit the feature map, the policy is derived from its dtype. A gate has no quantized form
+    of its own; only the layers inside it are quantized.
     """
     operation = node_of(tensor).operation
-    if getattr(operation, "compute_dtype", None) != tensor.dtype:  # a plain operation has none
+    if getattr(operation, "compute_dtype", None) != tensor.dtype:  # a plain `keras.Operation` has none
         return f"mixed_{tensor.dtype}" if tensor.dtype in ("float16", "bfloat16") else tensor.dtype
     mixed = operation.variable_dtype != tensor.dtype
     return f"mixed_{tensor.dtype}" if mixed else tensor.dtype

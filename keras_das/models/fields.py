@@ -1,7 +1,7 @@
-"""Where in the image the pixels of feature maps lie: receptive fields, composed layer by layer.
+"""Positions of feature map pixels in the image, from receptive fields composed layer by layer.
 
-Positions are indices of pixels: a whole number is the middle of a pixel, so that the image's first row of
-pixels reaches from -0.5 to 0.5.
+Positions are pixel indices: an integer is the centre of a pixel, so the first row of pixels of the image
+extends from -0.5 to 0.5.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,24 +24,24 @@ _WINDOWS = (
 
 
 class Axis(NamedTuple):
-    """The rows, or the columns, of a feature map: what each of them sees of the image's."""
+    """The rows or the columns of a feature map, and their receptive fields in the image."""
 
     size: int
-    stride: float  # pixels of the image from one to the next
-    low: float  # the pixels of the image that the first one sees,
-    high: float  # whether they lie on it or on zeros around it
+    stride: float  # distance between neighbours, in pixels of the image
+    low: float  # first pixel of the receptive field of index 0, which can be padding
+    high: float  # last pixel of the same receptive field
 
     def locate(self, index: Any) -> Any:
-        """Position in the image of the middle of what `index` sees; `index` may lie between two pixels."""
+        """Returns the centre of the receptive field of `index`, in the image. `index` can be fractional."""
         return self.stride * index + (self.low + self.high) / 2
 
     def nearest(self, position: float) -> int:
-        """The index whose middle is nearest to a position in the image."""
+        """Returns the index whose centre is nearest to a position in the image."""
         index = (position - self.locate(0)) / self.stride
-        return min(max(int(index + 0.5), 0), self.size - 1)  # int() rounds up only what is clipped to 0
+        return min(max(int(index + 0.5), 0), self.size - 1)  # int() rounds up only negatives, clipped to 0
 
     def through(self, window: Window) -> "Axis":
-        """What the outputs of a window that slides over this axis see."""
+        """Returns the axis of the outputs of a window that slides over this axis."""
         before = window.pad_before(self.size)
         return Axis(
             window.output_size(self.size),
@@ -51,11 +51,11 @@ class Axis(NamedTuple):
         )
 
     def moved(self, before: int, size: int) -> "Axis":
-        """The axis with `before` pixels added ahead of it, or taken away if negative."""
+        """Returns the axis with `before` pixels added at its start, or removed if negative."""
         return Axis(size, self.stride, self.low - before * self.stride, self.high - before * self.stride)
 
     def resized(self, size: int) -> "Axis":
-        """The axis resized, its two ends kept in place."""
+        """Returns the axis after resizing, with the same two ends."""
         if size == self.size:
             return self
         ratio = self.size / size
@@ -68,14 +68,14 @@ Field = tuple[Axis, Axis]  # rows and columns
 
 
 class Fields(NamedTuple):
-    """Where the inputs and outputs of one layer lie."""
+    """The positions of the inputs and outputs of one layer."""
 
     inputs: Field
     outputs: Field
 
 
 def windows_of(layer: Any) -> tuple[Window, Window]:
-    """The windows over rows and columns of a convolution, a pooling or a gate's deformable convolution."""
+    """Returns the windows over rows and columns of a convolution, a pooling layer or a gate."""
     if isinstance(layer, DASLayer):
         layer = layer.deform
     size = getattr(layer, "kernel_size", None) or layer.pool_size
@@ -83,7 +83,7 @@ def windows_of(layer: Any) -> tuple[Window, Window]:
 
 
 def through(field: Field, windows: tuple[Window, Window]) -> Field:
-    """What the outputs of windows that slide over a feature map see."""
+    """Returns the field of the outputs of windows that slide over a feature map."""
     rows, columns = (axis.through(window) for axis, window in zip(field, windows, strict=True))
     return rows, columns
 
@@ -95,21 +95,22 @@ def fields_of(
     shapes: Sequence[Shape] | None = None,
     image: int | None = None,
 ) -> dict[int, Fields]:
-    """Finds where the feature maps of a model lie in an image, models inside it included.
+    """Locates the feature maps of a model, including nested models, in an image.
 
-    A window (convolution, pooling) sees the union of what its taps see. So does a sum, product or
-    concatenation of feature maps. Paddings and croppings move the map. A gate leaves it as it is. Every other
-    layer that changes the size of a feature map (resizing, upsampling) is taken to keep its ends in place.
+    The receptive field of a window (convolution, pooling) is the union of those of its taps. The same holds
+    for the inputs of a sum, product or concatenation. Padding and cropping shift the feature map. A gate does
+    not change it. All other layers that change the size of a feature map (resizing, upsampling) are assumed
+    to keep its ends in place.
 
     Args:
         model: A functional or sequential model.
         size: Rows and columns of the image.
-        data_format: `"channels_last"` or `"channels_first"`, of all feature maps.
-        shapes: The shapes of the model's inputs if it has several, a batch of one.
-        image: Which of them the image is; `None`: each that has the rank of one is an image of this size.
+        data_format: `"channels_last"` or `"channels_first"`, for all feature maps.
+        shapes: Shapes of the model's inputs, for a batch of one. Required if there are several inputs.
+        image: Index of the input that is the image. `None` treats each 4-D input as an image of this size.
 
     Returns:
-        By the `id` of each layer, in the order in which the layers run.
+        The fields by the `id` of the layer, in the order of execution.
     """
     field = Axis(size[0], 1, 0, 0), Axis(size[1], 1, 0, 0)
     found: dict[int, Fields] = {}
@@ -128,7 +129,7 @@ def _follow(
     found: dict[int, Fields],
     shapes: Sequence[Shape] | None = None,
 ) -> list[Field | None]:
-    """The fields of the model's outputs; notes those of its layers."""
+    """Returns the fields of the model's outputs and stores those of its layers in `found`."""
     nodes = sort_nodes(model.outputs)
     sizes = dict(_sizes(model, nodes, inputs, data_format, shapes))
     fields = {id(tensor): field for tensor, field in zip(model.inputs, inputs, strict=True)}
@@ -154,7 +155,7 @@ def _sizes(
     data_format: str,
     known: Sequence[Shape] | None,
 ) -> Iterator[tuple[int, tuple[int, int]]]:
-    """By the `id` of each feature map, its rows and columns."""
+    """Yields the `id` of each feature map with its rows and columns."""
     first = 1 if data_format == "channels_last" else 2
     shapes = []
     for i, (tensor, field) in enumerate(zip(model.inputs, inputs, strict=True)):
@@ -170,7 +171,7 @@ def _sizes(
 def _after(
     operation: Any, sources: Sequence[Field | None], size: tuple[int, int] | None, data_format: str
 ) -> Field | None:
-    """The field of an operation's output, of this size if it is a feature map."""
+    """Returns the field of an operation's output, which has this size if it is a feature map."""
     known = [field for field in sources if field]
     if size is None or not known:
         return None
@@ -184,7 +185,7 @@ def _after(
 
 
 def _pixels_before(operation: Any, data_format: str) -> tuple[int, int] | None:
-    """What a padding or cropping adds ahead of rows and columns; `None` of other operations."""
+    """Pixels that a padding or cropping adds before rows and columns; `None` for other operations."""
     if isinstance(operation, keras.layers.ZeroPadding2D):
         (top, _), (left, _) = operation.padding
         return top, left
@@ -198,7 +199,7 @@ def _pixels_before(operation: Any, data_format: str) -> tuple[int, int] | None:
 
 
 def _union(fields: Sequence[Field]) -> Field:
-    """What a sum of feature maps sees; maps of a single pixel, which scale the others, do not count."""
+    """Returns the field of a sum of feature maps. Smaller maps, such as scales per channel, are ignored."""
     largest = max(fields, key=lambda field: field[0].size * field[1].size)
     same = [field for field in fields if all(a.size == b.size for a, b in zip(field, largest, strict=True))]
     rows, columns = (

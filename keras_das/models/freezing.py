@@ -1,4 +1,4 @@
-"""`freeze_trunk`: train gates and head on a trained network that keeps its weights."""
+"""`freeze_trunk`: freezes a trained network, so that only its gates and its head are trained."""
 
 from typing import Any
 
@@ -9,18 +9,18 @@ from keras_das.models.graph import sort_nodes
 
 
 def freeze_trunk(model: keras.Model, freeze: bool = True) -> None:
-    """Freezes the layers that a model's gates depend on, so that gates and head alone are trained.
+    """Freezes the layers that the gates of a model depend on, so that only gates and head are trained.
 
-    A layer is part of the trunk if the input of a gate is computed from it. Gates stay trainable, and so do
-    the layers after the last gate, such as a classifier's head or a detector's feature pyramid. Frozen batch
-    normalization runs in inference mode: its statistics stay as they are, too.
+    A layer belongs to the trunk if the input of a gate depends on it. Gates stay trainable, and so do the
+    layers after the last gate, such as the head of a classifier or the feature pyramid of a detector. Frozen
+    batch normalization runs in inference mode, so its statistics do not change either.
 
-    Call this before `model.compile`.
+    Call this function before `model.compile`.
 
     Args:
         model: A functional or sequential model with gates, or a model that contains one, such as a KerasHub
-            or KerasCV classifier or detector on a gated backbone.
-        freeze: `False` makes the trunk trainable again. Defaults to `True`.
+            or KerasCV classifier or detector with a gated backbone.
+        freeze: Boolean. Whether to freeze the trunk; `False` makes it trainable again. Defaults to `True`.
 
     Raises:
         ValueError: If the model has no gates in a graph of layers.
@@ -50,7 +50,7 @@ def freeze_trunk(model: keras.Model, freeze: bool = True) -> None:
 
 
 def _has_gates(operation: Any) -> bool:
-    """Whether a layer is a gate, or a model with gates in it."""
+    """Whether a layer is a gate or a model that contains gates."""
     if isinstance(operation, DASLayer):
         return True
     is_model = isinstance(operation, keras.Model)

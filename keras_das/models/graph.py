@@ -1,4 +1,4 @@
-"""Functional graphs: how they run, what lies on a path, and copies of them with gates in between."""
+"""Functional graphs: execution, traversal, and copies with gates."""
 
 import copy
 import tempfile
@@ -14,15 +14,15 @@ Node = Any  # one call of a layer; see `keras.src.ops.node.Node`
 
 
 def node_of(tensor: Tensor) -> Node:
-    """The call that made the tensor."""
+    """Returns the call that created the tensor."""
     history = tensor._keras_history
     return history.operation._inbound_nodes[history.node_index]
 
 
 def sort_nodes(tensors: Iterable[Tensor]) -> list[Node]:
-    """The calls that the tensors come from, theirs included, each after those it depends on."""
+    """Returns the calls that the tensors depend on, including their own, in topological order."""
     done: dict[Node, None] = {}
-    # A stack, for a recursion would run out of frames in the deepest networks.
+    # An explicit stack, because recursion exceeds Python's limit in very deep networks.
     stack = [(node_of(tensor), False) for tensor in tensors]
     while stack:
         node, parents_done = stack.pop()
@@ -35,12 +35,12 @@ def sort_nodes(tensors: Iterable[Tensor]) -> list[Node]:
 
 
 def names_before(tensor: Tensor) -> set[str]:
-    """The layers on the paths from the inputs to the tensor, its own included."""
+    """Returns the names of the layers that the tensor depends on, including its own."""
     return {node.operation.name for node in sort_nodes([tensor])}
 
 
 def data_format_of(tensor: Tensor) -> str:
-    """How the tensor is laid out, by the nearest layer before it that knows."""
+    """Returns the data format of the nearest preceding layer that has one."""
     nodes = [node_of(tensor)]
     seen = set(nodes)
     for node in nodes:
@@ -55,7 +55,7 @@ def data_format_of(tensor: Tensor) -> str:
 def shapes_of(
     model: keras.Model, tensors: list[Tensor], input_shapes: list[tuple[int | None, ...]]
 ) -> list[tuple[Any, ...]]:
-    """The shapes of tensors of the model, for inputs of these shapes."""
+    """Returns the shapes of tensors of the model for inputs of these shapes."""
     if all(
         tuple(x.shape)[1:] == tuple(shape)[1:] for x, shape in zip(model.inputs, input_shapes, strict=True)
     ):
@@ -64,7 +64,7 @@ def shapes_of(
 
 
 def run(model: keras.Model, images: Any) -> Any:
-    """The model's outputs for a batch of images, given in the structure that it names its one input in."""
+    """Returns the model's outputs for a batch of images, passed in the structure of its only input."""
     if not isinstance(model, keras.Function):
         return model(images, training=False)
     if len(model.inputs) != 1:
@@ -73,9 +73,9 @@ def run(model: keras.Model, images: Any) -> Any:
 
 
 def view(model: keras.Model, taps: Mapping[str, Tensor]) -> keras.Model:
-    """A model over the same layers that also outputs the taps: `{"output": ..., "taps": {level: ...}}`.
+    """Returns a model of the same layers with outputs `{"output": ..., "taps": {level: ...}}`.
 
-    The outputs then hold everything that has to survive a copy or a file, whatever the layers are called.
+    The outputs then include everything that a copy or a file must preserve, independently of layer names.
     """
     one_way = isinstance(model, keras.Sequential)
     inputs, outputs = (model.inputs[0], model.outputs[0]) if one_way else (model.input, model.output)
@@ -83,11 +83,11 @@ def view(model: keras.Model, taps: Mapping[str, Tensor]) -> keras.Model:
 
 
 def clone_with_gates(model: keras.Model, gates: Mapping[str, DASLayer]) -> keras.Model:
-    """Copies a functional model, layers, weights and all, with gates after some of its layers.
+    """Copies a functional model with its weights, and inserts gates after some of its layers.
 
     Args:
-        model: The functional model. It is left as it is.
-        gates: The gates by the name of the layer that each follows.
+        model: The functional model, which is not changed.
+        gates: The gates, by the name of the layer that each follows.
 
     Returns:
         A functional model that shares nothing with `model`.
@@ -106,7 +106,7 @@ def clone_with_gates(model: keras.Model, gates: Mapping[str, DASLayer]) -> keras
     inputs = keras.tree.map_structure(_clone_input, model.input)
     copy = keras.models.clone_model(model, inputs, clone_function=clone, call_function=call)
     for layer in model.layers:
-        if id(layer) in clones:  # all but the inputs
+        if id(layer) in clones:  # all except the inputs
             _copy_state(layer, clones[id(layer)])
     return copy
 
@@ -116,12 +116,12 @@ def _clone_input(tensor: Tensor) -> Tensor:
 
 
 def _clone_layer(layer: Any, clone: Callable[[Any], Any]) -> Any:
-    """A layer like another, with weights of its own."""
+    """Returns a copy of a layer with its own weights."""
     if isinstance(layer, keras.Model) and is_plain(layer):
         return keras.models.clone_model(layer, clone_function=clone)
     config = layer.get_config()
     if isinstance(layer, keras.layers.Lambda):
-        # From its config a function would come back without the names around it, or not at all.
+        # A function loses its closure when it is deserialized, or cannot be deserialized at all.
         functions = {"function": layer.function, "output_shape": layer._output_shape, "mask": layer.mask}
         return type(layer)(**{**config, **functions})
     try:
@@ -131,13 +131,13 @@ def _clone_layer(layer: Any, clone: Callable[[Any], Any]) -> Any:
             f"Layer '{layer.name}' cannot be copied: from_config(get_config()) of its class "
             f"{type(layer).__name__} fails. {_advice(type(layer))}"
         ) from error
-    if copy.name != layer.name:  # a plain operation's config does not hold its name
+    if copy.name != layer.name:  # the configuration of an operation does not include its name
         copy.name = layer.name
     return copy
 
 
 def _advice(layer_class: type) -> str:
-    """What to do about a layer that does not serialize."""
+    """Advice for a layer that cannot be serialized."""
     library = layer_class.__module__.partition(".")[0]
     if library not in ("keras", "keras_hub", "keras_cv"):
         return "Let `get_config` return all arguments of the constructor."
@@ -148,34 +148,34 @@ def _advice(layer_class: type) -> str:
 
 
 def is_plain(model: keras.Model) -> bool:
-    """Whether a graph of layers is all there is to the model: its class is Keras' own and no other."""
+    """Whether the model is only a graph of layers, that is, its class is defined by Keras."""
     is_graph = isinstance(model, keras.Sequential | keras.Function)
     return is_graph and type(model).__module__.partition(".")[0] == "keras"
 
 
 def _copy_state(source: keras.layers.Layer, target: keras.layers.Layer) -> None:
-    """Copies weights, assets and trainable flags, inner layers' too."""
+    """Copies weights, assets and trainable flags, including those of inner layers."""
     for old, new in zip(source._flatten_layers(), target._flatten_layers(), strict=True):
-        # As a file would, for some layers derive state from what they load (`Normalization`).
+        # As from a file, because some layers derive state from loaded weights (`Normalization`).
         store: dict[str, Any] = {}
         old.save_own_variables(store)
         if store:
-            # Through NumPy, for backends may reuse a tensor's memory for a trained model's next weights.
+            # Copied to NumPy, because training can reuse the memory of a model's weights.
             new.load_own_variables(
                 {key: value.numpy() if hasattr(value, "numpy") else value for key, value in store.items()}
             )
-        if hasattr(old, "save_assets"):  # such as the vocabulary of a `StringLookup`
+        if hasattr(old, "save_assets"):  # for example the vocabulary of a `StringLookup`
             with tempfile.TemporaryDirectory() as folder:
                 old.save_assets(folder)
                 new.load_assets(folder)
-        new.trainable = old.trainable  # the outer layers come first, so the inner ones have the last word
+        new.trainable = old.trainable  # outer layers come first, so the flags of inner layers take precedence
     _copy_flags_of_weights(source, target)
 
 
 def _copy_flags_of_weights(source: keras.layers.Layer, target: keras.layers.Layer) -> None:
-    """Copies the trainable flags of single weights.
+    """Copies the trainable flags of individual weights.
 
-    They are paired by their names, for a layer that is built quantized has its weights in another order.
+    Weights are paired by name, because a layer that is built quantized has them in a different order.
     """
     pairs = [sorted(layer.weights, key=lambda weight: weight.name) for layer in (source, target)]
     for old, new in zip(*pairs, strict=True):
@@ -188,12 +188,12 @@ def check_gates(
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
 ) -> None:
-    """Checks that what ran through a gated layer now runs through its gate, and through it alone.
+    """Checks that every path through a gated layer passes through its gate.
 
     Args:
-        gates: The gates by the name of the layer that each follows.
+        gates: The gates, by the name of the layer that each follows.
         before: Outputs and taps of the model without gates.
-        after: The same of the model with gates, read as its library reads them.
+        after: The same of the model with gates, as its library reads them.
 
     Raises:
         RuntimeError: If a gate is bypassed.
@@ -212,13 +212,13 @@ def check_gates(
 
 
 def flatten_outputs(outputs: Any, taps: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Outputs and taps of a model, each under a name for messages."""
+    """Returns the outputs and taps of a model, named for messages."""
     flat = {f"output {i}": tensor for i, tensor in enumerate(keras.tree.flatten(outputs))}
     return {**flat, **{f"tap '{level}'": tensor for level, tensor in taps.items()}}
 
 
 def serialize_network(model: keras.Model, taps: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Everything that it takes to rebuild a gated backbone: its layers, how they run, its taps."""
+    """Serializes a gated backbone: its layers, their connections and its taps."""
     return keras.saving.serialize_keras_object(view(model, taps))
 
 
@@ -227,12 +227,12 @@ def deserialize_network(
     input_shape: Iterable[int | None],
     dtypes: tuple[keras.DTypePolicy, keras.DTypePolicy] | None = None,
 ) -> keras.Model:
-    """Rebuilds what `serialize_network` wrote.
+    """Rebuilds the network that `serialize_network` has serialized.
 
     Args:
-        config: What `serialize_network` wrote.
-        input_shape: Shape of an image, which may differ from the saved one.
-        dtypes: A precision, and the one that the layers of this precision are to have instead.
+        config: The result of `serialize_network`.
+        input_shape: Shape of an image, which can differ from the serialized one.
+        dtypes: A dtype policy, and the policy that replaces it.
 
     Returns:
         Functional model with the outputs `{"output": ..., "taps": {level: ...}}`.
@@ -251,7 +251,7 @@ def _with_input_shape(layer: dict[str, Any], shape: list[int | None]) -> dict[st
 
 
 def serialize_policy(policy: keras.DTypePolicy) -> dict[str, Any]:
-    """A policy's configuration. Keras changes the policies in a map when it writes it: here a copy's."""
+    """Serializes a copy of a policy, because Keras changes the policies in a map when it serializes it."""
     return keras.dtype_policies.serialize(copy.deepcopy(policy))
 
 
@@ -261,14 +261,14 @@ def _same_policy(a: keras.DTypePolicy, b: keras.DTypePolicy) -> bool:
 
 
 def _policy_name(policy: keras.DTypePolicy) -> str:
-    """The name of a policy; of a map of policies that of the layers not in it."""
+    """Returns the name of a policy; for a map of policies, the name of its default policy."""
     return getattr(policy, "default_policy", policy).name
 
 
 def _with_dtype(config: Any, old: keras.DTypePolicy, new: keras.DTypePolicy) -> Any:
-    """The configuration with one policy in place of another, in quantized policies too.
+    """Returns the configuration with one policy replaced by another, also inside quantized policies.
 
-    Maps of policies are replaced as a whole: they are the policy of a whole backbone.
+    Maps of policies are replaced completely, because they are the policy of a backbone.
     """
     if isinstance(config, list | tuple):
         return [_with_dtype(value, old, new) for value in config]

@@ -1,4 +1,4 @@
-"""KerasCV backbones with gates. Imported only where KerasCV is in use."""
+"""KerasCV backbones with gates. Imported only if KerasCV is used."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,32 +10,32 @@ from keras_das.models.graph import Tensor, deserialize_network, node_of, seriali
 
 
 def taps(model: keras.Model) -> dict[str, Tensor]:
-    """The feature pyramid's levels, read as KerasCV does: it keeps the names of the layers."""
+    """Returns the levels of the feature pyramid, which KerasCV stores as layer names."""
     levels = getattr(model, "pyramid_level_inputs", {})
     return {level: model.get_layer(name).output for level, name in levels.items()}
 
 
 def backbone_from(network: keras.Model, base: keras.Model) -> "DASCVBackbone":
-    """The gated network as a backbone."""
+    """Returns the gated network as a backbone."""
     return DASCVBackbone(network, name=base.name)
 
 
 @keras.saving.register_keras_serializable("keras_das")
 class DASCVBackbone(keras_cv.models.Backbone):
-    """A KerasCV backbone with gates, as `keras_das.attach_das` makes it.
+    """A KerasCV backbone with gates, created by `keras_das.attach_das`.
 
-    It saves the graph of its layers, so that it loads with its gates and without the class that it was made
-    from; what cannot be loaded as a layer, such as the lambdas in KerasCV's `CSPDarkNetBackbone`, cannot be
-    loaded here either. `from_preset(preset, input_shape=...)` loads it for another image shape.
+    Its configuration contains the graph of its layers, so it loads with its gates and without the original
+    class. Layers that cannot be deserialized, such as the lambdas in KerasCV's `CSPDarkNetBackbone`, cannot
+    be loaded here either. `from_preset(preset, input_shape=...)` loads the backbone for another image shape.
 
     Args:
-        network: Functional model with the outputs `{"output": ..., "taps": {level: ...}}`. The backbone is
-            made of its layers.
+        network: Functional model with the outputs `{"output": ..., "taps": {level: ...}}`, whose layers form
+            the backbone.
         **kwargs: `name`, `trainable`.
     """
 
     def __init__(self, network: keras.Model, **kwargs: Any):
-        """Makes a backbone of the network's layers."""
+        """Creates a backbone from the layers of the network."""
         outputs = network.output
         super().__init__(inputs=network.input, outputs=outputs["output"], **kwargs)
         self.pyramid_level_inputs = {
@@ -43,7 +43,7 @@ class DASCVBackbone(keras_cv.models.Backbone):
         }
 
     def get_config(self) -> dict[str, Any]:
-        """The graph of the layers, and what to rebuild it for."""
+        """Returns the graph of the layers, and the settings to rebuild it with."""
         return {
             **super().get_config(),
             "network": serialize_network(self, taps(self)),

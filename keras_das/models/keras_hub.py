@@ -1,4 +1,4 @@
-"""KerasHub backbones with gates. Imported only where KerasHub is in use."""
+"""KerasHub backbones with gates. Imported only if KerasHub is used."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,36 +10,36 @@ from keras_das.models.graph import Tensor, deserialize_network, serialize_networ
 
 
 def taps(model: keras.Model) -> dict[str, Tensor]:
-    """The feature pyramid's levels, which KerasHub keeps as tensors."""
+    """Returns the levels of the feature pyramid, which KerasHub stores as tensors."""
     return dict(getattr(model, "pyramid_outputs", {}))
 
 
 def backbone_from(network: keras.Model, base: keras.Model) -> "DASHubBackbone":
-    """The gated network as a backbone that otherwise resembles `base`."""
+    """Returns the gated network as a backbone with the settings of `base`."""
     data_format = getattr(base, "data_format", None)
     return DASHubBackbone(network, data_format=data_format, dtype=base.dtype_policy, name=base.name)
 
 
 @keras.saving.register_keras_serializable("keras_das")
 class DASHubBackbone(keras_hub.models.FeaturePyramidBackbone):
-    """A KerasHub backbone with gates, as `keras_das.attach_das` makes it.
+    """A KerasHub backbone with gates, created by `keras_das.attach_das`.
 
-    It saves the graph of its layers, so that it loads with its gates and without the class that it was made
-    from. Like all KerasHub backbones it is loaded from presets in the precision and for the image shape that
-    `from_preset(preset, dtype=..., image_shape=...)` asks for.
+    Its configuration contains the graph of its layers, so it loads with its gates and without the original
+    class. As for all KerasHub backbones, `from_preset(preset, dtype=..., image_shape=...)` selects the
+    precision and the image shape.
 
     Args:
-        network: Functional model with the outputs `{"output": ..., "taps": {level: ...}}`. The backbone is
-            made of its layers.
-        data_format: `"channels_last"`, `"channels_first"` or `None` for Keras' default.
-        dtype: Precision, for the heads built on the backbone; the layers have theirs already.
+        network: Functional model with the outputs `{"output": ..., "taps": {level: ...}}`, whose layers form
+            the backbone.
+        data_format: `"channels_last"`, `"channels_first"` or `None` for Keras' default. Defaults to `None`.
+        dtype: Dtype policy for heads on the backbone; its layers have their own. Defaults to `None`.
         **kwargs: `name`, `trainable`.
     """
 
     def __init__(
         self, network: keras.Model, data_format: str | None = None, dtype: Any = None, **kwargs: Any
     ):
-        """Makes a backbone of the network's layers."""
+        """Creates a backbone from the layers of the network."""
         outputs = network.output
         super().__init__(inputs=network.input, outputs=outputs["output"], dtype=dtype, **kwargs)
         self.pyramid_outputs = dict(outputs["taps"])
@@ -47,9 +47,9 @@ class DASHubBackbone(keras_hub.models.FeaturePyramidBackbone):
         self.data_format = data_format or keras.config.image_data_format()
 
     def get_config(self) -> dict[str, Any]:
-        """The graph of the layers, and what to rebuild it for."""
-        # Not KerasHub's configuration: it holds a map of the quantized layers' precisions, which `network`
-        # has already, and writing the map changes the policies of these layers.
+        """Returns the graph of the layers, and the settings to rebuild it with."""
+        # KerasHub's configuration is not used. It includes a map of the policies of quantized layers, which
+        # `network` contains already, and serializing the map changes these policies.
         dtype = serialize_policy(self.dtype_policy)
         return {
             "name": self.name,
@@ -63,19 +63,19 @@ class DASHubBackbone(keras_hub.models.FeaturePyramidBackbone):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "DASHubBackbone":
-        """Rebuilds a backbone, for another precision or image shape if `dtype` or `image_shape` differ."""
+        """Rebuilds a backbone, with another precision or image shape if `dtype` or `image_shape` differs."""
         config = dict(config)
         saved = keras.dtype_policies.get(config.pop("network_dtype"))
-        dtype = keras.dtype_policies.get(config.pop("dtype", None))  # `None`: Keras' current policy
+        dtype = keras.dtype_policies.get(config.pop("dtype", None))  # `None` selects Keras' current policy
         network = deserialize_network(config.pop("network"), config.pop("image_shape"), (saved, dtype))
         return cls(network, dtype=dtype, **config)
 
 
 class _AnyImageClassifier(type(keras_hub.models.ImageClassifier)):  # type: ignore[misc]
-    """Counts every image classifier as a subclass of a class.
+    """Metaclass of a class that counts every image classifier as its subclass.
 
-    KerasHub reads a preset of a task only if its class is a subclass of the one that goes with the backbone.
-    A preset of a gated backbone is of whatever image classifier was built on it.
+    KerasHub loads the preset of a task only if the class of the task is a subclass of the one registered for
+    the backbone. The preset of a gated backbone can be of any image classifier.
     """
 
     def __subclasscheck__(cls, subclass: type) -> bool:
@@ -86,8 +86,8 @@ class _AnyImageClassifier(type(keras_hub.models.ImageClassifier)):  # type: igno
 class DASImageClassifier(keras_hub.models.ImageClassifier, metaclass=_AnyImageClassifier):
     """KerasHub's `ImageClassifier` for gated backbones.
 
-    It lets `keras_hub.models.ImageClassifier.from_preset(folder)` find a classifier for a folder that holds
-    a gated backbone, or a classifier with its head on one.
+    With this class, `keras_hub.models.ImageClassifier.from_preset(folder)` finds a classifier for a folder
+    that contains a gated backbone, or a classifier with such a backbone.
     """
 
     backbone_cls = DASHubBackbone

@@ -1,4 +1,4 @@
-"""Names in Keras' registry for classes whose library is imported only when a saved model asks for them."""
+"""Lazy entries in Keras' registry, for classes whose library is imported only to load a saved model."""
 
 import importlib
 from typing import Any
@@ -7,23 +7,22 @@ import keras
 
 
 def register_lazily(module: str, name: str, library: str) -> None:
-    """Lets Keras find the class `name` of `module` in saved models before `module` has been imported.
+    """Registers the class `name` of `module` for saved models before `module` has been imported.
 
     Args:
         module: Full name of the module, which registers the class under the package `"keras_das"`.
-        name: The class's name.
-        library: The package that `module` needs, as pip knows it.
+        name: Name of the class.
+        library: Name of the package that `module` requires, as for pip.
     """
-    # `setdefault`: once the module has been imported, the class itself is registered.
+    # `setdefault` keeps the class if its module has been imported already.
     keras.saving.get_custom_objects().setdefault(f"keras_das>{name}", _LazyClass(module, name, library))
 
 
 class _LazyClass:
-    """Stands for a class in Keras' registry, and imports it at the first use.
+    """Placeholder for a class in Keras' registry, which imports the class when it is first used.
 
-    The class replaces its stand-in there when its module is imported. Whoever got the stand-in before can
-    still read its attributes, ask `issubclass` about it (which reads `__bases__`), and compare it with the
-    class.
+    Importing the module replaces the placeholder in the registry. Earlier references to the placeholder stay
+    valid: they support attributes, `issubclass` (which reads `__bases__`) and comparison with the class.
     """
 
     def __init__(self, module: str, name: str, library: str):
@@ -46,12 +45,12 @@ class _LazyClass:
         return (self._load(),)
 
     def __getattr__(self, attribute: str) -> Any:
-        if attribute.startswith("__"):  # `copy` and the like ask for these: no reason to import a library
+        if attribute.startswith("__"):  # `copy` and others look these up, which need not import a library
             raise AttributeError(attribute)
         return getattr(self._load(), attribute)
 
     def __eq__(self, other: object) -> bool:
-        # A look into the registry compares with anything; only a class can be the one meant.
+        # Registry lookups compare with any object; only classes can be equal.
         return self is other or (isinstance(other, type) and other is self._load())
 
     def __hash__(self) -> int:

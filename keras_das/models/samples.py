@@ -1,4 +1,4 @@
-"""One sample of what a model takes: its arrays, and which of them is the image that a layer sees."""
+"""One sample of a model's inputs: its arrays, and the image among them that a layer depends on."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,15 +11,15 @@ from keras_das.models.graph import node_of, run, sort_nodes
 
 
 class Sample(NamedTuple):
-    """What a model takes, without the batch axis."""
+    """The inputs of a model, without the batch axis."""
 
     model: keras.Model
-    arrays: list[np.ndarray]  # one for each of the model's inputs
-    image: int  # the index of the image that the layers in question see
+    arrays: list[np.ndarray]  # one per input of the model
+    image: int  # index of the image that the layers depend on
 
     @property
     def pixels(self) -> np.ndarray:
-        """The image, in the model's data format."""
+        """The image, in the data format of the model."""
         return self.arrays[self.image]
 
     @property
@@ -28,7 +28,7 @@ class Sample(NamedTuple):
         return [(1, *array.shape) for array in self.arrays]
 
     def run(self) -> Any:
-        """The model's outputs for a batch of this sample."""
+        """Returns the model's outputs for a batch of this sample."""
         batch = [array[None] for array in self.arrays]
         if len(batch) == 1:
             return run(self.model, batch[0])
@@ -36,16 +36,16 @@ class Sample(NamedTuple):
 
 
 def sample_of(model: keras.Model, image: Any, layers: Sequence[Any]) -> Sample:
-    """Reads what the caller gave as `image`, and finds the image that the layers see.
+    """Reads the argument `image`, and finds the image that the layers depend on.
 
     Args:
         model: A built model.
-        image: The image of a model of one input; of several inputs a list in their order, or a dict by their
-            names or as the model's own.
-        layers: Layers of the model, or of models and layers inside it.
+        image: The image, for a model with one input. For several inputs, a list in their order, or a dict
+            with their names or with the keys of the model's input.
+        layers: Layers of the model, including those of nested models and layers.
 
     Raises:
-        ValueError: If `image` does not fit the model, or if the layers see several images, or none.
+        ValueError: If `image` does not fit the model, or if the layers depend on several images or on none.
     """
     if not _has_several_inputs(model):
         return Sample(model, [_image_array(image)], 0)
@@ -83,7 +83,7 @@ def _image_array(image: Any) -> np.ndarray:
 
 
 def _flatten(model: keras.Model, image: Any) -> list[Any]:
-    """The values for the model's inputs, in their order."""
+    """Returns the values for the model's inputs, in order."""
     names = [tensor.name for tensor in model.inputs]
     if isinstance(image, Mapping):
         if isinstance(model.input, Mapping) and set(image) == set(model.input):
@@ -100,7 +100,7 @@ def _flatten(model: keras.Model, image: Any) -> list[Any]:
 
 
 def _unbatched(value: Any, tensor: Any) -> np.ndarray:
-    """The value without its batch axis, checked against one of the model's inputs."""
+    """Returns the value without its batch axis, validated against an input of the model."""
     array = _to_array(value)
     shape = tuple(tensor.shape[1:])
     if array.ndim == len(shape) + 1 and len(array) == 1:
@@ -116,7 +116,7 @@ def _unbatched(value: Any, tensor: Any) -> np.ndarray:
 
 
 def _index_of_image(model: keras.Model, layers: Sequence[Any]) -> int:
-    """The one input of images that the layers, or all of the model if it has only one, see."""
+    """Returns the index of the image that the layers depend on, or of the only image input."""
     images = [i for i, tensor in enumerate(model.inputs) if len(tensor.shape) == 4]
     if len(images) > 1:
         holders = [

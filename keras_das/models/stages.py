@@ -1,4 +1,4 @@
-"""Where the stages of a CNN end, found in its graph alone."""
+"""Detection of the ends of a CNN's stages from its graph."""
 
 import math
 import warnings
@@ -9,9 +9,9 @@ import keras
 
 from keras_das.models.graph import Node, Tensor, data_format_of, node_of, shapes_of, sort_nodes
 
-# Level n has one pixel for each 2**n of the image's, as in P2 ... P5 of a feature pyramid.
+# Level n has 1/2**n of the image's rows and columns, as in P2 to P5 of a feature pyramid.
 LEVELS = (2, 3, 4, 5)
-_PROBE = 512  # rows and columns of an image to run through models that take any size
+_PROBE = 512  # rows and columns of the image assumed for models that accept any size
 _ACTIVATIONS = {"Activation", "ReLU", "Relu", "LeakyReLU", "PReLU", "ELU", "Gelu", "Silu", "HardSilu"}
 _PADDINGS = {"ZeroPadding2D", "Pad"}
 _NOT_FEATURES = {*_PADDINGS, "Dropout", "SpatialDropout2D", "InputLayer"}
@@ -20,20 +20,20 @@ _NOT_FEATURES = {*_PADDINGS, "Dropout", "SpatialDropout2D", "InputLayer"}
 def find_stages(model: keras.Model) -> dict[str, Tensor]:
     """Finds the last feature map of each level from P2 (1/4 of the image's rows and columns) to P5 (1/32).
 
-    The image is what the first layers with weights get: a resizing, cropping or pooling of the model's input
-    ahead of them is preprocessing, and what it makes is no feature map.
+    The image is the input of the first layers with weights. Resizing, cropping or pooling before these layers
+    is preprocessing, and its outputs are not feature maps.
 
-    A stage ends in a feature map that everything deeper is computed from. Of several, the one after the last
-    residual sum or concatenation (and its activation) is taken, for what comes after it already prepares the
-    next stage, as the widening convolution of an inverted residual block does. The deepest stage ends with
-    its level.
+    A stage ends with a feature map that everything deeper depends on. If there are several, the end is the
+    one after the last residual sum or concatenation (and its activation), because later ones already belong
+    to the next stage, such as the widening convolution of an inverted residual block. The deepest stage ends
+    with the last feature map of its level.
 
     Args:
         model: A functional model.
 
     Returns:
-        The feature maps by level, shallow to deep. Levels that the model leaps over are not in it. A warning
-        says if the model goes deeper than P5.
+        The feature maps by level, shallow to deep. Levels that the model skips are missing. A warning is
+        issued if the model has levels deeper than P5.
 
     Raises:
         ValueError: If the model has no level from P2 to P5, or a level without such a feature map.
@@ -78,7 +78,7 @@ def _image_input(model: keras.Model) -> Tensor:
 
 
 def _advice_to_gate_inside(model: keras.Model) -> str:
-    """What to do if the images run through a network inside the model, as in siamese networks."""
+    """Advice for models whose images pass through a nested model, such as siamese networks."""
     names = [
         layer.name
         for layer in model.layers
@@ -95,7 +95,7 @@ def _advice_to_gate_inside(model: keras.Model) -> str:
 
 
 def _nodes_after(image: Tensor, outputs: Iterable[Tensor]) -> list[Node]:
-    """The calls that depend on the image, each after those it depends on."""
+    """Returns the calls that depend on the image, in topological order."""
     after = {node_of(image)}
     for node in sort_nodes(outputs):
         if not after.isdisjoint(node.parent_nodes):
@@ -104,9 +104,9 @@ def _nodes_after(image: Tensor, outputs: Iterable[Tensor]) -> list[Node]:
 
 
 def _preprocessing(nodes: Sequence[Node], dominators: dict[Node, int]) -> tuple[set[Node], list[Node]]:
-    """The calls that no layer with weights is ahead of, and those of them that the whole network sees.
+    """Returns the calls before the first layers with weights, and those that the whole network depends on.
 
-    The paddings of the first convolution are not among the latter.
+    The latter are among the former and exclude the paddings of the first convolution.
     """
     learnt: set[Node] = set()
     first: list[Node] = []
@@ -116,7 +116,7 @@ def _preprocessing(nodes: Sequence[Node], dominators: dict[Node, int]) -> tuple[
         elif _has_weights(node.operation):
             learnt.add(node)
             first.append(node)
-    if not first:  # whatever its layers are, they are the network
+    if not first:  # without weights, all layers are the network
         return set(nodes[:1]), list(nodes[:1])
     shared = -1
     for node in first:
@@ -128,7 +128,7 @@ def _preprocessing(nodes: Sequence[Node], dominators: dict[Node, int]) -> tuple[
 
 
 def _has_weights(operation: Any) -> bool:
-    """Whether a layer has weights other than the statistics of the `Normalization` layers in it."""
+    """Whether a layer has weights other than the statistics of `Normalization` layers."""
     if not isinstance(operation, keras.layers.Layer):
         return False
     inside = operation._flatten_layers()
@@ -145,13 +145,13 @@ def _levels(
     preprocessing: set[Node],
     seen: Sequence[Node],
 ) -> dict[Node, int]:
-    """The level of each call that makes a feature map."""
+    """Returns the level of each call that outputs a feature map."""
     maps = [node for node in nodes if len(node.outputs) == 1 and len(node.outputs[0].shape) == 4]
     shapes = _shapes(model, image, [node.outputs[0] for node in maps])
     rows, columns = (1, 2) if data_format_of(maps[-1].outputs[0]) == "channels_last" else (2, 3)
     sizes = {node: (shape[rows], shape[columns]) for node, shape in zip(maps, shapes, strict=True)}
     image_rows = [sizes[node][0] for node in seen if node in sizes and sizes[node][0]][-1]
-    # One pixel has no places to choose from: a pooled vector, such as in squeeze-and-excitation.
+    # Maps of one pixel are pooled vectors, such as in squeeze-and-excitation.
     known = {node: size[0] for node, size in sizes.items() if size[0] and size != (1, 1)}
     return {
         node: round(math.log2(image_rows / size)) for node, size in known.items() if node not in preprocessing
@@ -161,7 +161,7 @@ def _levels(
 def _warn_of_deeper_stages(
     model: keras.Model, nodes: Sequence[Node], levels: Mapping[Node, int], dominators: Mapping[Node, int]
 ) -> None:
-    """Says what is left out, not counting branches that are pooled and come back."""
+    """Warns of levels that are not gated, except pooled branches that rejoin the network."""
     trunks = 0
     for output in model.outputs:
         trunks |= dominators.get(node_of(output), 0)
@@ -183,12 +183,12 @@ def _shapes(model: keras.Model, image: Tensor, tensors: list[Tensor]) -> list[tu
 
 
 def _dominators(nodes: Sequence[Node]) -> dict[Node, int]:
-    """For each call, those that every path from the image to it goes through, as bits."""
+    """Returns, for each call, the calls on all paths from the image to it, as a bit mask."""
     dominators: dict[Node, int] = {}
     for i, node in enumerate(nodes):
         shared = -1  # all bits
         for parent in node.parent_nodes:
-            shared &= dominators.get(parent, -1)  # what does not depend on the image is no path from it
+            shared &= dominators.get(parent, -1)  # no path from the image
         dominators[node] = (shared if i else 0) | 1 << i
     return dominators
 
@@ -204,7 +204,7 @@ def _trunk_of_outputs(
     dominators: dict[Node, int],
     level: int,
 ) -> list[Node]:
-    """The calls that every path from the image to an output below the level goes through."""
+    """Returns the calls on all paths from the image to an output at or below the level."""
     deep: set[Node] = set()
     for node in nodes:
         if levels.get(node) == level or not deep.isdisjoint(node.parent_nodes):
@@ -217,9 +217,9 @@ def _trunk_of_outputs(
 
 
 def _stage_end(stage: Sequence[Node], deepest: bool) -> Node | None:
-    """Of the feature maps of one level that all else runs through, shallow to deep, the one to gate."""
+    """Returns the feature map to gate, given those of a level that everything deeper depends on, in order."""
     kinds = [type(node.operation).__name__ for node in stage]
-    # A product is no sum of branches but the gate of a squeeze-and-excitation, in the middle of a block.
+    # A product does not merge branches; it applies a squeeze-and-excitation in the middle of a block.
     merges = [i for i, node in enumerate(stage) if len(set(node.parent_nodes)) > 1 and kinds[i] != "Multiply"]
     if merges and not deepest:
         end = merges[-1]
@@ -233,7 +233,7 @@ def _stage_end(stage: Sequence[Node], deepest: bool) -> Node | None:
 def _examples(
     nodes: Sequence[Node], levels: Mapping[Node, int], dominators: Mapping[Node, int], level: int
 ) -> str:
-    """The end of a sentence: layers that can be gated, near the end of a level."""
+    """Returns the end of a sentence that suggests layers near the end of a level."""
     at_level = [node for node in nodes if levels.get(node) == level]
     if not at_level:
         return "."

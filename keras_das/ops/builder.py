@@ -1,4 +1,4 @@
-"""Compiles kernel libraries, for `keras-das build`: plain compiler calls, in parallel, under a lock."""
+"""Builds kernel libraries for `keras-das build`, with parallel compiler calls under a file lock."""
 
 import concurrent.futures
 import contextlib
@@ -25,8 +25,8 @@ from keras_das.ops.library import Target, Unit
 _LOCK = "lock"
 _UNFINISHED = ".unfinished-"
 _LIBRARY_FOLDER = re.compile(rf"({'|'.join(library.FRAMEWORKS)})-.+-[0-9a-f]{{16}}")
-_LAST_LINES = 20  # of a compiler's complaint
-# In a process of its own: what is loaded cannot be unloaded, and may end the process.
+_LAST_LINES = 20  # of a compiler's error output
+# Run in a separate process: a library cannot be unloaded, and loading it can end the process.
 _TRIALS = {
     "tensorflow": "import sys, tensorflow; tensorflow.load_op_library(sys.argv[1])",
     "jax": "import ctypes, sys; ctypes.CDLL(sys.argv[1])",
@@ -38,7 +38,7 @@ Report = Callable[[str], None]
 
 
 class BuildError(RuntimeError):
-    """A build did not end in a library; the message says why."""
+    """A build has failed; the message says why."""
 
 
 def build(
@@ -48,26 +48,26 @@ def build(
     jobs: int | None = None,
     report: Report = print,
 ) -> pathlib.Path:
-    """Builds a library unless it is there and whole.
+    """Builds a library unless an intact one exists.
 
-    Everything happens in a folder aside, which is renamed when the library is complete and loads, so that no
-    other process ever sees half of one. Of two processes that build at once the second waits for the first.
-    A library with CUDA kernels takes the place of the one without, and the other way round.
+    The library is built in a temporary folder, which is renamed once the library is complete and loads. Other
+    processes never see an incomplete library. If two processes build at once, the second waits for the first.
+    A library with CUDA kernels replaces the one without, and vice versa.
 
     Args:
-        target: What to build.
-        root: The folder for libraries; `None` takes the user's cache folder.
-        force: Build even if the library is there.
-        jobs: How many units are compiled at once; `None` takes the number of processors.
-        report: Called with each line of progress.
+        target: The library to build.
+        root: Folder for libraries. `None` selects the user's cache folder.
+        force: Whether to build even if the library exists.
+        jobs: Number of units to compile in parallel. `None` selects the number of processors.
+        report: Function that is called with each line of progress.
 
     Returns:
-        The library's file.
+        The file of the library.
 
     Raises:
         NoCompiler: If there is no compiler.
         BuildError: If compiling, linking or loading fails, or a folder cannot be written.
-        LibraryUnavailable: If the sources are missing, or there is no home folder to have a cache in.
+        LibraryUnavailable: If the sources are missing, or there is no home folder for the cache.
     """
     if not force and (file := _present(target, root)):
         report(f"The kernel library for {target} is built: {file.absolute()}")
@@ -95,15 +95,15 @@ def build(
 
 
 def clean(root: pathlib.Path | None = None, report: Report = print) -> None:
-    """Removes every kernel library from a folder, and the folder if nothing else is in it.
+    """Removes all kernel libraries from a folder, and the folder if it is empty then.
 
     Args:
-        root: The folder; `None` takes the user's cache folder.
-        report: Called with a line for each library removed.
+        root: The folder. `None` selects the user's cache folder.
+        report: Function that is called with a line for each removed library.
 
     Raises:
         BuildError: If something cannot be removed.
-        LibraryUnavailable: If there is no home folder to have a cache in.
+        LibraryUnavailable: If there is no home folder for the cache.
     """
     root = library.cache_folder() if root is None else root
     try:
@@ -125,7 +125,7 @@ def clean(root: pathlib.Path | None = None, report: Report = print) -> None:
 
 
 def _present(target: Target, root: pathlib.Path | None) -> pathlib.Path | None:
-    """The library's file if it is there and whole."""
+    """Returns the file of the library if it exists and is intact."""
     try:
         return library.find(target) if root is None else library.find_in(root, target)
     except library.LibraryUnavailable:
@@ -138,7 +138,7 @@ def _processors() -> int:
 
 @contextlib.contextmanager
 def _locked(root: pathlib.Path, report: Report) -> Iterator[bool]:
-    """Holds a folder's lock, which is released should this process die. Gives whether it had to wait."""
+    """Holds the lock of a folder, which a dying process releases too. Yields whether it had to wait."""
     waited = False
     while True:
         with (root / _LOCK).open("a") as lock:
@@ -149,7 +149,7 @@ def _locked(root: pathlib.Path, report: Report) -> Iterator[bool]:
                 report(f"Another process is at work in {root}: waiting for it")
                 fcntl.flock(lock, fcntl.LOCK_EX)
             if not _is_file(root / _LOCK, lock.fileno()):
-                continue  # who held it has removed it, and the next may hold a new one
+                continue  # the previous holder has removed the file, and another process may hold a new one
             try:
                 yield waited
             finally:
@@ -165,7 +165,7 @@ def _is_file(path: pathlib.Path, descriptor: int) -> bool:
 
 
 def _remove_unfinished(root: pathlib.Path) -> None:
-    """Removes what a killed process has left; whoever holds the lock may."""
+    """Removes the remains of killed processes. The caller holds the lock."""
     for folder in root.glob(f"{_UNFINISHED}*"):
         shutil.rmtree(folder)
 
@@ -207,9 +207,9 @@ def _build(
 
 
 def _check_runtime(file: pathlib.Path) -> None:
-    """Makes sure that the library has its CUDA runtime in it.
+    """Checks that the library contains its own CUDA runtime.
 
-    TensorFlow exports another, which kernels would be registered with, and then never be found.
+    TensorFlow exports another one. Kernels registered with that one would never be found.
     """
     listed = subprocess.run(
         ["nm", "-D", "--undefined-only", str(file)], capture_output=True, text=True, check=True
@@ -221,7 +221,7 @@ def _check_runtime(file: pathlib.Path) -> None:
 
 
 def _nvcc_command(target: Target, compiler: list[str], nvcc: Nvcc) -> list[str]:
-    """Of a unit of CUDA. It sees no framework's headers, which hold those of another CUDA version."""
+    """The command of a CUDA unit. It excludes the framework's headers, which include another CUDA version."""
     definitions = [flag for flag in target.flags if flag.startswith("-D")]
     host = [f"-ccbin={compiler[0]}", "-Xcompiler=-fPIC"]
     return [
@@ -239,7 +239,7 @@ def _nvcc_command(target: Target, compiler: list[str], nvcc: Nvcc) -> list[str]:
 def _compile_all(
     target: Target, compiler: list[str], nvcc: Nvcc | None, objects: pathlib.Path, jobs: int, report: Report
 ) -> list[pathlib.Path]:
-    """Compiles the units and one with the key; the first to fail stops the others."""
+    """Compiles the units, and one with the key. The first failure stops the others."""
     key_unit = objects / "key.cc"
     name, text = f"const char {library.KEY_SYMBOL}[]", f"{library.KEY_SYMBOL}={target.key}"
     key_unit.write_text(f'extern "C" {{ extern {name}; {name} = "{text}"; }}\n')
@@ -269,7 +269,7 @@ def _compile_all(
 
 
 def _run(command: list[str], purpose: str, stop: threading.Event | None = None) -> None:
-    """Runs a command to its end, or until `stop` is set. Its complaint becomes the BuildError."""
+    """Runs a command until it ends or `stop` is set. Raises a BuildError with the output if it fails."""
     stop = stop or threading.Event()
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         try:

@@ -1,4 +1,4 @@
-"""What compiles kernel libraries: the C++ compiler, and the CUDA compiler with the GPUs that it knows."""
+"""Compilers of the kernel libraries: the C++ compiler, and the CUDA compiler with its GPU architectures."""
 
 import importlib.util
 import os
@@ -10,23 +10,23 @@ import subprocess
 from typing import NamedTuple
 
 _COMPILERS = ("g++", "c++", "clang++")
-# What a library has kernels for unless a GPU is at hand or the user says, as far as the compiler knows them.
+# The default architectures if there is no GPU and the user names none. The compiler must support them.
 _COMMON = ("sm_70", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90")
 _RUNTIME = "libcudart_static.a"
 
 
 class NoCompiler(RuntimeError):
-    """There is nothing to compile with."""
+    """A compiler is missing or does not support the requested architectures."""
 
 
 def find_compiler() -> list[str]:
-    """Finds the C++ compiler: $CXX, else the first of g++, c++ and clang++ that there is.
+    """Finds the C++ compiler: $CXX if it is set, otherwise the first of g++, c++ and clang++ that exists.
 
     Returns:
-        The words that a command for it begins with.
+        The first words of its command line.
 
     Raises:
-        NoCompiler: If there is none.
+        NoCompiler: If no compiler is found.
     """
     if named := shlex.split(os.environ.get("CXX", "")):
         if shutil.which(named[0]) is None:
@@ -45,9 +45,9 @@ class Nvcc(NamedTuple):
     """A CUDA compiler.
 
     Attributes:
-        command: The program.
-        libraries: The folder of the CUDA runtime.
-        known: The architectures that it compiles for: ("sm_75", ..., "compute_75", ...).
+        command: Path of the program.
+        libraries: Folder of the CUDA runtime.
+        known: Architectures that it supports: ("sm_75", ..., "compute_75", ...).
     """
 
     command: str
@@ -56,17 +56,17 @@ class Nvcc(NamedTuple):
 
 
 def find_nvcc() -> Nvcc:
-    """Finds nvcc: of $CUDA_HOME, else on the PATH, else from the package index's nvidia-cuda-nvcc.
+    """Finds nvcc in $CUDA_HOME, on the PATH or in the package nvidia-cuda-nvcc, in this order.
 
     Returns:
-        The compiler, with the CUDA runtime that belongs to it.
+        The compiler with its CUDA runtime.
 
     Raises:
-        NoCompiler: If there is none that runs, or no CUDA runtime beside it.
+        NoCompiler: If no working compiler is found, or it has no CUDA runtime.
     """
     command = _nvcc_command()
     top = pathlib.Path(command).resolve().parents[1]
-    # A program on the PATH may be a script that starts the real one, which tells where it is.
+    # The program on the PATH may be a script that starts the compiler; the compiler reports its own path.
     for line in _ask(command, "--dryrun", "-x", "cu", os.devnull, "-o", os.devnull).splitlines():
         if line.startswith("#$ TOP="):
             top = pathlib.Path(line.removeprefix("#$ TOP=")).resolve()
@@ -100,7 +100,7 @@ def _nvcc_command() -> str:
 
 
 def _ask(command: str, *arguments: str) -> str:
-    """What the compiler prints."""
+    """Returns the output of the compiler."""
     try:
         result = subprocess.run(
             [command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
@@ -113,19 +113,20 @@ def _ask(command: str, *arguments: str) -> str:
 
 
 def architectures(nvcc: Nvcc, asked: str | None) -> tuple[str, ...]:
-    """Chooses what to compile CUDA kernels for.
+    """Chooses the architectures to compile CUDA kernels for.
 
     Args:
         nvcc: The compiler.
-        asked: Architectures in nvcc's names, separated by commas: "sm_90", or "compute_90" for code that
-            newer GPUs translate. `None` takes those of the GPUs in this machine; without any, the common ones
-            that the compiler knows (nvcc 13 begins at sm_75), and the newest of them as "compute_...", too.
+        asked: Architectures in nvcc's notation, separated by commas: "sm_90", or "compute_90" for code that
+            newer GPUs translate. `None` selects the architectures of the GPUs in this machine. Without a GPU,
+            it selects the common architectures that the compiler supports (nvcc 13 starts at sm_75), and the
+            newest of them also as "compute_...".
 
     Returns:
-        The names.
+        The names of the architectures.
 
     Raises:
-        NoCompiler: If the compiler does not know one that is asked for or at hand.
+        NoCompiler: If the compiler does not support a requested or detected architecture.
     """
     wanted = tuple(asked.split(",")) if asked is not None else _of_this_machine()
     if unknown := [name for name in wanted if name not in nvcc.known]:
@@ -148,7 +149,7 @@ def _order(name: str) -> tuple[str, int]:
 
 
 def _of_this_machine() -> tuple[str, ...]:
-    """The architectures of the NVIDIA GPUs that are visible here."""
+    """The architectures of the NVIDIA GPUs that are visible to this process."""
     if (program := shutil.which("nvidia-smi")) is None:
         return ()
     command = [program, "--query-gpu=compute_cap", "--format=csv,noheader"]
@@ -158,7 +159,7 @@ def _of_this_machine() -> tuple[str, ...]:
 
 
 def architecture_flags(names: tuple[str, ...]) -> list[str]:
-    """nvcc's flags for these architectures."""
+    """Returns nvcc's flags for these architectures."""
     flags = []
     for name in names:
         flags += ["-gencode", f"arch={name.replace('sm', 'compute')},code={name}"]

@@ -1,4 +1,4 @@
-"""`deformable_conv2d`: check the arguments, choose an implementation, call it."""
+"""`deformable_conv2d`: validates the arguments, chooses an implementation and calls it."""
 
 import contextlib
 import contextvars
@@ -33,10 +33,10 @@ _substitute: contextvars.ContextVar[Callable[..., Tensor] | None] = contextvars.
 
 @contextlib.contextmanager
 def substituted(compute: Callable[..., Tensor]) -> Iterator[None]:
-    """Within it, in this thread, every deformable convolution is `compute(...)`: an export's own operation.
+    """Context in which every deformable convolution of this thread is computed by `compute`, for exports.
 
     Args:
-        compute: Takes what `keras_das.ops.reference.deformable_conv2d` takes, and returns what it returns.
+        compute: Function with the arguments and the result of `keras_das.ops.reference.deformable_conv2d`.
     """
     token = _substitute.set(compute)
     try:
@@ -58,45 +58,50 @@ def deformable_conv2d(
     data_format: str | None = None,
     implementation: str = "auto",
 ) -> Tensor:
-    """2-D convolution whose taps read the feature map at given offsets, by bilinear interpolation.
+    """2-D convolution whose taps sample the feature map at given offsets, by bilinear interpolation.
 
     Tap `(ky, kx)` of output `(i, j)` reads `inputs` at
 
         y = i * stride + ky * dilation - pad_top + dy
         x = j * stride + kx * dilation - pad_left + dx
 
-    A sample with `y <= -1`, `y >= H`, `x <= -1` or `x >= W` is 0 and passes no gradient. Inside, corners
-    that lie off the image count as 0. A NaN in an offset gives NaN at that output position. At whole pixels
-    the gradient is that of the cell to the lower right. Zero offsets without a mask give `keras.ops.conv`.
+    Samples with `y <= -1`, `y >= H`, `x <= -1` or `x >= W` are 0 and pass no gradient. For all others,
+    corners outside the image count as 0. A NaN in an offset makes that output position NaN. At integer
+    positions, the gradient is that of the cell to the lower right. With zero offsets and no mask, the result
+    is that of `keras.ops.conv`.
 
-    With `data_format="channels_first"` every 4-D tensor, offsets and mask too, is channels first, which is
-    the layout of torchvision's `deform_conv2d` and ONNX's `DeformConv`.
+    With `data_format="channels_first"`, all 4-D tensors except the kernel, including offsets and mask, are
+    channels first. For these, it is the layout of torchvision's `deform_conv2d` and ONNX's `DeformConv`.
 
     Args:
-        inputs: Floating tensor `(N, H, W, C)`.
-        kernel: Floating tensor `(kh, kw, C / groups, filters)`. The number of groups follows from it;
-            `C` groups give the depthwise form.
-        offsets: Floating tensor `(N, Ho, Wo, offset_groups * kh * kw * 2)`, in input pixels: per offset
-            group, per tap (row-major), `dy` then `dx`.
-        mask: Floating tensor `(N, Ho, Wo, offset_groups * kh * kw)` that multiplies the samples, or `None`
-            for all ones.
-        bias: Floating tensor `(filters,)`, or `None`.
-        strides: Step between output positions, in input pixels; an integer or `(rows, columns)`.
-        padding: `"valid"`, `"same"` (as TensorFlow pads, the odd pixel at the end) or
-            `((top, bottom), (left, right))`.
-        dilation_rate: Distance between taps, in input pixels; an integer or `(rows, columns)`.
-        offset_groups: How many groups of neighbouring channels have offsets and masks of their own.
-        data_format: `"channels_last"`, `"channels_first"` or `None` for Keras' default.
-        implementation: `"auto"` takes the fused kernel where there is one for this call, else the
-            reference; `"native"` raises an error where there is none; `"reference"` never uses it.
+        inputs: Floating-point tensor `(N, H, W, C)`.
+        kernel: Floating-point tensor `(kh, kw, C / groups, filters)`. The number of groups is derived from
+            this shape; with `C` groups, the convolution is depthwise.
+        offsets: Floating-point tensor `(N, Ho, Wo, offset_groups * kh * kw * 2)`, in input pixels: for each
+            offset group and each tap (row-major), `dy` and then `dx`.
+        mask: Floating-point tensor `(N, Ho, Wo, offset_groups * kh * kw)` that multiplies the samples.
+            Defaults to `None`, which is equivalent to a mask of ones.
+        bias: Floating-point tensor `(filters,)`. Defaults to `None`, which adds no bias.
+        strides: Integer or `(rows, columns)`. Step between output positions, in input pixels. Defaults to
+            `1`.
+        padding: `"valid"`, `"same"` (as in TensorFlow, with the odd pixel at the end) or
+            `((top, bottom), (left, right))`, in pixels. Defaults to `"valid"`.
+        dilation_rate: Integer or `(rows, columns)`. Distance between taps, in input pixels. Defaults to `1`.
+        offset_groups: Integer. Number of groups of adjacent channels; each group has its own offsets and
+            masks. Defaults to `1`.
+        data_format: String. `"channels_last"` or `"channels_first"`. Defaults to `None`, which selects
+            `keras.config.image_data_format()`.
+        implementation: String. `"auto"` uses the fused kernel if it supports the call and the reference
+            otherwise. `"native"` requires the fused kernel. `"reference"` never uses it. Defaults to
+            `"auto"`.
 
     Returns:
         Tensor `(N, Ho, Wo, filters)` in the result type of `inputs` and `kernel`. Positions, weights and
-        sums are float32, float64 for float64.
+        sums are float32, or float64 if the result is float64.
 
     Raises:
-        ValueError: If a shape, dtype or argument does not fit; the message names it.
-        RuntimeError: If `implementation="native"` and there is no fused kernel for this call.
+        ValueError: If a shape, dtype or argument is invalid. The message names it.
+        RuntimeError: If `implementation="native"` and the fused kernel does not support the call.
 
     Example:
 
@@ -122,7 +127,7 @@ def deformable_conv2d(
 
 @keras.saving.register_keras_serializable("keras_das")
 class DeformableConv2DOperation(keras.Operation):
-    """`deformable_conv2d` with its settings: the node that a functional model holds and saves."""
+    """`deformable_conv2d` with its settings: the operation in functional models and saved files."""
 
     def __init__(
         self,
@@ -135,7 +140,7 @@ class DeformableConv2DOperation(keras.Operation):
         *,
         name: str | None = None,
     ):
-        """Checks and keeps the settings; see `deformable_conv2d` for what they mean."""
+        """Validates and stores the settings, which `deformable_conv2d` describes."""
         super().__init__(name=name)
         self.strides = standardize_pair(strides, "strides")
         self.padding = standardize_padding(padding)
@@ -175,7 +180,7 @@ class DeformableConv2DOperation(keras.Operation):
         return ops.transpose(output, (0, 3, 1, 2))
 
     def _choose(self, tensors: Sequence[Tensor | None], dtype: str) -> Callable[..., Tensor]:
-        """The implementation for this call."""
+        """Returns the implementation for this call."""
         if substitute := _substitute.get():
             return substitute
         if self.implementation != "reference" and not native.must_be_portable(tensors):
@@ -192,7 +197,7 @@ class DeformableConv2DOperation(keras.Operation):
         mask: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> KerasTensor:
-        """Infers the output's shape and dtype; sizes may be unknown."""
+        """Infers shape and dtype of the output; sizes can be unknown."""
         _, (batch, height, width, filters) = self._check(inputs, kernel, offsets, mask, bias)
         last = self.data_format == "channels_last"
         shape = (batch, height, width, filters) if last else (batch, filters, height, width)
@@ -201,7 +206,7 @@ class DeformableConv2DOperation(keras.Operation):
     def _check(
         self, inputs: Tensor, kernel: Tensor, offsets: Tensor, mask: Tensor | None, bias: Tensor | None
     ) -> tuple[Geometry, Shape]:
-        """Checks the tensors against one another. Returns the geometry and the channels-last output shape."""
+        """Validates the tensors. Returns the geometry and the channels-last output shape."""
         named = {"inputs": inputs, "kernel": kernel, "offsets": offsets, "mask": mask, "bias": bias}
         for name, tensor in named.items():
             if tensor is not None:
@@ -276,7 +281,7 @@ def standardize_implementation(implementation: str) -> str:
 
 
 def _result_dtype(inputs: Tensor, kernel: Tensor) -> str:
-    """Keras' result type, but float64 stays float64, which Keras lowers on JAX and torch."""
+    """Returns Keras' result type, but keeps float64, which Keras lowers on JAX and torch."""
     dtypes = {keras.backend.standardize_dtype(tensor.dtype) for tensor in (inputs, kernel)}
     return "float64" if "float64" in dtypes else keras.backend.result_type(*dtypes)
 

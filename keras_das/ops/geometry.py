@@ -1,4 +1,4 @@
-"""The arithmetic of windows: how arguments are standardised and where a kernel's taps lie."""
+"""Window arithmetic: validation of arguments, and positions of the kernel's taps."""
 
 import operator
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ Padding = str | tuple[tuple[int, int], tuple[int, int]]
 
 
 def as_integer(value: Any) -> int | None:
-    """The Python integer that `value` is, NumPy's included, or `None`."""
+    """Returns `value` as a Python integer if it is an integer, including NumPy's; otherwise `None`."""
     if isinstance(value, bool):
         return None
     try:
@@ -41,7 +41,7 @@ def standardize_padding(padding: Any) -> Padding:
         if not isinstance(padding, str) and all(p is not None and p >= 0 for p in pads):
             return cast(Padding, (tuple(pads[:2]), tuple(pads[2:])))
     except (TypeError, ValueError):
-        pass  # Not a pair of pairs: the error below says what was expected.
+        pass  # Not a pair of pairs; the error below describes what is expected.
     raise ValueError(
         '`padding` must be "valid", "same" or ((top, bottom), (left, right)) with non-negative integers. '
         f"Received: padding={padding!r}"
@@ -49,7 +49,7 @@ def standardize_padding(padding: Any) -> Padding:
 
 
 def standardize_data_format(data_format: str | None) -> str:
-    """Returns "channels_last" or "channels_first"; `None` means Keras' own default."""
+    """Returns "channels_last" or "channels_first"; `None` selects Keras' default."""
     value = keras.config.image_data_format() if data_format is None else str(data_format).lower()
     if value not in ("channels_last", "channels_first"):
         raise ValueError(
@@ -82,11 +82,11 @@ class Window(NamedTuple):
         return (size + before + after - self.extent) // self.stride + 1
 
     def pad_before(self, size: Any) -> Any:
-        """Zero pixels ahead of the first input pixel; "same" puts the odd one at the end."""
+        """Zero pixels before the first input pixel; "same" puts an odd pixel at the end."""
         if self.padding != "same":
             return self.padding[0]
         if self.stride == 1:
-            return (self.extent - 1) // 2  # whatever the size
+            return (self.extent - 1) // 2  # independent of the size
         total = (self.output_size(size) - 1) * self.stride + self.extent - size
         return (max(total, 0) if isinstance(total, int) else ops.maximum(total, 0)) // 2
 
@@ -111,7 +111,7 @@ def make_windows(
     dilation_rate: tuple[int, int],
     padding: Padding,
 ) -> tuple[Window, Window]:
-    """Returns the windows over rows and columns for arguments that are standardised already."""
+    """Returns the windows over rows and columns for standardized arguments."""
     words: dict[Any, Any] = {"valid": ((0, 0), (0, 0)), "same": ("same", "same")}
     per_axis = words.get(padding, padding)
     rows, columns = (

@@ -1,4 +1,4 @@
-"""A convolution's settings as the kernels' ops take them, on TensorFlow and on JAX."""
+"""Settings of a convolution as attributes of the kernels' ops, for TensorFlow and JAX."""
 
 from typing import Any, NamedTuple
 
@@ -6,13 +6,11 @@ from keras_das.ops.geometry import Geometry, Padding, make_windows
 
 
 class Attributes(NamedTuple):
-    """The attributes of the ops, by their names there."""
+    """The attributes of the ops, by name."""
 
     strides: tuple[int, int]
     dilations: tuple[int, int]
-    padding: (
-        str  # "SAME" or "EXPLICIT": under "SAME" the kernels work it out, for sizes may still be open here
-    )
+    padding: str  # "SAME" or "EXPLICIT"; the kernels compute "SAME", because sizes can be unknown here
     explicit_paddings: tuple[int, int, int, int]  # top, bottom, left, right
     offset_groups: int
     has_mask: bool
@@ -20,7 +18,7 @@ class Attributes(NamedTuple):
 
 
 def make_attributes(geometry: Geometry, has_mask: bool, has_bias: bool) -> Attributes:
-    """Returns the attributes of a call; the kernels count the groups themselves."""
+    """Returns the attributes of a call. The kernels derive the number of groups themselves."""
     rows, columns = geometry.rows, geometry.columns
     same = rows.padding == "same"
     return Attributes(
@@ -35,7 +33,7 @@ def make_attributes(geometry: Geometry, has_mask: bool, has_bias: bool) -> Attri
 
 
 def make_geometry(attributes: Attributes, channels: int, kernel_shape: tuple[int, ...]) -> Geometry:
-    """The geometry that attributes were made of, given the channels of `inputs`."""
+    """Returns the geometry that the attributes were made from, given the channels of `inputs`."""
     top, bottom, left, right = attributes.explicit_paddings
     padding: Padding = "same" if attributes.padding == "SAME" else ((top, bottom), (left, right))
     taps = (kernel_shape[0], kernel_shape[1])

@@ -1,7 +1,7 @@
-"""The kernel library: which one a framework needs, where it is looked for, and loading it.
+"""The kernel library: which library a framework requires, where it is looked up, and how it is loaded.
 
-Nothing here compiles: `keras-das build` does, by `builder.py`. A framework is imported when its library is
-asked for, and not before.
+This module does not compile; `keras-das build` does, with `builder.py`. A framework is imported only when its
+library is requested.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 FRAMEWORKS = ("tensorflow", "jax")
 CACHE_VARIABLE = "KERAS_DAS_CACHE"
-FILE, RECORD = "libkeras_das.so", "library.json"  # what the folder of a library holds
+FILE, RECORD = "libkeras_das.so", "library.json"  # the content of a library's folder
 KEY_SYMBOL = "keras_das_build_key"
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
@@ -30,57 +30,57 @@ _PREBUILT = _PACKAGE / "_lib"  # only in platform wheels
 
 _FLAGS = ("-std=c++17", "-O3", "-fPIC")
 _LINK_FLAGS = ("-shared", "-pthread")
-# Ahead of TensorFlow's libraries, which export a CUDA runtime too, and not to be seen by others.
+# Precede TensorFlow's libraries, which also export a CUDA runtime. The symbols are hidden from others.
 _CUDA_LINK_FLAGS = ("-lcudart_static", "-ldl", "-lrt", "-Wl,--exclude-libs,ALL")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *_AVX2)
 _FFI_HEADER = "xla/ffi/api/ffi.h"
 _X86_64 = ("x86_64", "AMD64")
 
-_LOADED = "_keras_das_library"  # an attribute of the tensorflow module: the file whose ops it has
+_LOADED = "_keras_das_library"  # attribute of the tensorflow module with the file of its ops
 _log = logging.getLogger("keras_das")
 
 
 class LibraryUnavailable(RuntimeError):
-    """There is no kernel library that this process can use; the message is the reason."""
+    """This process cannot use a kernel library; the message is the reason."""
 
 
 class _Broken(LibraryUnavailable):
-    """There is one, and something is wrong with it: worth a warning, which an absent one is not."""
+    """A library exists but is defective. This causes a warning, unlike a missing library."""
 
 
 def tensorflow_ops() -> Any:
-    """The module of TensorFlow ops (`tf.load_op_library`), loaded at the first call and then kept.
+    """Returns the module of TensorFlow ops (`tf.load_op_library`), which the first call loads.
 
     Returns:
-        The module; `KerasDas>DeformableConv2D` is its function `keras_das_deformable_conv2d`.
+        The module. `KerasDas>DeformableConv2D` is its function `keras_das_deformable_conv2d`.
 
     Raises:
-        LibraryUnavailable: If there is none; the answer stays the same as long as the process runs.
+        LibraryUnavailable: If there is no library. The result does not change while the process runs.
     """
     return _SLOTS["tensorflow"].get()
 
 
 def jax_library() -> ctypes.CDLL:
-    """The library with the XLA FFI handlers for JAX, loaded at the first call and then kept.
+    """Returns the library with the XLA FFI handlers for JAX, which the first call loads.
 
     Returns:
-        The library as `ctypes` opens it.
+        The library as a `ctypes` object.
 
     Raises:
-        LibraryUnavailable: If there is none; the answer stays the same as long as the process runs.
+        LibraryUnavailable: If there is no library. The result does not change while the process runs.
     """
     return _SLOTS["jax"].get()
 
 
 def why_not(framework: str) -> str:
-    """Loads a framework's library unless that was done before.
+    """Loads the library of a framework, unless it is loaded already.
 
     Args:
         framework: "tensorflow" or "jax".
 
     Returns:
-        Why there is no library, or "" if there is.
+        The reason why there is no library, or "" if it is loaded.
     """
     try:
         _SLOTS[framework].get()
@@ -90,96 +90,96 @@ def why_not(framework: str) -> str:
 
 
 def path(framework: str) -> pathlib.Path | None:
-    """Where the framework's library was loaded from, or `None` as long as none is."""
+    """Returns the file that the library of the framework was loaded from, or `None` if it is not loaded."""
     return _SLOTS[framework].path
 
 
 def instruction_set(framework: str) -> str:
-    """The instruction set that a framework's loaded library chose: "avx512", "avx2" or "baseline".
+    """Returns the instruction set that the library of a framework uses: "avx512", "avx2" or "baseline".
 
     Args:
         framework: "tensorflow" or "jax".
 
     Returns:
-        Its name.
+        The name of the instruction set.
 
     Raises:
         LibraryUnavailable: If there is no library.
     """
-    return _say(framework, "keras_das_instruction_set")
+    return _query(framework, "keras_das_instruction_set")
 
 
 def cuda_architectures(framework: str) -> str:
-    """What a framework's loaded library has CUDA kernels for.
+    """Returns the architectures of the CUDA kernels in the library of a framework.
 
     Args:
         framework: "tensorflow" or "jax".
 
     Returns:
-        The architectures' names, "sm_90,compute_90", or "" if it has kernels for the CPU only.
+        The names of the architectures, "sm_90,compute_90", or "" if the library has CPU kernels only.
 
     Raises:
         LibraryUnavailable: If there is no library.
     """
-    return _say(framework, "keras_das_cuda_architectures")
+    return _query(framework, "keras_das_cuda_architectures")
 
 
 def cuda_problem(framework: str) -> str:
-    """Why the CUDA kernels of a framework's loaded library cannot run on this machine's GPU.
+    """Returns the reason why the CUDA kernels of a framework's library cannot run on the GPU of this machine.
 
     Args:
         framework: "tensorflow" or "jax".
 
     Returns:
-        What CUDA says, or "" if they can. The first answer is kept.
+        CUDA's message, or "" if the kernels can run. The first answer is cached.
 
     Raises:
         LibraryUnavailable: If there is no library.
     """
-    return _say(framework, "keras_das_cuda_problem")
+    return _query(framework, "keras_das_cuda_problem")
 
 
-def _say(framework: str, name: str) -> str:
-    """What a function of the library without arguments says."""
+def _query(framework: str, name: str) -> str:
+    """Returns the string that a function of the library returns."""
     _SLOTS[framework].get()
-    return _say_once(str(path(framework)), name)
+    return _query_once(str(path(framework)), name)
 
 
 @functools.cache
-def _say_once(file: str, name: str) -> str:
+def _query_once(file: str, name: str) -> str:
     function = getattr(ctypes.CDLL(file), name)
     function.restype = ctypes.c_char_p
     return function().decode()
 
 
 class Unit(NamedTuple):
-    """One call of the compiler: a source file, and flags beyond those of the whole library."""
+    """One call of the compiler: a source file, and its flags in addition to those of the library."""
 
     source: str
     flags: tuple[str, ...] = ()
     variant: str = ""
 
     def __str__(self) -> str:
-        """For lines of progress: "kernels.cc (avx2)"."""
+        """For progress messages: "kernels.cc (avx2)"."""
         name = pathlib.Path(self.source).name
         return f"{name} ({self.variant})" if self.variant else name
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A library: what it is made of and for whom.
+    """A library to build: its framework, sources and flags.
 
     Attributes:
         framework: "tensorflow" or "jax".
-        version: The framework's version.
-        abi: Which of GCC's two C++ ABIs the framework was built with, or "" if no C++ object passes between.
-        units: What to compile, slowest first.
-        flags: Of every unit; one that names a folder begins with -I.
-        link_flags: Of the library; one that names a folder begins with -L.
+        version: Version of the framework.
+        abi: Which of GCC's two C++ ABIs the framework uses, or "" if no C++ objects are exchanged.
+        units: Units to compile, slowest first.
+        flags: Compiler flags of every unit. Flags that name a folder begin with -I.
+        link_flags: Linker flags of the library. Flags that name a folder begin with -L.
         platform: Operating system and architecture.
-        sources: The folder of the units.
-        cuda: The architectures of its CUDA kernels; `for_gpus` sets it. Empty: none.
-        without_cuda: The same library without those.
+        sources: Folder of the units.
+        cuda: Architectures of the CUDA kernels, set by `for_gpus`. Empty if there are none.
+        without_cuda: The same library without CUDA kernels.
     """
 
     framework: str
@@ -198,7 +198,7 @@ class Target:
         return f"{_TITLES.get(self.framework, self.framework)} {self.version}"
 
     def for_gpus(self, architectures: tuple[str, ...]) -> "Target":
-        """The same library with CUDA kernels for some architectures besides those for the CPU."""
+        """Returns the same library with additional CUDA kernels for these architectures."""
         return dataclasses.replace(
             self,
             units=(Unit("deformable_conv2d.cu.cc"), *self.units),
@@ -210,7 +210,7 @@ class Target:
 
     @functools.cached_property
     def ingredients(self) -> dict[str, Any]:
-        """Everything that decides whether a library fits, wherever sources and framework are installed."""
+        """Everything that determines whether a library fits, independent of installation paths."""
         return {
             "framework": self.framework,
             "version": self.version,
@@ -230,7 +230,7 @@ class Target:
 
     @property
     def folder_name(self) -> str:
-        """The name of this library's folder, below whatever folder holds libraries."""
+        """The name of the folder of this library, inside a folder for libraries."""
         kind = "cuda-" if self.cuda else ""
         return f"{self.framework}-{self.version}-{kind}{self.key}"
 
@@ -247,7 +247,7 @@ class Target:
 
 
 def target(framework: str) -> Target:
-    """Describes the library that the installed version of a framework needs; imports the framework.
+    """Describes the library for the installed version of a framework. Imports the framework.
 
     Args:
         framework: "tensorflow" or "jax".
@@ -256,7 +256,7 @@ def target(framework: str) -> Target:
         The description.
 
     Raises:
-        LibraryUnavailable: If the framework is not installed, or this system has no kernels.
+        LibraryUnavailable: If the framework is not installed, or there are no kernels for this system.
     """
     if not sys.platform.startswith("linux"):
         raise LibraryUnavailable(f"there are kernels for Linux only, and this is {platform.system()}")
@@ -275,7 +275,7 @@ def _tensorflow_target() -> Target:
             f"the kernels need XLA's foreign function interface, and TensorFlow {tf.__version__} comes "
             f"without its header {_FFI_HEADER} (2.21 has it)"
         )
-    link = tf.sysconfig.get_link_flags()  # names libtensorflow_framework
+    link = tf.sysconfig.get_link_flags()  # includes libtensorflow_framework
     external = (f"-I{include}/external/{part}" for part in ("highwayhash", "farmhash_archive/src"))
     flags = (*_FLAGS, *tf.sysconfig.get_compile_flags(), *external, "-DKERAS_DAS_TENSORFLOW")
     return Target(
@@ -302,10 +302,10 @@ def _jax_target() -> Target:
 
 
 def kernel_units() -> tuple[Unit, ...]:
-    """What every library is made of: the kernels, once for each instruction set, and the choice among them.
+    """Returns the units of every library: kernels for each instruction set, and the dispatch between them.
 
     Returns:
-        What to compile, with `architecture_flags`.
+        The units to compile with `architecture_flags`.
     """
     variants: dict[str, tuple[str, ...]] = {"baseline": ()}
     if platform.machine() in _X86_64:
@@ -315,7 +315,7 @@ def kernel_units() -> tuple[Unit, ...]:
 
 
 def architecture_flags() -> tuple[str, ...]:
-    """Flags that tell the sources which instruction sets there are kernels for."""
+    """Returns the flags that tell the sources which instruction sets have kernels."""
     return ("-DKERAS_DAS_X86",) if platform.machine() in _X86_64 else ()
 
 
@@ -328,19 +328,19 @@ def _without_folders(flags: tuple[str, ...]) -> list[str]:
 
 
 def cache_folder() -> pathlib.Path:
-    """Where `keras-das build` puts libraries: $KERAS_DAS_CACHE, else `keras_das` in the user's cache folder.
+    """Returns the folder for built libraries: $KERAS_DAS_CACHE, or `keras_das` in the user's cache folder.
 
     Returns:
-        The folder, which need not exist.
+        The folder, which may not exist.
 
     Raises:
-        LibraryUnavailable: If there is no home folder to have it in.
+        LibraryUnavailable: If there is no home folder.
     """
     try:
         if named := os.environ.get(CACHE_VARIABLE):
             return pathlib.Path(named).expanduser().absolute()
         user = os.environ.get("XDG_CACHE_HOME", "")
-        if os.path.isabs(user):  # the standard has others ignored
+        if os.path.isabs(user):  # the XDG standard ignores relative paths
             return pathlib.Path(user, "keras_das")
         return pathlib.Path.home() / ".cache" / "keras_das"
     except RuntimeError as error:
@@ -348,16 +348,16 @@ def cache_folder() -> pathlib.Path:
 
 
 def find(wanted: Target) -> pathlib.Path:
-    """Finds a library that fits and is whole: in the package itself, else in the cache folder.
+    """Finds an intact library that fits, in the package or in the cache folder.
 
     Args:
-        wanted: Which one. One with CUDA kernels besides is taken for it first.
+        wanted: The library. A variant with CUDA kernels is preferred.
 
     Returns:
-        The library's file.
+        The file of the library.
 
     Raises:
-        LibraryUnavailable: If there is none, or none that is whole.
+        LibraryUnavailable: If there is no library, or no intact one.
     """
     faults = []
     for root in (_PREBUILT, cache_folder()):
@@ -375,14 +375,14 @@ def find_in(root: pathlib.Path, wanted: Target) -> pathlib.Path | None:
     """Finds a library in one folder.
 
     Args:
-        root: The folder that holds libraries.
-        wanted: As for `find`.
+        root: Folder for libraries.
+        wanted: As in `find`.
 
     Returns:
-        The library's file, or `None` if there is none.
+        The file of the library, or `None` if there is none.
 
     Raises:
-        LibraryUnavailable: If there is none that is whole.
+        LibraryUnavailable: If none of the libraries is intact.
     """
     faults = []
     candidates = [wanted] if wanted.cuda else [*_with_cuda(root, wanted), wanted]
@@ -405,14 +405,14 @@ def find_in(root: pathlib.Path, wanted: Target) -> pathlib.Path | None:
 
 
 def variants(root: pathlib.Path, target: Target) -> list[pathlib.Path]:
-    """The folders in `root` that hold a target's library: without CUDA kernels, or with some.
+    """Returns the folders in `root` that contain variants of a library, with or without CUDA kernels.
 
     Args:
-        root: The folder that holds libraries.
-        target: Any of those.
+        root: Folder for libraries.
+        target: Any of the variants.
 
     Returns:
-        The folders that there are.
+        The existing folders.
     """
     plain = target.without_cuda or target
     folders = [root / variant.folder_name for variant in (plain, *_with_cuda(root, plain))]
@@ -420,30 +420,30 @@ def variants(root: pathlib.Path, target: Target) -> list[pathlib.Path]:
 
 
 def _with_cuda(root: pathlib.Path, plain: Target) -> list[Target]:
-    """The variants with CUDA kernels that a folder holds, which tell themselves for which architectures."""
+    """The variants with CUDA kernels in a folder. Their records name the architectures."""
     found = []
     for record in sorted(root.glob(f"{plain.framework}-{plain.version}-cuda-*/{RECORD}")):
         try:
             variant = plain.for_gpus(tuple(json.loads(record.read_text())["ingredients"]["cuda"]))
         except (OSError, ValueError, TypeError, KeyError):
-            continue  # what it was cannot be known
+            continue  # its target is unknown
         if variant.folder_name == record.parent.name:
             found.append(variant)
     return found
 
 
 def check(folder: pathlib.Path, wanted: Target) -> pathlib.Path:
-    """Checks a library without opening it, for opening a damaged one can end the process.
+    """Checks a library without opening it, because opening a damaged library can end the process.
 
     Args:
-        folder: The library's own folder.
-        wanted: What it must have been built as.
+        folder: Folder of the library.
+        wanted: The target that it must have been built for.
 
     Returns:
-        The library's file.
+        The file of the library.
 
     Raises:
-        LibraryUnavailable: If something is wrong with it.
+        LibraryUnavailable: If the library is defective.
     """
     file = folder / FILE
     try:
@@ -472,10 +472,10 @@ def _broken(file: pathlib.Path, what: str) -> _Broken:
 
 
 class Slot:
-    """A library that is looked for once, at first use, by whichever thread comes first."""
+    """A library that is looked up once, when it is first used. Thread-safe."""
 
     def __init__(self, describe: Callable[[], Target], load: Callable[[pathlib.Path], Any]):
-        """Keeps how to describe the library and how to load its file."""
+        """Stores the functions that describe the library and load its file."""
         self.path: pathlib.Path | None = None
         self._describe, self._load = describe, load
         self._lock = threading.Lock()
@@ -483,7 +483,7 @@ class Slot:
         self._reason = ""
 
     def get(self) -> Any:
-        """Returns what loading gave, or raises LibraryUnavailable."""
+        """Returns the loaded library, or raises LibraryUnavailable."""
         with self._lock:
             if self._library is None and not self._reason:
                 self._try()
@@ -504,11 +504,11 @@ class Slot:
 
 
 def load_tensorflow(file: pathlib.Path) -> Any:
-    """Opens a checked library as TensorFlow ops; the same file twice gives the same ops."""
+    """Opens a checked library as TensorFlow ops. Opening a file twice returns the same ops."""
     import tensorflow as tf
 
-    # Another copy of keras_das in this process may have loaded another file, which this module cannot know. A
-    # kernel that is registered twice can no longer be called.
+    # Another copy of keras_das in this process may have loaded another file. Registering a kernel twice makes
+    # it unusable.
     loaded = getattr(tf, _LOADED, str(file))
     if loaded != str(file):
         raise _Broken(f"this process has already loaded another kernel library, {loaded}, besides {file}")
@@ -521,7 +521,7 @@ def load_tensorflow(file: pathlib.Path) -> Any:
 
 
 def load_jax(file: pathlib.Path) -> ctypes.CDLL:
-    """Opens a checked library by itself."""
+    """Opens a checked library with `ctypes`."""
     try:
         return ctypes.CDLL(str(file))
     except OSError as error:

@@ -1,7 +1,7 @@
-"""The fused kernels: whether they can serve a call, and if not, why; and the call itself.
+"""The fused kernels: the check whether they support a call, and the call itself.
 
-The frameworks' own parts, `native_tensorflow.py` and `native_jax.py`, are imported by the first call that the
-kernels serve. Nothing of them or of the kernel library is touched before.
+The framework-specific modules, `native_tensorflow.py` and `native_jax.py`, are imported when the kernels are
+first used, and so is the kernel library.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ from keras_das.ops.kernel_attributes import make_attributes
 Tensor = Any
 
 CONTEXTS = ("eager", "graph", "XLA")
-# The modules that trace a model, or a function, to write it.
+# Modules that trace a model or a function in order to write it.
 _EXPORTERS = ("keras.src.export.", "tensorflow.python.saved_model.", "tensorflow.lite.python.", "tf2onnx.")
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
-_UNDECIDED = "CPU or GPU"  # the kind of device where a graph leaves it open
+_UNDECIDED = "CPU or GPU"  # the kind of device if the graph does not specify it
 _portable = contextvars.ContextVar("keras_das_portable", default=False)
 
 
@@ -33,19 +33,19 @@ def can_use(
     dtype: str = "float32",
     raise_error: bool = False,
 ) -> bool:
-    """Whether the fused kernels can serve a call: `why_not` as a yes or no.
+    """Whether the fused kernels support a call.
 
     Args:
         context: See `why_not`.
         tensors: See `why_not`.
         dtype: See `why_not`.
-        raise_error: Raise instead of returning `False`.
+        raise_error: Whether to raise an error instead of returning `False`.
 
     Returns:
         `True` or `False`.
 
     Raises:
-        RuntimeError: With `raise_error`, saying why the kernels cannot be used.
+        RuntimeError: If `raise_error` is set and the kernels do not support the call. The message says why.
     """
     reason = why_not(context, tensors, dtype)
     if reason and raise_error:
@@ -54,23 +54,23 @@ def can_use(
 
 
 def why_not(context: str | None = None, tensors: Sequence[Tensor | None] = (), dtype: str = "float32") -> str:
-    """Says why the fused kernels cannot serve a call.
+    """Returns the reason why the fused kernels do not support a call.
 
-    Without tensors the answer is for calls from this place in the program: under the Keras backend in force,
-    on the device that it would use, and in any of the contexts, whichever it is itself in.
+    Without tensors, the answer applies to calls from this place in the program, with the current Keras
+    backend, on the device that they would use. `context` can differ from the context of the caller.
 
     Args:
         context: How the call runs: "eager", "graph" (a `tf.function`) or "XLA" (`jit_compile=True`, and
-            everything on JAX). `None` takes the context that this is called in.
-        tensors: The call's arguments, as far as there are any; `None` among them is passed over.
+            always on JAX). `None` selects the context of the caller.
+        tensors: The tensors of the call, if known. `None` elements are ignored.
         dtype: The dtype of the result.
 
     Returns:
-        The reason, or "" where the kernels can serve the call. Loads the kernel library if nothing else
-        speaks against them.
+        The reason, or "" if the kernels support the call. The kernel library is loaded if there is no other
+        reason.
 
     Raises:
-        ValueError: If `context` is none of those.
+        ValueError: If `context` is invalid.
     """
     if context is not None and context not in CONTEXTS:
         raise ValueError(f"`context` must be one of {CONTEXTS} or None. Received: context={context!r}")
@@ -81,7 +81,7 @@ def why_not(context: str | None = None, tensors: Sequence[Tensor | None] = (), d
         return f"there is no kernel for {dtype}"
     present = [tensor for tensor in tensors if tensor is not None]
     places = _PLACES[backend](context, present)
-    return _why_not_there(backend, places) or library.why_not(backend)
+    return _why_not_on(backend, places) or library.why_not(backend)
 
 
 def deformable_conv2d(
@@ -93,16 +93,16 @@ def deformable_conv2d(
     geometry: Geometry,
     dtype: str,
 ) -> Tensor:
-    """The convolution by the kernels, where `can_use` allows it; arguments as of the reference's.
+    """Computes the convolution with the kernels, for calls that `can_use` accepts.
 
     Args:
         inputs: `(N, H, W, C)`.
         kernel: `(kh, kw, C / groups, filters)`.
         offsets: `(N, Ho, Wo, offset_groups * kh * kw * 2)`, in input pixels.
-        mask: `(N, Ho, Wo, offset_groups * kh * kw)`, or `None` for all ones.
+        mask: `(N, Ho, Wo, offset_groups * kh * kw)`, or `None` for a mask of ones.
         bias: `(filters,)` or `None`.
-        geometry: Windows and groups. All arguments are validated by the caller.
-        dtype: Of the result.
+        geometry: Windows and groups. The caller validates all arguments.
+        dtype: Dtype of the result.
 
     Returns:
         `(N, Ho, Wo, filters)`.
@@ -117,20 +117,20 @@ def deformable_conv2d(
 
         call = native_tensorflow.deformable_conv2d
     attributes = make_attributes(geometry, mask is not None, bias is not None)
-    # All but the inputs have the type that sums are taken in.
+    # All tensors except the inputs have the dtype of the sums.
     sums = "float64" if dtype == "float64" else "float32"
     return call(inputs, (kernel, offsets, mask, bias), attributes, dtype, sums)
 
 
 @contextlib.contextmanager
 def portable() -> Iterator[None]:
-    """A scope in which graphs are traced without the fused kernels, so that they run without this package.
+    """Context in which graphs are traced without the fused kernels, so that they run without this package.
 
-    It is for functions that you trace yourself and then freeze, convert or save. Functions traced before it
-    keep the kernels. `keras_das.export`, `model.export`, `tf.saved_model.save`, TensorFlow's LiteRT converter
-    and tf2onnx need no scope if they are given a model, or a `tf.function` that has not been called.
+    Use it for functions that you trace yourself and then freeze, convert or save. Functions that were traced
+    earlier keep the kernels. `keras_das.export`, `model.export`, `tf.saved_model.save`, TensorFlow's LiteRT
+    converter and tf2onnx do not need it for a model, or for a `tf.function` that has not been called.
 
-    The scope covers the current thread only.
+    The context applies to the current thread only.
 
     Example:
 
@@ -146,13 +146,13 @@ def portable() -> Iterator[None]:
 
 
 def load_ops() -> None:
-    """Registers the fused kernels with TensorFlow, so that graphs that contain them can be loaded.
+    """Registers the fused kernels with TensorFlow, which is required to load graphs that contain them.
 
-    Call it before `tf.saved_model.load` if the load fails with "Op type not registered
-    'KerasDas>DeformableConv2D'". Further calls have no effect.
+    Call it before `tf.saved_model.load` if loading fails with "Op type not registered
+    'KerasDas>DeformableConv2D'". Repeated calls have no effect.
 
     Raises:
-        RuntimeError: If there is no kernel library for this TensorFlow. The message says why.
+        RuntimeError: If there is no kernel library for this version of TensorFlow. The message says why.
 
     Example:
 
@@ -164,9 +164,9 @@ def load_ops() -> None:
 
 
 def must_be_portable(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether the graph that is being built must run without the kernel library: an export.
+    """Whether the current graph is traced for an export and must run without the kernel library.
 
-    Keras, TensorFlow and tf2onnx have no hook that would say so; they are seen on the stack.
+    Keras, TensorFlow and tf2onnx have no hook for this, so exports are detected on the call stack.
     """
     if _portable.get():
         return True
@@ -181,7 +181,7 @@ def must_be_portable(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def xla_compiles_for_cpu() -> bool:
-    """Whether what is called here becomes part of a program that XLA compiles for a CPU."""
+    """Whether operations called here become part of a program that XLA compiles for a CPU."""
     if keras.backend.backend() == "tensorflow" and not _tensorflow_in_xla():
         return False
     places = _PLACES.get(keras.backend.backend())
@@ -193,7 +193,7 @@ def _tensorflow_in_xla() -> bool:
 
     if tf.executing_eagerly():
         return False
-    try:  # no public name tells of `jit_compile`
+    try:  # no public function reports `jit_compile`
         from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
     except ImportError:
         return False
@@ -212,8 +212,8 @@ def _is_tracing(tensors: Sequence[Tensor | None]) -> bool:
     return False
 
 
-def _why_not_there(framework: str, places: dict[str, str]) -> str:
-    """Why the kernels cannot run on some kinds of devices, or "". Given what to say of each kind."""
+def _why_not_on(framework: str, places: dict[str, str]) -> str:
+    """Why the kernels cannot run on these kinds of devices, or "". `places` describes each kind."""
     others = {kind: where for kind, where in places.items() if kind != "CPU"}
     for kind, where in others.items():
         if kind not in ("GPU", _UNDECIDED):
@@ -234,17 +234,17 @@ def _why_not_there(framework: str, places: dict[str, str]) -> str:
 
 
 def _tensorflow_places(context: str | None, tensors: Sequence[Tensor]) -> dict[str, str]:
-    """The kinds of devices that a call runs on, and what to say of each."""
+    """The kinds of devices that a call runs on, with a description of each for messages."""
     import tensorflow as tf
 
     if all(device.device_type == "CPU" for device in tf.config.list_logical_devices()):
         return {"CPU": ""}
     if tensors and context in (None, "eager") and tf.executing_eagerly():
-        # Keras' variables, which `keras.ops.convert_to_tensor` leaves as they are, do not say where they lie.
+        # `keras.ops.convert_to_tensor` does not convert Keras variables, which do not report their device.
         asked = [tensor.value if isinstance(tensor, keras.Variable) else tensor for tensor in tensors]
         devices = [tensor.device for tensor in asked]
     else:
-        devices = [tf.constant(0.0).device]  # where this place in the program puts things
+        devices = [tf.constant(0.0).device]  # the default device at this place in the program
     places = {}
     for device in devices:
         kind = tf.DeviceSpec.from_string(device).device_type or _UNDECIDED

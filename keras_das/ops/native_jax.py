@@ -1,4 +1,4 @@
-"""The kernels as XLA FFI calls of JAX, and their gradients. Imported by the first call that they serve."""
+"""The kernels as XLA FFI calls of JAX, and their gradients. Imported when the kernels are first used."""
 
 import functools
 import os
@@ -31,7 +31,7 @@ def _register() -> None:
         jax.ffi.register_ffi_target(_BACKWARD, jax.ffi.pycapsule(backward), platform=platform)
 
 
-_register()  # once: while a module is imported, no other thread imports it
+_register()  # runs once, because the import of a module is locked
 
 
 def deformable_conv2d(
@@ -41,10 +41,10 @@ def deformable_conv2d(
 
     Args:
         inputs: The feature map.
-        others: Kernel, offsets, mask and bias; the last two may be `None`.
-        attributes: Of the op.
-        dtype: Of the result.
-        sums: The dtype that sums are taken in.
+        others: Kernel, offsets, mask and bias. The last two can be `None`.
+        attributes: Attributes of the op.
+        dtype: Dtype of the result.
+        sums: Dtype of the sums.
 
     Returns:
         The output.
@@ -86,7 +86,7 @@ def _gradients_forward(attributes: Attributes, *tensors: Tensor) -> tuple[Sequen
 
 
 def _gradients_backward(attributes: Attributes, saved: Any, upstream: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """By the reference, which can be differentiated any number of times."""
+    """Uses the reference, which can be differentiated any number of times."""
     _, pull_back = jax.vjp(functools.partial(_reference_gradients, attributes), *saved)
     return pull_back(list(upstream))
 
@@ -111,7 +111,7 @@ _gradients.defvjp(_gradients_forward, _gradients_backward)
 
 def _call(target: str, results: Any, attributes: Attributes, tensors: Sequence[Tensor]) -> Any:
     call = jax.ffi.ffi_call(target, results, vmap_method="sequential")
-    # Arrays become arrays of 64-bit integers there, whatever JAX makes of them elsewhere.
+    # The handlers expect 64-bit integers, independently of the precision that JAX is configured with.
     arrays = {
         name: np.array(value, np.int64) if isinstance(value, tuple) else value
         for name, value in attributes._asdict().items()

@@ -1,4 +1,4 @@
-"""The kernels as TensorFlow ops, and their gradients. Imported by the first call that they serve."""
+"""The kernels as TensorFlow ops, and their gradients. Imported when the kernels are first used."""
 
 from typing import Any
 
@@ -17,10 +17,10 @@ def deformable_conv2d(
 
     Args:
         inputs: The feature map.
-        others: Kernel, offsets, mask and bias; the last two may be `None`.
-        attributes: Of the op.
-        dtype: Of the result.
-        sums: The dtype that sums are taken in.
+        others: Kernel, offsets, mask and bias. The last two can be `None`.
+        attributes: Attributes of the op.
+        dtype: Dtype of the result.
+        sums: Dtype of the sums.
 
     Returns:
         The output.
@@ -41,7 +41,7 @@ def _gradient(op: Any, grad_output: Tensor) -> tuple[Tensor, ...]:
 
 @tf.RegisterGradient("KerasDas>DeformableConv2DGrad")
 def _second_gradient(op: Any, *upstream: Tensor) -> tuple[Tensor, ...]:
-    """By the reference, which can be differentiated any number of times."""
+    """Uses the reference, which can be differentiated any number of times."""
     attributes = _attributes(op)
     sums = op.inputs[1].dtype
     given = [tf.cast(tensor, sums) for tensor in op.inputs]

@@ -1,12 +1,12 @@
-"""Deformable convolution in `keras.ops`: every backend, XLA, any order of gradient, bounded memory.
+"""Deformable convolution in `keras.ops`: all backends, XLA, gradients of any order, bounded memory.
 
-A loop takes one tap after another: it is sampled, weighted and added up before the next begins, in the
-gradient too, which samples again rather than keep what the forward pass saw. So the memory at the peak does
-not grow with the number of taps, XLA fuses a tap into few passes over the feature map, and graphs stay small.
+A loop processes one tap at a time: the tap is sampled, weighted and added to the sum. The gradient samples
+again instead of storing the samples of the forward pass. Peak memory is therefore independent of the number
+of taps, XLA needs few passes over the feature map per tap, and graphs stay small.
 
-Everything here is channels last. A position is held as a whole pixel and a fraction, `base + floor(offset)`
-and `offset - floor(offset)`: both are exact in float32, so the weights do not lose digits far from the
-origin.
+Everything in this module is channels last. Positions are stored as an integer and a fraction,
+`base + floor(offset)` and `offset - floor(offset)`. Both are exact in float32, so weights keep their
+precision far from the origin.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,8 +19,8 @@ from keras_das.ops.geometry import Geometry
 
 Tensor = Any
 
-# Zero pixels around the image. One on each side makes every corner of a sample inside readable; the second
-# row on top makes the 2x2 patch at the origin all zeros, which is where samples off the image read.
+# Zero pixels around the image. One on each side makes all corners of the samples inside the image readable.
+# The second row at the top makes the 2x2 patch at the origin zero; samples outside the image read this patch.
 _TOP, _BOTTOM, _LEFT, _RIGHT = 2, 1, 1, 1
 
 
@@ -33,23 +33,23 @@ def deformable_conv2d(
     geometry: Geometry,
     dtype: str,
 ) -> Tensor:
-    """Samples, weights and adds up, tap by tap.
+    """Samples, weights and sums tap by tap.
 
     Args:
         inputs: `(N, H, W, C)`.
         kernel: `(kh, kw, C / groups, filters)`.
         offsets: `(N, Ho, Wo, offset_groups * kh * kw * 2)`, in input pixels.
-        mask: `(N, Ho, Wo, offset_groups * kh * kw)`, or `None` for all ones.
+        mask: `(N, Ho, Wo, offset_groups * kh * kw)`, or `None` for a mask of ones.
         bias: `(filters,)` or `None`.
-        geometry: Windows and groups. All arguments are validated by the caller.
-        dtype: Of the result.
+        geometry: Windows and groups. The caller validates all arguments.
+        dtype: Dtype of the result.
 
     Returns:
         `(N, Ho, Wo, filters)`.
     """
     frame = _Frame(inputs, geometry, "float64" if dtype == "float64" else "float32")
     taps = geometry.taps
-    # Reshaped, a variable has become a tensor, as custom gradients need. Taps come first, to be looped over.
+    # Reshaping turns variables into tensors, as custom gradients require. Taps come first, for the loop.
     tensors = [
         ops.reshape(inputs, (frame.batch, frame.height, frame.width, frame.channels)),
         ops.reshape(kernel, (taps, *kernel.shape[2:])),
@@ -60,11 +60,11 @@ def deformable_conv2d(
 
     @ops.custom_gradient
     def accumulate(*tensors: Tensor) -> tuple[Tensor, Any]:
-        # The forward pass must leave nothing on the tape: the gradient computes afresh what it needs.
+        # The forward pass records nothing on the tape, because the gradient recomputes what it needs.
         output = _forward(frame, *_with_mask([ops.stop_gradient(t) for t in tensors]))
 
         def gradient(*args: Tensor, upstream: Tensor | None = None) -> tuple[Tensor, ...]:
-            # JAX refuses what reshapes make of an empty batch, and torch's `segment_sum` fails on it.
+            # JAX rejects reshaped empty batches, and torch's `segment_sum` fails on them.
             if isinstance(frame.batch, int) and frame.batch == 0:
                 return tuple(ops.zeros(tuple(of.shape), dtype=of.dtype) for of in tensors)
             grad_output = args[0] if upstream is None else upstream
@@ -80,18 +80,18 @@ def deformable_conv2d(
 
 
 def _with_mask(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Inputs, kernel, offsets and mask; the last is `None` where there is none."""
+    """Inputs, kernel, offsets and mask; the mask is `None` if there is none."""
     return (*tensors, None) if len(tensors) == 3 else tuple(tensors)
 
 
 class _Frame:
-    """The sizes of one call: the image, the zeros around it, and the grid of output positions."""
+    """The sizes of one call: the image, its zero padding, and the grid of output positions."""
 
     def __init__(self, inputs: Tensor, geometry: Geometry, dtype: str):
         self.geometry, self.dtype = geometry, dtype
         batch, height, width, self.channels = ops.shape(inputs)
         self.batch, self.height, self.width = map(_wide, (batch, height, width))
-        # Divided before they are widened: LiteRT divides no 64-bit integers.
+        # Divide before widening, because LiteRT cannot divide 64-bit integers.
         out_height, out_width = (
             _wide(geometry.rows.output_size(height)),
             _wide(geometry.columns.output_size(width)),
@@ -99,13 +99,13 @@ class _Frame:
         self.margins = _wide(geometry.rows.pad_before(height)), _wide(geometry.columns.pad_before(width))
         self.grid = (self.batch, out_height, out_width, geometry.offset_groups)
         self.columns_shape = (self.batch, out_height, out_width, self.channels)
-        self.depth = self.channels // geometry.offset_groups  # channels that are read together
+        self.depth = self.channels // geometry.offset_groups  # channels that share a read
         self.padded_height = self.height + _TOP + _BOTTOM
         self.padded_width = self.width + _LEFT + _RIGHT
         self.table_rows = self.batch * self.padded_height * self.padded_width * geometry.offset_groups
 
     def pad(self, inputs: Tensor) -> Tensor:
-        """The image among its zeros, as a table `(rows, depth)` with one row for each read."""
+        """The zero-padded image as a table `(rows, depth)`; a read fetches one row."""
         padded = ops.pad(inputs, ((0, 0), (_TOP, _BOTTOM), (_LEFT, _RIGHT), (0, 0)))
         return ops.reshape(padded, (self.table_rows, self.depth))
 
@@ -116,7 +116,9 @@ class _Frame:
 
 
 class _Sample(NamedTuple):
-    """Where one tap reads. Each field is `(N, Ho, Wo, offset_groups)`, four of them a corner each."""
+    """The positions that one tap samples. Tensors have shape `(N, Ho, Wo, offset_groups)`, tuples one per
+    corner.
+    """
 
     rows: tuple[Tensor, ...]  # in the table of pixels
     weights: tuple[Tensor, ...]
@@ -125,18 +127,18 @@ class _Sample(NamedTuple):
 
 
 def _locate(frame: _Frame, offsets: Tensor, tap: Tensor) -> _Sample:
-    """Turns one tap's offsets into the corners to read and their bilinear weights."""
+    """Converts the offsets of one tap to the corners to read and their bilinear weights."""
     geometry = frame.geometry
     offset_y, offset_x = (ops.cast(ops.take(offsets, axis, axis=-1), frame.dtype) for axis in (0, 1))
     ky, kx = tap // geometry.columns.kernel, tap % geometry.columns.kernel
     floor_y, floor_x = ops.floor(offset_y), ops.floor(offset_x)
     y, fraction_y = _resting_position(frame, ky, axis=1) + floor_y, offset_y - floor_y
     x, fraction_x = _resting_position(frame, kx, axis=2) + floor_x, offset_x - floor_x
-    # False for a NaN.
+    # False for NaN.
     inside = ops.logical_and(_on_image(y, fraction_y, frame.height), _on_image(x, fraction_x, frame.width))
-    # Off the image all corners are zeros, and the fraction is 0, or NaN where the offset was.
+    # Outside the image, all corners are zero and the fraction is 0, or NaN if the offset is NaN.
     is_nan = ops.logical_or(ops.isnan(offset_y), ops.isnan(offset_x))
-    # The NaN is a constant, because tf2onnx writes a selection as products where it sees none.
+    # The NaN is a constant, because tf2onnx otherwise converts the selection to products.
     nan = ops.convert_to_tensor(float("nan"), dtype=frame.dtype)
     elsewhere = ops.where(is_nan, nan, ops.zeros_like(fraction_y))
     fraction_y, fraction_x = (ops.where(inside, f, elsewhere) for f in (fraction_y, fraction_x))
@@ -160,7 +162,7 @@ def _locate(frame: _Frame, offsets: Tensor, tap: Tensor) -> _Sample:
 
 
 def _resting_position(frame: _Frame, k: Tensor, axis: int) -> Tensor:
-    """Where tap row or column `k` reads at offset zero, whole pixels along one axis of the grid."""
+    """The integer positions of tap row or column `k` at offset zero, along one axis of the grid."""
     window = frame.geometry.rows if axis == 1 else frame.geometry.columns
     shape = [1, 1, 1, 1]
     shape[axis] = frame.grid[axis]
@@ -177,7 +179,7 @@ def _forward(frame: _Frame, inputs: Tensor, kernel: Tensor, offsets: Tensor, mas
         masked = _masked(sample.weights, _at_tap(frame, mask, tap))
         columns = 0.0
         for rows, weight in zip(sample.rows, masked, strict=True):
-            columns = columns + _read(frame, table, rows) * _last(weight)
+            columns = columns + _read(frame, table, rows) * _add_last_axis(weight)
         columns = ops.reshape(columns, frame.columns_shape)
         return (output + _apply_kernel(columns, _at_tap(frame, kernel, tap), frame.geometry.groups),)
 
@@ -193,15 +195,15 @@ def _backward(
     def add_tap(tap: Tensor, grad_table: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
         sample = _locate(frame, ops.take(offsets, tap, axis=0), tap)
         modulation, weights = _at_tap(frame, mask, tap), _at_tap(frame, kernel, tap)
-        # What the loss gains from each sampled value, ahead of the mask.
+        # The gradient of the samples before they are multiplied by the mask.
         grad_columns = _apply_kernel_transposed(grad_output, weights, groups)
         grad_columns = ops.reshape(grad_columns, (*frame.grid, frame.depth))
         columns, products = 0.0, []
         for rows, weight in zip(sample.rows, _masked(sample.weights, modulation), strict=True):
             pixels = _read(frame, table, rows)
             products.append(ops.sum(pixels * grad_columns, axis=-1))
-            columns = columns + pixels * _last(weight)
-            grad_table = grad_table + _spread(frame, rows, grad_columns * _last(weight))
+            columns = columns + pixels * _add_last_axis(weight)
+            grad_table = grad_table + _spread(frame, rows, grad_columns * _add_last_axis(weight))
         grad_kernel = _kernel_gradient(ops.reshape(columns, frame.columns_shape), grad_output, groups)
         by_tap = [grad_kernel, _offset_gradient(sample, products, modulation)]
         if modulation is not None:
@@ -220,19 +222,19 @@ def _backward(
 
 
 def _over_taps(frame: _Frame, body: Callable[..., tuple[Tensor, ...]], *state: Tensor) -> tuple[Tensor, ...]:
-    """Runs `state = body(tap, *state)` for each tap, each after the one before."""
+    """Runs `state = body(tap, *state)` for each tap in order."""
     taps = frame.geometry.taps
     if keras.backend.backend() != "tensorflow":
         return ops.fori_loop(0, taps, lambda tap, state: body(tap, *state), state)
     import tensorflow as tf
 
     def step(tap: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        # A graph with open sizes may know less of a shape after the body than before it.
+        # In graphs with unknown sizes, shape inference can know less after the body than before it.
         return tap + 1, *(
             tf.ensure_shape(new, old.shape) for new, old in zip(body(tap, *state), state, strict=True)
         )
 
-    # `ops.fori_loop` would run ten taps ahead in a graph, and XLA could not take its gradient.
+    # `ops.fori_loop` runs up to ten taps in parallel in graphs, and XLA cannot differentiate it.
     loop = tf.while_loop(
         lambda tap, *_: tap < taps,
         step,
@@ -249,7 +251,7 @@ def _at_tap(frame: _Frame, x: Tensor | None, tap: Tensor) -> Tensor | None:
 
 
 def _write(frame: _Frame, x: Tensor, tap: Tensor, value: Tensor) -> Tensor:
-    """`x` with one tap's part replaced; TensorFlow's scatter would not take an empty batch."""
+    """`x` with the part of one tap replaced, without TensorFlow's scatter, which rejects empty batches."""
     taps = frame.geometry.taps
     here = ops.reshape(ops.equal(ops.arange(taps), tap), (taps, *[1] * len(value.shape)))
     return ops.where(here, value[None], x)
@@ -260,13 +262,13 @@ def _masked(weights: tuple[Tensor, ...], modulation: Tensor | None) -> tuple[Ten
 
 
 def _offset_gradient(sample: _Sample, products: list[Tensor], modulation: Tensor | None) -> Tensor:
-    """From what the loss gains from each corner's pixels, what it gains from moving among them."""
+    """The gradient of the offsets, from the gradients of the corners' weights."""
     p00, p01, p10, p11 = products
     fy, fx = sample.fraction_y, sample.fraction_x
     gradient = ops.stack(
         [(1 - fx) * (p10 - p00) + fx * (p11 - p01), (1 - fy) * (p01 - p00) + fy * (p11 - p10)], axis=-1
     )
-    return gradient if modulation is None else gradient * _last(modulation)
+    return gradient if modulation is None else gradient * _add_last_axis(modulation)
 
 
 def _read(frame: _Frame, table: Tensor, rows: Tensor) -> Tensor:
@@ -274,14 +276,14 @@ def _read(frame: _Frame, table: Tensor, rows: Tensor) -> Tensor:
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        pixels = tf.gather(table, rows)  # `ops.take` allows for negative indices, at three operations each
+        pixels = tf.gather(table, rows)  # `ops.take` handles negative indices, at three more operations
     else:
         pixels = ops.take(table, rows, axis=0)
     return ops.cast(pixels, frame.dtype)
 
 
 def _spread(frame: _Frame, rows: Tensor, values: Tensor) -> Tensor:
-    """The transpose of `_read`: adds `values` up where they were read from, in the table's shape."""
+    """The transpose of `_read`: adds `values` at the rows they were read from, in a table of zeros."""
     batch, height, width, groups = frame.grid
     count = batch * height * width * groups
     return ops.segment_sum(
@@ -292,7 +294,7 @@ def _spread(frame: _Frame, rows: Tensor, values: Tensor) -> Tensor:
 
 
 def _apply_kernel(columns: Tensor, weights: Tensor, groups: int) -> Tensor:
-    """`(N, Ho, Wo, C)` by `(C / groups, filters)`: `(N, Ho, Wo, filters)`."""
+    """Multiplies `(N, Ho, Wo, C)` by `(C / groups, filters)`; the result is `(N, Ho, Wo, filters)`."""
     depth, filters = weights.shape
     if groups == 1:
         return ops.matmul(columns, weights)
@@ -307,7 +309,7 @@ def _apply_kernel(columns: Tensor, weights: Tensor, groups: int) -> Tensor:
 
 
 def _apply_kernel_transposed(grad_output: Tensor, weights: Tensor, groups: int) -> Tensor:
-    """`(N, Ho, Wo, filters)` back to `(N, Ho, Wo, C)`."""
+    """The transpose of `_apply_kernel`: maps `(N, Ho, Wo, filters)` to `(N, Ho, Wo, C)`."""
     depth, filters = weights.shape
     if groups == 1:
         return ops.matmul(grad_output, ops.transpose(weights))
@@ -323,7 +325,7 @@ def _apply_kernel_transposed(grad_output: Tensor, weights: Tensor, groups: int) 
 
 
 def _kernel_gradient(columns: Tensor, grad_output: Tensor, groups: int) -> Tensor:
-    """The gradient of `_apply_kernel` for its weights: `(C / groups, filters)`."""
+    """The gradient of `_apply_kernel` with respect to its weights: `(C / groups, filters)`."""
     depth, filters = columns.shape[-1] // groups, grad_output.shape[-1]
     if groups == 1:
         return ops.tensordot(columns, grad_output, axes=[[0, 1, 2], [0, 1, 2]])
@@ -347,18 +349,18 @@ def _on_image(whole: Tensor, fraction: Tensor, size: Any) -> Tensor:
     return ops.logical_and(above, whole < size)
 
 
-def _last(x: Tensor) -> Tensor:
-    """`x[..., None]`, in an operation that LiteRT has for open sizes too."""
+def _add_last_axis(x: Tensor) -> Tensor:
+    """`x[..., None]`, by an operation that LiteRT also supports for unknown sizes."""
     return ops.expand_dims(x, -1)
 
 
 def _wide(size: Any) -> Any:
-    """A size that can be multiplied safely: an int, or 64-bit where the graph leaves it open."""
+    """A size that is safe to multiply: an int, or a 64-bit tensor if the graph does not know the size."""
     return size if isinstance(size, int) else ops.cast(size, "int64")
 
 
 def _index_dtype(rows: Any) -> str:
-    """32-bit row numbers where they are known to suffice, else 64-bit."""
+    """32-bit row indices if they are known to suffice, otherwise 64-bit."""
     if isinstance(rows, int) and rows < 2**31:
         return "int32"
     if keras.backend.backend() == "jax":
