@@ -39,7 +39,7 @@ def export(
     - `"onnx"`: an `.onnx` file of opset 19, with one `DeformConv` per deformable convolution. Borders are the
       same as in this package; the result for a NaN in an offset is unspecified. bfloat16 becomes float32.
       Inputs and outputs are in Keras' order. Requires the extra `export`, and Keras on TensorFlow.
-    - `"litert"`: a `.tflite` file of built-in LiteRT operations, which computes in float32 whatever the model's
+    - `"litert"`: a `.tflite` file of built-in LiteRT operations, which computes in float32 for models of any
       precision. Requires Keras on TensorFlow.
     - `"openvino"`: a folder with `model.xml` and `model.bin`, converted from ONNX, with one
       `DeformableConvolution` per deformable convolution. Requires the extra `export`, and Keras on
