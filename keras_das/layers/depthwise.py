@@ -23,11 +23,11 @@ class DepthwiseConv2D(keras.layers.DepthwiseConv2D):
         """Convolves the input, with the arguments and the result of Keras' layer."""
         if native.xla_compiles_for_cpu():
             return depthwise_by_shifts(inputs, self.kernel[..., 0])
-        kernel = _without_gradient_of_nothing(ops.convert_to_tensor(self.kernel), ops.shape(inputs)[0])
+        kernel = _zero_gradient_if_empty(ops.convert_to_tensor(self.kernel), ops.shape(inputs)[0])
         return ops.depthwise_conv(inputs, kernel, padding=self.padding, data_format=self.data_format)
 
 
-def _without_gradient_of_nothing(kernel: Tensor, batch: Any) -> Tensor:
+def _zero_gradient_if_empty(kernel: Tensor, batch: Any) -> Tensor:
     """Returns the kernel. Its gradient is 0 if the batch is empty.
 
     TensorFlow (2.21, on CPUs without AVX-512) returns uninitialized memory as the gradient in this case.
