@@ -16,7 +16,14 @@ from keras_das import cli, visualize
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))]
 WITH_CODE = ["README.md", "examples/serve.md", *DOCS]
-DOCUMENTS = [*WITH_CODE, "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/RESULTS.md"]
+DOCUMENTS = [
+    *WITH_CODE,
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "benchmarks/METHOD.md",
+    "benchmarks/RESULTS.md",
+    "examples/README.md",
+]
 
 _BLOCK = re.compile(
     r"^(?:<!-- no-run: (?P<reason>\S[^\n]*) -->\n)?```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
