@@ -29,9 +29,9 @@ SIZE = (96, 128)
 def served(tmp_path_factory):
     """The folder of a SavedModel, three photographs, and their best classes by Keras."""
     folder = tmp_path_factory.mktemp("serving") / "1"
-    keras.utils.set_random_seed(11)  # one that tells the photographs apart
+    keras.utils.set_random_seed(40)  # one that tells the photographs apart
     model = classifier(size=SIZE)
-    randomize(model, np.random.default_rng(11))
+    randomize(model, np.random.default_rng(40))
     model.layers[0].kernel.assign(model.layers[0].kernel / 50)  # for pixels of 0..255
     photographs = [skimage.data.astronaut(), skimage.data.chelsea(), skimage.data.coffee()]
     pictures = [np.array(Image.fromarray(pixels).resize(SIZE[::-1])) for pixels in photographs]
