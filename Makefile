@@ -37,7 +37,7 @@ $(DEMO_MODEL):
 	@echo '$@ does not exist yet; training it with `make demo`.'
 	$(MAKE) demo
 
-DEMO := --backbone resnet18 --data trees --image-size 64 --batch-size 32 --epochs 4 --progress bar $(DEMO_ARGS)
+DEMO := --backbone resnet18 --data trees --image-size 64 --batch-size 32 --epochs 3 --progress bar $(DEMO_ARGS)
 DEMO_DETECT := --backbone resnet18 --data trees --image-size 256 --head-layers 1 --batch-size 4 --epochs 9 --progress bar $(DEMO_ARGS)
 
 test: lint test-fast ## Lint, type-check, and run the fast tests: every behaviour of the package, in minutes
