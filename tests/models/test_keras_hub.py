@@ -1,9 +1,12 @@
 """Gated KerasHub backbones: backbones of the library in every way that it uses them."""
 
+import pathlib
+
 import keras
 import numpy as np
 import pytest
 
+from keras_das import DASLayer
 from keras_das.models import attach_das
 from tests.models.backbones import (
     SMALL_GATE,
@@ -18,6 +21,7 @@ from tests.models.backbones import (
 
 keras_hub = pytest.importorskip("keras_hub")
 
+DATA = pathlib.Path(__file__).parents[1] / "data"
 LEVELS = ["P2", "P3", "P4", "P5"]
 GATES = ["das_p2", "das_p3", "das_p4", "das_p5"]
 
@@ -223,3 +227,12 @@ def test_tasks_are_refused():
     classifier = keras_hub.models.ImageClassifier(hub_resnet(), num_classes=3)
     with pytest.raises(ValueError, match=r"attach_das\(task.backbone\)"):
         attach_das(classifier)
+
+
+def test_a_preset_of_version_0_1():
+    """A preset of a gated backbone from before `norm` existed gives the outputs that it had, to rounding."""
+    expected = np.load(DATA / "expected_0_1.npz")
+    backbone = keras_hub.models.Backbone.from_preset(str(DATA / "preset_0_1"))
+    assert {layer.norm for layer in backbone.layers if isinstance(layer, DASLayer)} == {"channels"}
+    outputs, wanted = backbone(expected["preset_images"]), expected["preset_outputs"]
+    np.testing.assert_allclose(outputs, wanted, rtol=1e-3, atol=1e-4 * np.abs(wanted).max())
