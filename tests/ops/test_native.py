@@ -663,7 +663,7 @@ def test_graphs_refuse_what_they_can_see(hidden, message):
 )
 def test_exports_hold_no_kernel(rng, tmp_path, how, implementation, monkeypatch):
     if how == "keras_das.export":  # needs not be recognised
-        monkeypatch.setattr(native, "_KERAS_EXPORTS", "nothing of this name")
+        monkeypatch.setattr(native, "_EXPORTERS", ("nothing of this name",))
     layer = keras_das.DeformableConv2D(
         3, (1, 2), offset_initializer="random_normal", implementation=implementation
     )
