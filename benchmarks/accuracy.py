@@ -62,7 +62,8 @@ def _start_worker(key: tuple[str, str, int], arguments: list[str]) -> str | None
     """Runs one variant in a separate process, and returns its line."""
     command = [sys.executable, __file__, "worker", *map(str, key), *arguments]
     threads = {f"TF_NUM_{kind}_THREADS": "1" for kind in ("INTRAOP", "INTEROP")}
-    environment = {**os.environ, **threads, "OMP_NUM_THREADS": "1"}
+    # TensorFlow enables oneDNN by default only on some processors. It is a third faster on the others.
+    environment = {**os.environ, **threads, "OMP_NUM_THREADS": "1", "TF_ENABLE_ONEDNN_OPTS": "1"}
     log = _log(*key)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
