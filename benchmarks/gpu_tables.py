@@ -23,7 +23,7 @@ def lines(document: Document) -> list[str]:
         *_outcomes(document["outcomes"]),
     ]
     if operations := merge_operations(document["outcomes"]):
-        found += ["", "### What was asked for", "", *targets(document, operations)]
+        found += ["", "### Targets", "", *targets(document, operations)]
     for merged in operations:
         found += ["", *report.op_lines(merged)]
     for mode in ("training", "inference"):

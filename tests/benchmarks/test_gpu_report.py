@@ -96,7 +96,7 @@ def test_rehearsal(tmp_path):
             assert all(cell["milliseconds"] > 0 for cell in cells)
     assert [line["variant"] for line in found["worth-training"]["result"]["lines"]] == ["none", "DAS"]
     for heading in (
-        "What was asked for",
+        "Targets",
         "depthwise, forward and backward",
         "inference",
         "Pictures of noise",

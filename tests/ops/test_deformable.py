@@ -37,7 +37,7 @@ def test_values_and_gradients(rng, case, dtype, data_format, implementation):
     assert_as_expected(case, tensors, dtype, outputs, gradients)
 
 
-@pytest.mark.parametrize("count", [4, pytest.param(80, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [4, pytest.param(24, marks=pytest.mark.slow)])
 def test_random_choices(rng, count, implementation):
     """Cases with another dtype and data format than above."""
     for _ in range(count):

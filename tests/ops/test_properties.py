@@ -70,7 +70,7 @@ def test_some_geometries(implementation, **example):
 
 
 @pytest.mark.slow
-@settings(max_examples=100, **SETTINGS)
+@settings(max_examples=40, **SETTINGS)
 @given(**GIVEN)
 def test_any_geometry(implementation, **example):
     check_geometry(implementation, **example)
