@@ -12,7 +12,11 @@ import report
 
 HERE = pathlib.Path(__file__).parent
 Line = dict[str, Any]
-_BASES = ("none", "SE")
+_BASES = ("none", "SE", "the same layers, added")
+_PAIRS = {  # of one form of the gate, with learned offsets and without
+    "DAS": "DAS, offsets frozen at 0",
+    "DAS, dilation 2, slow offsets": "DAS, dilation 2, offsets frozen at 0",
+}
 
 
 def write(record: Sequence[Line], titles: Mapping[str, str]) -> None:
@@ -79,7 +83,19 @@ def _accuracy(lines: Sequence[Line]) -> list[str]:
     heading = ["attention", "test accuracy, %", "by seed"]
     heading += [f"minus {base}, 95 % interval" for base in _BASES]
     heading += ["parameters, k", "multiply-adds, M", "step, ms"]
-    return report.table([*heading, *(["Grad-CAM, area under ROC"] if with_boxes else [])], rows)
+    table = report.table([*heading, *(["Grad-CAM, area under ROC"] if with_boxes else [])], rows)
+    return table + _learned_minus_frozen(scores)
+
+
+def _learned_minus_frozen(scores: Mapping[str, Mapping[int, float]]) -> list[str]:
+    """A line for each form of the gate that was trained with learned offsets and without."""
+    found = {
+        learned: _difference(scores, learned, frozen)
+        for learned, frozen in _PAIRS.items()
+        if learned in scores and frozen in scores
+    }
+    lines = [f"- {learned}: {text}" for learned, text in found.items() if text != "-"]
+    return ["", "Learned offsets minus frozen ones, 95 % interval:", "", *lines] if lines else []
 
 
 def _spread(values: Sequence[float]) -> str:

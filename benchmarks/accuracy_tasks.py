@@ -146,16 +146,14 @@ def _small_resnet(size: int, weights: pathlib.Path | None) -> Trunk:
     return Trunk(keras.Model(inputs, x, name="trunk"), stages)
 
 
-def _resnet18(size: int, weights: pathlib.Path | None) -> Trunk:
+def resnet18_backbone(size: int | None, weights: pathlib.Path) -> keras.Model:
     """KerasHub's ResNet of basic blocks with ImageNet weights, from an archive of arrays.
 
     The archive contains `stem` and `stageS/blockB/{conv1,conv2,shortcut}`, each with `kernel`, `gamma`,
-    `beta`, `moving_mean` and `moving_variance`, and `mean_rgb`.
+    `beta`, `moving_mean` and `moving_variance`, and `mean_rgb`, which the caller subtracts from the pixels.
     """
     import keras_hub
 
-    if weights is None:
-        raise SystemExit("--weights is required: the archive of the ResNet-18's weights")
     arrays = np.load(weights)
     backbone = keras_hub.models.ResNetBackbone(
         input_conv_filters=[64],
@@ -168,10 +166,19 @@ def _resnet18(size: int, weights: pathlib.Path | None) -> Trunk:
     )
     for name in sorted({key.rpartition("/")[0] for key in arrays} - {""}):
         _fill(backbone, name, arrays)
+    return backbone
+
+
+def _resnet18(size: int, weights: pathlib.Path | None) -> Trunk:
+    """The network of `resnet18_backbone`, as one graph that subtracts the mean itself."""
+    if weights is None:
+        raise SystemExit("--weights is required: the archive of the ResNet-18's weights")
+    backbone = resnet18_backbone(size, weights)
     inputs = keras.Input((size, size, 3), name="image")
     stages = [tensor._keras_history.operation.name for tensor in backbone.pyramid_outputs.values()]
     layers = keras.Model(backbone.input, backbone.output, name="resnet18")
-    shift = keras.layers.Rescaling(1.0, (-arrays["mean_rgb"]).tolist(), name="mean")
+    mean = np.load(weights)["mean_rgb"]
+    shift = keras.layers.Rescaling(1.0, (-mean).tolist(), name="mean")
     shifted = keras.Model(inputs, layers(shift(inputs)), name="trunk")
     return Trunk(_flat(shifted, layers, shift), stages)
 

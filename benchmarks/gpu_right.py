@@ -16,7 +16,12 @@ from bench_model import BOUND
 from problem import largest_error
 
 Result = dict[str, Any]
-_RANDOM = {"eager": 400, "graph": 8, "xla": 16, "jax": 16}  # random problems on a GPU; on a CPU a hundredth, and one
+_RANDOM = {
+    "eager": 400,
+    "graph": 8,
+    "xla": 16,
+    "jax": 16,
+}  # random problems on a GPU; on a CPU a hundredth, and one
 
 
 def op(device: str) -> Result:

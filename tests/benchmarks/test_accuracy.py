@@ -12,6 +12,7 @@ import clutter
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import keras_das
 
@@ -41,10 +42,16 @@ def test_what_is_in_the_record_is_not_run_again(record, monkeypatch, capsys):
     assert started == [("clutter", "DAS", 0), ("clutter", "DAS", 1)]
 
 
-@pytest.mark.slow
-def test_a_worker_that_ends_badly_is_no_result(record):
-    assert accuracy._start_worker(("woof", "none", 0), ["--data", "/no/such/folder"]) is None
-    assert "/no/such/folder" in accuracy._log("woof", "none", 0).read_text()
+def test_a_worker_that_ends_badly_is_no_result(record, monkeypatch, tmp_path):
+    script = tmp_path / "worker.py"
+    monkeypatch.setattr(accuracy, "__file__", str(script))
+    key = ("woof", "none", 0)
+    script.write_text("import sys; print('epoch 1'); print(*sys.argv[1:])")
+    assert accuracy._start_worker(key, ["--data", "dogs"]) == "worker woof none 0 --data dogs"
+    assert "epoch 1" in accuracy._log(*key).read_text()
+    script.write_text("import sys; print('epoch 1'); sys.exit('no folder')")
+    assert accuracy._start_worker(key, []) is None
+    assert "no folder" in accuracy._log(*key).read_text()
 
 
 def test_paired_interval():
@@ -54,6 +61,13 @@ def test_paired_interval():
     assert mean == 2
     assert (high - mean, mean - low) == pytest.approx((4.302653 / np.sqrt(3),) * 2)
     assert accuracy_report.compare({0: 1.0}, base) is None
+
+
+def test_learned_offsets_beside_frozen_ones():
+    scores = {"DAS": {0: 3.0, 1: 5.0}, "DAS, offsets frozen at 0": {0: 2.0, 1: 4.0}, "SE": {0: 9.0}}
+    lines = accuracy_report._learned_minus_frozen(scores)
+    assert lines[-1] == "- DAS: +1.00 (+1.00 to +1.00)"
+    assert accuracy_report._learned_minus_frozen({"DAS": {0: 3.0, 1: 5.0}}) == []
 
 
 # Tasks
@@ -154,8 +168,22 @@ def test_bounded_offsets(rng):
     assert 1.5 < np.abs(offsets).max() <= 2
 
 
+# TensorFlow warns that functions of tf.data are graphs nevertheless.
+EAGERLY = pytest.mark.filterwarnings("ignore:Even though the `tf.config:UserWarning")
+
+
+@pytest.fixture
+def eagerly():
+    """Tracing graphs takes longer than running them on a few small images."""
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
+
+
 @pytest.mark.slow
-def test_one_run_and_its_report(trunk, rng, tmp_path):
+@EAGERLY
+@pytest.mark.usefixtures("eagerly")
+def test_one_run_and_its_report(trunk, rng):
     split = accuracy_tasks.Split(
         rng.integers(256, size=(16, 18, 18, 3), dtype="uint8"),
         np.arange(16) % 2,
@@ -178,7 +206,8 @@ def test_one_run_and_its_report(trunk, rng, tmp_path):
     assert f"| {das['gates'][0]['name']}, 7x7 |" in text
 
 
-@pytest.mark.slow
+@EAGERLY
+@pytest.mark.usefixtures("eagerly")
 def test_a_frozen_trunk_keeps_its_weights(trunk, rng):
     split = accuracy_tasks.Split(rng.integers(256, size=(8, 16, 16, 3), dtype="uint8"), np.arange(8) % 2)
     recipe = accuracy_tasks.Recipe(1, 8, "adamw", 1e-2, 1e-3, frozen=True)
