@@ -84,7 +84,7 @@ test-gpu: $(VENV)/.test ## The kernels on an NVIDIA GPU: the oracle's cases, tra
 gpu-report: DEVICE ?= gpu
 gpu-report: BUDGET ?= 540
 gpu-report: OUTPUT ?= runs/$(DEVICE)
-gpu-report: $(VENV)/.test $(if $(filter cpu,$(DEVICE)),$(VENV)/.all-kernels) ## On an NVIDIA GPU: is it right, fast, worth it? BUDGET=540 (seconds) DATA=woof:FOLDER; DEVICE=cpu rehearses
+gpu-report: $(VENV)/.test $(if $(filter cpu,$(DEVICE)),$(VENV)/.all-kernels) ## Verify and measure on an NVIDIA GPU: BUDGET=540 (seconds) DATA=woof:FOLDER; DEVICE=cpu rehearses it
 	$(if $(filter cpu,$(DEVICE)),,$(RUN) -m keras_das build --framework all --cuda)
 	$(RUN) benchmarks/gpu_report.py --device $(DEVICE) --budget $(BUDGET) $(addprefix --data ,$(DATA)) --output $(OUTPUT)
 

@@ -55,7 +55,7 @@ def main():
                 for cell in cells:
                     document["versions"][cell["contender"]] = cell.pop("versions", {})
                 document["cells"] += cells
-                write_json(options.output, document)  # for what ends before its time
+                write_json(options.output, document)  # keeps the results of an interrupted run
     report.print_model(document)
     write_json(options.output, document)
     print(f"\nwritten to {options.output}")

@@ -43,7 +43,7 @@ from problem import DTYPES, GPU_SHAPES, MODES, OPERATIONS, SHAPES, Problem
 sys.path.append(str(pathlib.Path(__file__).parents[1]))
 from tests import oracle
 
-# Worst deviation allowed, relative to a tensor's largest value: peers compute positions in float16, too.
+# The largest deviation relative to the largest value: some alternatives compute positions in float16.
 SMALL, SMALL_BOUND = "2x7x6x8", {"float32": 1e-5, "float16": 5e-2}
 # float32 sums of up to 25,600 terms, each in an order of its own. In float16, some peers have no positions
 # between pixels far from the corner.
@@ -69,7 +69,7 @@ def main():
     problems = [(o, mode, shape) for o in options.op for mode in options.mode for shape in options.shapes[o]]
     # A problem's tensors serve one mode after the other.
     in_order = sorted(problems, key=lambda problem: (options.op.index(problem[0]), problem[2]))
-    # Kernels are measured by the others, not the others by them.
+    # The kernels are compared with the others, not vice versa.
     contenders = sorted(options.contenders, key=lambda name: CONTENDERS[name].native)
     with tempfile.TemporaryDirectory() as folder:
         expected = {operation: write_expected(operation, options.dtype, folder) for operation in options.op}
@@ -79,7 +79,7 @@ def main():
                 document["rates"] = measure_gpu(workers) or document["rates"]
             for problem in in_order:
                 document["cells"] += time_cell(workers, *problem, options, folder)
-                write_json(options.output, document)  # for what ends before its time
+                write_json(options.output, document)  # keeps the results of an interrupted run
             for worker in workers:
                 worker.close()
     document["cells"].sort(key=lambda cell: problems.index((cell["op"], cell["mode"], cell["shape"])))
@@ -101,7 +101,7 @@ def parse_arguments():
     add("--mode", type=comma_separated(MODES), default=MODES, help=",".join(MODES))
     add("--dtype", choices=DTYPES, default="float32")
     add("--device", choices=list(DEVICES), default="cpu")
-    add("--no-rates", dest="rates", action="store_false", help="do not measure what the CPU can do")
+    add("--no-rates", dest="rates", action="store_false", help="do not measure the peak rates of the CPU")
     alone_help = "one contender after another, as on a GPU, rather than all in turn"
     add("--alone", action="store_true", help=alone_help)
     add("--shapes", type=lambda text: text.split(","), help="shapes of the inputs: NxHxWxC,...")

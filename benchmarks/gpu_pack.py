@@ -1,12 +1,12 @@
-"""Packs what gpu_report.py needs on a machine without a network that takes files in small transfers.
+"""Packs the files that gpu_report.py needs on a GPU machine without a network.
 
     python benchmarks/gpu_pack.py build/gpu_pack --data woof:FOLDER [--arch sm_90] [--python 3.12]
 
-What is packed: kernel libraries with CUDA, the peers' packages, and images to train on. nvcc compiles the
-libraries here, for the versions of TensorFlow and JAX that are installed here: the other machine must have
-the same ones. The pack is written to folders OUTPUT/part0, part1, ... of at most 60 MiB each. The commands to
-type on the other machine are printed, and are in OUTPUT/COMMANDS. That machine must have this repository,
-TensorFlow or JAX, and torch.
+The pack contains kernel libraries with CUDA, the packages of the alternatives, and training images. nvcc
+compiles the libraries on this machine for the installed versions of TensorFlow and JAX, so the GPU machine
+must have the same versions. The pack is written to folders OUTPUT/part0, part1, ... of at most 60 MiB each.
+The commands for the GPU machine are printed and written to OUTPUT/COMMANDS. That machine must have this
+repository, TensorFlow or JAX, and torch.
 """
 
 import argparse
@@ -31,12 +31,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("output", type=pathlib.Path, help="a folder, which may not exist yet")
+    add("output", type=pathlib.Path, help="output folder; it must not exist")
     add("--data", help="woof:FOLDER or dogs:FOLDER, with train/ and test/")
-    add("--arch", default="sm_90", help="the GPU's architecture (default: sm_90)")
-    add("--python", default="3.12", help="the other machine's Python (default: 3.12)")
-    add("--libraries", type=pathlib.Path, help="a folder of libraries that are built, to build none")
-    add("--mib", type=int, default=60, help="size of a part (default: 60)")
+    add("--arch", default="sm_90", help="architecture of the GPU (default: sm_90)")
+    add("--python", default="3.12", help="Python version of the GPU machine (default: 3.12)")
+    add("--libraries", type=pathlib.Path, help="folder of libraries that are built already")
+    add("--mib", type=int, default=60, help="largest size of a part in MiB (default: 60)")
     options = parser.parse_args()
     data = data_folder(parser, options.data)
     options.output.mkdir(parents=True)
@@ -56,14 +56,14 @@ def main() -> None:
 
 
 def build_libraries(folder: pathlib.Path, arch: str) -> pathlib.Path:
-    """The kernel libraries of the frameworks that are installed, with CUDA kernels."""
+    """Builds the kernel libraries of the installed frameworks with CUDA kernels."""
     build = [sys.executable, "-m", "keras_das", "build", "--framework", "all", "--cuda", "--arch", arch]
     subprocess.run([*build, "--output", str(folder)], check=True)
     return folder
 
 
 def download_peers(folder: pathlib.Path, python: str) -> pathlib.Path:
-    """The peers' wheels, unpacked: a folder to have on PYTHONPATH."""
+    """Downloads and unpacks the wheels of the alternatives into a folder for PYTHONPATH."""
     wheels, site = folder / "wheels", folder / "site"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     command += ["--implementation", "cp", "--python-version", python, "--dest", str(wheels)]
@@ -77,7 +77,7 @@ def download_peers(folder: pathlib.Path, python: str) -> pathlib.Path:
 
 
 def write_parts(contents: dict[str, pathlib.Path], output: pathlib.Path, size: int) -> list[pathlib.Path]:
-    """One archive, in files of at most that size, each in a folder of its own."""
+    """Writes one archive in files of at most `size` bytes, each in its own folder."""
     parts = []
     with tempfile.TemporaryFile() as archive:
         with tarfile.open(fileobj=archive, mode="w:gz") as tar:
@@ -93,18 +93,18 @@ def write_parts(contents: dict[str, pathlib.Path], output: pathlib.Path, size: i
 
 
 def commands(parts: list[pathlib.Path], task: str) -> list[str]:
-    """What to type on the other machine, in the repository's folder."""
+    """The commands for the GPU machine, in the folder of the repository."""
     report = ["python3", "benchmarks/gpu_report.py", "--budget", "540", "--output", "runs/gpu"]
     if task:
         report += ["--data", f"{task}:{THERE}/data"]
     return [
         f"# After the transfer of each of {len(parts)} parts:",
         f"mkdir -p {THERE} && cp PART/pack.* {THERE}/",
-        "# When all are there:",
+        "# After all transfers:",
         f"cat {THERE}/pack.* | tar -xz -C {THERE}",
         f"export KERAS_DAS_CACHE={THERE}/libraries PYTHONPATH={THERE}/site:$PYTHONPATH",
         shlex.join(report),
-        "# To resume it, with its phases or one of them (--phases right), type the last command again.",
+        "# To resume the report, or to run one phase of it (--phases right), repeat the last command.",
     ]
 
 

@@ -1,4 +1,4 @@
-"""What gpu_report.py runs, in the order of its worth: on a GPU, or on toy sizes on a CPU, to rehearse."""
+"""The checks of gpu_report.py in order of priority, for a GPU or, with small sizes, for a CPU."""
 
 import os
 import pathlib
@@ -8,13 +8,13 @@ from gpu_runner import Check
 
 HERE = pathlib.Path(__file__).parent
 PHASES = ("right", "fast", "worth")
-# Of the budget. A CPU takes its time to compile, whatever is then computed.
+# Shares of the budget. On a CPU, compilation dominates.
 SHARES = {"gpu": (150 / 540, 150 / 540, 240 / 540), "cpu": (0.45, 0.35, 0.2)}
 TENSORFLOW, JAX = {"KERAS_BACKEND": "tensorflow"}, {"KERAS_BACKEND": "jax", "JAX_ENABLE_X64": "1"}
-# What runs once needs no program that is tuned for it. The machine may need flags of its own.
+# Autotuning does not pay for programs that run once. Flags of the machine are kept.
 UNTUNED = {**TENSORFLOW, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()}
 
-RIGHT = {  # what a check is expected to take on a GPU, in seconds
+RIGHT = {  # expected seconds on a GPU
     "xla": 25,
     "op": 25,
     "training-mixed_bfloat16": 30,
@@ -23,7 +23,7 @@ RIGHT = {  # what a check is expected to take on a GPU, in seconds
     "jax": 15,
     "determinism": 15,
 }
-# Contender and dtype, with the seconds. Loops show what kernels take, eager calls what starting one takes.
+# Expected seconds by contender and dtype. Loops measure the kernels, eager calls the launch overhead.
 FAST = {
     ("native-xla-loop", "float32"): 25,
     ("deformops", "float32"): 20,
@@ -38,11 +38,11 @@ FAST = {
     ("dcnv4", "float32"): 15,
 }
 _OPERATIONS = {"native-xla-loop": "depthwise,dense,aggregation", "dcnv4": "aggregation"}
-_AFTER = ("torchvision", "float32")  # comes the model
+_AFTER = ("torchvision", "float32")  # the models run after this check
 MODEL = {"training": 60, "inference": 45}
-# Not rehearsed: they differ from what is by an argument.
+# Not rehearsed: they differ from the rehearsed check only in an argument.
 _MORE_POLICIES = ("training-float32", "training-mixed_float16")
-_TOY = 15.0  # seconds for a toy
+_TOY = 15.0  # expected seconds of each check in a rehearsal
 
 
 def checks(device: str, data: str | None) -> Iterator[Check]:
@@ -50,7 +50,7 @@ def checks(device: str, data: str | None) -> Iterator[Check]:
 
     Args:
         device: "gpu" or "cpu".
-        data: What `gpu_worth.py` trains on: TASK:FOLDER.
+        data: Training images of `gpu_worth.py` as TASK:FOLDER.
     """
     for name, seconds in RIGHT.items():
         if device == "gpu" or name not in _MORE_POLICIES:

@@ -1,19 +1,18 @@
-"""Everything about a GPU in one command: is it right, is it fast, is it worth it?
+"""Verifies and measures the package on a GPU in one command.
 
     python benchmarks/gpu_report.py --budget 540 --data woof:FOLDER     # on a machine with an NVIDIA GPU
-    python benchmarks/gpu_report.py --device cpu --budget 200           # the same on toy sizes: a rehearsal
+    python benchmarks/gpu_report.py --device cpu --budget 200           # a rehearsal with small sizes
     python benchmarks/report.py runs/gpu/report.json                    # into RESULTS.md
 
-Three phases: the kernels, layers and trainings are right; the operation and a ResNet-50 beside their peers;
-trainings with attention and without. Each has its share of the budget, which is in seconds, and leaves what
-it does not use to the next. A check is a process of its own with a time limit. OUTPUT/report.jsonl has its
-outcome as soon as it has ended, and OUTPUT/checks what it printed. Type the command again to resume an
-interrupted report: it runs what has not passed yet. A new report begins if the package's sources, the GPU or
-the data have changed.
+The report has three phases: "right" verifies kernels, layers and training steps; "fast" compares the speed of
+the operation and of a ResNet-50 with alternatives; "worth" trains classifiers with and without attention.
+Each phase has a share of the budget, and the next phase inherits the time that it does not use. Each check
+runs in a separate process with a time limit. OUTPUT/report.jsonl records the outcome of every finished check,
+and OUTPUT/checks contains their output. Repeat the command to resume an interrupted report: checks that have
+passed are not repeated. A new report starts if the package's sources, the GPU or the data have changed.
 
-Needs TensorFlow, or JAX for what runs on it, and a kernel library (`keras-das build --cuda --framework all`).
-Peers that are not installed are absent from the tables. `gpu_pack.py` packs what a machine without a network
-needs.
+Requires TensorFlow or JAX, and a kernel library (`keras-das build --cuda --framework all`). Alternatives that
+are not installed are omitted. `gpu_pack.py` packs the files for a machine without a network.
 """
 
 import argparse
@@ -47,7 +46,7 @@ def main() -> int:
     folder.mkdir(exist_ok=True)
     start = functools.partial(gpu_runner.start_process, folder=folder)
     gpu_runner.run(checks, journal, ends, start)
-    # With those of other phases, which an earlier run has done.
+    # Including the outcomes of phases that an earlier run completed.
     everything = list(gpu_plan.checks(options.device, options.data))
     document = {
         "benchmark": "gpu-report",
@@ -69,9 +68,9 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--budget", type=float, default=540, help="seconds in all (default: 540)")
+    add("--budget", type=float, default=540, help="total time in seconds (default: 540)")
     add("--device", choices=list(gpu_plan.SHARES), default="gpu")
-    add("--data", help="what to train on: woof:FOLDER or dogs:FOLDER, with train/ and test/")
+    add("--data", help="training images: woof:FOLDER or dogs:FOLDER, with train/ and test/")
     phases = ",".join(gpu_plan.PHASES)
     add("--phases", type=harness.comma_separated(gpu_plan.PHASES), default=gpu_plan.PHASES, help=phases)
     add("--output", type=pathlib.Path, default=ROOT / "runs" / "gpu", help="a folder (default: runs/gpu)")
@@ -81,7 +80,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def data_folder(parser: argparse.ArgumentParser, text: str | None) -> str | None:
-    """The value of `--data` with the folder's whole path; an error of the parser if it is none."""
+    """The value of `--data` with an absolute path; exits with an error if it is invalid."""
     if text is None:
         return None
     task, _, folder = text.partition(":")
@@ -94,14 +93,14 @@ def data_folder(parser: argparse.ArgumentParser, text: str | None) -> str | None
 
 
 def prepare_environment(device: str) -> None:
-    """What all checks have in their environment."""
+    """Sets the environment variables of all checks."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ |= {**harness.DEVICES[device], "PYTHONPATH": os.pathsep.join(paths)}
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
 def phase_ends(device: str, phases: list[str], now: float, budget: float) -> dict[str, float]:
-    """When each phase ends: the budget is shared among those that run."""
+    """The end of each phase on the clock: the selected phases share the budget."""
     shares = dict(zip(gpu_plan.PHASES, gpu_plan.SHARES[device], strict=True))
     chosen = [phase for phase in gpu_plan.PHASES if phase in phases]
     whole, so_far, ends = sum(shares[phase] for phase in chosen), 0.0, {}
@@ -112,7 +111,7 @@ def phase_ends(device: str, phases: list[str], now: float, budget: float) -> dic
 
 
 def about(options: argparse.Namespace) -> dict[str, str]:
-    """What a report is of: an interrupted one resumes if this is the same."""
+    """The subject of a report. An interrupted report can be resumed if it is unchanged."""
     hashed = hashlib.sha256()
     for path in sorted((ROOT / "keras_das").rglob("*")):
         if path.suffix in (".py", ".cc", ".h"):

@@ -1,6 +1,6 @@
-"""A check of gpu_report.py that results are right: `python gpu_right.py NAME DEVICE RESULT`.
+"""Verifies results for gpu_report.py: `python gpu_right.py NAME DEVICE RESULT`.
 
-One that fails ends with the error's trace. It writes no RESULT then.
+A check that fails ends with a traceback and writes no RESULT.
 """
 
 import functools
@@ -21,17 +21,17 @@ _RANDOM = {
     "graph": 8,
     "xla": 16,
     "jax": 16,
-}  # random problems on a GPU; on a CPU a hundredth, and one
+}  # random problems on a GPU; a CPU gets a hundredth, and one more
 
 
 def op(device: str) -> Result:
-    """TensorFlow's op, eagerly and in graphs, and layers called eagerly."""
+    """The TensorFlow op, eagerly and in graphs, and layers called eagerly."""
     _require("tensorflow", device)
     return {**kernels("eager", device), **kernels("graph", device), **layers()}
 
 
 def xla(device: str) -> Result:
-    """The op in programs of XLA, forward and backward."""
+    """The op in XLA programs, forward and backward."""
     _require("tensorflow", device)
     return kernels("xla", device)
 
@@ -54,7 +54,7 @@ def kernels(binding: str, device: str) -> Result:
     for case, dtype, data_format in chosen:
         try:
             _hold(compute, case, dtype, data_format, rng)
-        except Exception as error:  # whatever a framework raises: the other problems are tried as well
+        except Exception as error:  # any error of a framework; the other problems still run
             wrong.append(f"{case!r}, {dtype}, {data_format}: {harness.in_one_line(error)}")
     if wrong:
         wrong.append(f"{binding}: {len(wrong)} of {len(chosen)} problems are wrong")
@@ -74,7 +74,7 @@ def _hold(compute, case, dtype, data_format, rng) -> None:
 
 
 def layers() -> Result:
-    """Layers called eagerly give what they do on the reference, and the same gradients."""
+    """Outputs and gradients of eager layers agree with those of the reference implementation."""
     import keras_das
 
     images = np.random.default_rng(0).normal(size=(2, 9, 8, 32)).astype("float32")
@@ -107,13 +107,13 @@ def _outputs_and_gradients(make, images) -> list[np.ndarray]:
         outputs = layer(images)
         loss = tf.reduce_sum(tf.cast(outputs, "float32") ** 2)
     gradients = tape.gradient(loss, layer.trainable_variables)
-    # Some gradients are 0 but for rounding: all are compared with the largest.
+    # Some gradients are zero up to rounding, so errors are relative to the largest gradient.
     flat = np.concatenate([np.ravel(np.asarray(g, "float64")) for g in gradients])
     return [np.asarray(outputs, "float64"), flat]
 
 
 def training(policy: str, device: str) -> Result:
-    """Three steps of a ResNet with gates in a program of XLA."""
+    """Three training steps of a ResNet with gates, compiled by XLA."""
     import keras
 
     _require("tensorflow", device)
@@ -126,19 +126,19 @@ def training(policy: str, device: str) -> Result:
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     wanted = float(loss(labels, twin(images, training=True)))
     optimizer = keras.optimizers.SGD(0.01)
-    if policy == "mixed_float16":  # the usual first scale can overflow for some steps
+    if policy == "mixed_float16":  # the default initial scale can overflow in the first steps
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=256)
     model.compile(optimizer, loss, jit_compile=True)
     before = _offset_kernels(model)
     losses = [float(model.train_on_batch(images, labels)) for _ in range(3)]
     error = abs(losses[0] - wanted) / wanted
     if not error <= BOUND[policy]:
-        raise AssertionError(f"the first loss is {losses[0]}, and {wanted} on the reference")
+        raise AssertionError(f"the first loss is {losses[0]}, but {wanted} with the reference")
     if not np.isfinite(losses).all():
         raise AssertionError(f"losses are not finite: {losses}")
     for old, new in zip(before, _offset_kernels(model), strict=True):
         if not (np.isfinite(new).all() and np.any(old != new)):
-            raise AssertionError("offsets of a gate have not learnt, or are not finite")
+            raise AssertionError("the offset kernel of a gate is unchanged or not finite")
     return {"losses": [round(value, 4) for value in losses], "on the reference": round(wanted, 4)}
 
 
@@ -149,7 +149,7 @@ def _classifier(size: int, device: str, implementation: str):
 
     keras.utils.set_random_seed(0)
     backbone = backbones.build("resnet18" if device == "gpu" else "resnet20", size, pretrained=False)
-    # The paper's gate: at exactly 1, as `identity_init` starts it, it would hide a wrong convolution.
+    # The paper's gate: a gate of exactly 1 (`identity_init`) would hide errors of the convolution.
     gated = keras_das.attach_das(
         backbone.model, backbone.stages, identity_init=False, implementation=implementation
     )
@@ -166,7 +166,7 @@ def _offset_kernels(model) -> list[np.ndarray]:
 
 
 def determinism(device: str) -> Result:
-    """The same bits at every run under op determinism."""
+    """Repeated runs give the same bits under op determinism."""
     from tests.ops import determinism
 
     _require("tensorflow", device)
@@ -177,7 +177,7 @@ def determinism(device: str) -> Result:
 
 
 def _require(framework: str, device: str) -> None:
-    """Raises `RuntimeError` unless the kernels are there, and run on the device."""
+    """Raises `RuntimeError` unless the kernels are available on the device."""
     from keras_das.ops import library
 
     if framework == "tensorflow":

@@ -1,4 +1,4 @@
-"""Runs the checks of gpu_report.py within a time, each in a process of its own, and keeps what they found."""
+"""Runs the checks of gpu_report.py in separate processes within a time limit, and records their outcomes."""
 
 import contextlib
 import importlib.util
@@ -14,48 +14,48 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Outcome = dict[str, Any]
-_LAST_LINES = 8  # of what a process printed, kept if it fails
+_LAST_LINES = 8  # lines of output kept for a failed check
 
 
 @dataclass(frozen=True)
 class Check:
-    """A command that writes its results as JSON to the file that is its last argument."""
+    """A command that writes its results as JSON to the file named by its last argument."""
 
     phase: str
     name: str
     arguments: tuple[str, ...]
-    seconds: float  # what it is expected to take: it starts if so much is left
-    needs: tuple[str, ...] = ()  # modules
-    absent: str = ""  # why it cannot run here
+    seconds: float  # expected duration: the check starts only if this much time is left
+    needs: tuple[str, ...] = ()  # required modules
+    absent: str = ""  # the reason why it cannot run, if any
     environment: Mapping[str, str] = field(default_factory=dict)
-    peer: bool = False  # whether it is another package's
-    resumes: bool = False  # whether it reads that file, which an interrupted run has left, and adds to it
+    peer: bool = False  # whether it measures another package
+    resumes: bool = False  # whether it continues the result file of an interrupted run
 
     @property
     def key(self) -> str:
-        """Its name in the journal and of its files."""
+        """The name in the journal and of the check's files."""
         return f"{self.phase}-{self.name}"
 
 
 class Journal:
-    """A file of JSON lines: what the report is of, then an outcome for each check that has ended."""
+    """A file of JSON lines: the subject of the report, then the outcome of each finished check."""
 
     def __init__(self, path: pathlib.Path, about: Mapping[str, Any]) -> None:
-        """Opens the journal of an interrupted report; one about something else is set aside."""
+        """Opens the journal of an interrupted report. A journal with another subject is renamed."""
         self.path, self.outcomes = path, {}
         found = _read(path)
         if found and found[0] == about:
             self.outcomes = {outcome["check"]: outcome for outcome in found[1:]}
             if not path.read_bytes().endswith(b"\n"):
                 with path.open("a") as file:
-                    file.write("\n")  # it broke off within a line
+                    file.write("\n")  # the last line is incomplete
             return
         if path.exists():
             path.replace(path.with_name(path.name + ".old"))
         self._append(about)
 
     def add(self, outcome: Outcome) -> None:
-        """Keeps an outcome for good."""
+        """Records an outcome durably."""
         self.outcomes[outcome["check"]] = outcome
         self._append(outcome)
 
@@ -67,7 +67,7 @@ class Journal:
 
 
 def _read(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines that are whole; the last may not be."""
+    """The complete lines. An interruption can leave the last one incomplete."""
     lines = []
     for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
@@ -82,15 +82,15 @@ def run(
     start: Callable[[Check, float], Outcome],
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
-    """Runs the checks that have not passed yet, in their order.
+    """Runs the checks that have not passed yet, in order.
 
     Args:
         checks: The checks.
-        journal: Where outcomes go, and where those of an interrupted report are.
-        ends: For each phase, when it ends on the clock. What one leaves is the next one's.
-        start: Runs a check for at most that many seconds, and returns its outcome. They are thrice what the
-            check is expected to take, or half of what its phase has left.
-        clock: Seconds that pass.
+        journal: The journal, with the outcomes of an interrupted report.
+        ends: The end of each phase on the clock.
+        start: Runs a check for at most the given number of seconds, and returns its outcome. The limit is
+            three times the expected duration or half of the time left in the phase, whichever is longer.
+        clock: Returns the time in seconds.
     """
     for check in checks:
         before = journal.outcomes.get(check.key, {})
@@ -101,8 +101,8 @@ def run(
             outcome = {"status": "absent", "reason": reason}
         elif left < check.seconds:
             if before:
-                continue  # what is known is more than that
-            outcome = {"status": "not run", "reason": f"{max(left, 0):.0f} s of its phase were left"}
+                continue  # the earlier outcome is more informative
+            outcome = {"status": "not run", "reason": f"its phase had {max(left, 0):.0f} s left"}
         else:
             print(f"{check.phase}: {check.name} ...", flush=True)
             began = clock()
@@ -114,11 +114,11 @@ def run(
 
 def _why_not(check: Check) -> str:
     missing = [name for name in check.needs if importlib.util.find_spec(name) is None]
-    return check.absent or ("there is no module " + " and no ".join(missing) if missing else "")
+    return check.absent or ("not installed: " + ", ".join(missing) if missing else "")
 
 
 def start_process(check: Check, seconds: float, folder: pathlib.Path) -> Outcome:
-    """Runs a check's command; what it prints goes to a file of its name in the folder."""
+    """Runs the command of a check. The folder receives its output and its results."""
     result, log = (folder / f"{check.key}.{ending}" for ending in ("json", "log"))
     if not check.resumes:
         result.unlink(missing_ok=True)
@@ -130,7 +130,7 @@ def start_process(check: Check, seconds: float, folder: pathlib.Path) -> Outcome
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             env={**os.environ, **check.environment},
-            start_new_session=True,  # so that it can be ended with all that it has started
+            start_new_session=True,  # to be terminated with its children
         )
         try:
             status = process.wait(seconds)
@@ -145,7 +145,7 @@ def start_process(check: Check, seconds: float, folder: pathlib.Path) -> Outcome
 
 
 def judge(check: Check, outcome: Outcome) -> Outcome:
-    """Looks into what a benchmark has found, which does not fail with its contenders."""
+    """Derives the status from the results: a benchmark succeeds even if a contender fails."""
     found = outcome.get("result", {})
     failures = [cell["failed"] for cell in found.get("cells", ()) if "failed" in cell]
     missing = list(found.get("missing", {}).values())
@@ -167,5 +167,5 @@ def _failed(log: pathlib.Path, reason: str) -> Outcome:
 
 
 def summarize(checks: Sequence[Check], journal: Journal) -> list[Outcome]:
-    """The outcome of each check, in their order."""
+    """The outcomes of the checks, in order."""
     return [journal.outcomes[check.key] for check in checks if check.key in journal.outcomes]

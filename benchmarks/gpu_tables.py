@@ -1,4 +1,4 @@
-"""gpu_report.py's results as tables."""
+"""Converts the results of gpu_report.py to tables."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -41,10 +41,10 @@ def _outcomes(outcomes: list[Document]) -> list[str]:
         rows.append(
             [outcome["phase"], outcome["name"], outcome["status"], f"{outcome.get('seconds', 0):.0f}", said]
         )
-    table = report.table(["phase", "check", "outcome", "seconds", ""], rows)
+    table = report.table(["phase", "check", "outcome", "seconds", "details"], rows)
     for outcome in outcomes:
         if last := outcome.get("last_lines"):
-            table += ["", f"{outcome['check']} ended with:", "", *(f"    {line}" for line in last)]
+            table += ["", f"Last output of {outcome['check']}:", "", *(f"    {line}" for line in last)]
     return table
 
 
@@ -54,7 +54,7 @@ def _result(document: Document, check: str) -> Any:
 
 
 def merge_operations(outcomes: list[Document]) -> list[Document]:
-    """One document of bench_op.py for each dtype, of all contenders."""
+    """Merges the documents of bench_op.py: one document for each dtype, with all contenders."""
     merged: dict[str, Document] = {}
     for outcome in outcomes:
         found = outcome.get("result")
@@ -77,7 +77,7 @@ def _side(cell: Document) -> int:
 
 
 def targets(document: Document, operations: list[Document]) -> list[str]:
-    """What the kernels are to reach on a GPU, and what they did, at the worst shape."""
+    """The targets on a GPU, with the ratios that were measured at the worst shape."""
     rows = []
     float32 = next((found for found in operations if found["dtype"] == "float32"), operations[0])
     for operation, peer, wanted in (
@@ -88,14 +88,14 @@ def targets(document: Document, operations: list[Document]) -> list[str]:
     ):
         for mode in MODES:
             ratios = list(_ratios(float32["cells"], operation, mode, peer))
-            what = f"{operation}, {report.TITLES[mode]}: times as fast as {peer}"
+            what = f"{operation}, {report.TITLES[mode]}: speed relative to {peer}"
             rows.append([what, wanted, f"{min(ratios):.2f}" if ratios else "-"])
     rows.append(
-        ["share of the copy bandwidth, depthwise, forward, largest", "at least 50 %", _share(float32)]
+        ["share of the copy bandwidth, depthwise, forward, largest shape", "at least 50 %", _share(float32)]
     )
-    rows.append(["eager call of the smallest, over its time in a loop, ms", "under 0.15", _overhead(float32)])
-    rows.append(["training step with four gates over without", "at most 1.2", _step(document)])
-    return report.table(["", "wanted", "found"], rows)
+    rows.append(["overhead of an eager call at the smallest shape, ms", "under 0.15", _overhead(float32)])
+    rows.append(["training step with four gates relative to none", "at most 1.2", _step(document)])
+    return report.table(["", "target", "measured"], rows)
 
 
 def _times(cells: list[Document], operation: str, mode: str, contender: str) -> dict[str, float]:
@@ -143,6 +143,6 @@ def _worth(document: Document) -> list[str]:
     found = _result(document, "worth-training")
     if not found:
         return []
-    import accuracy_report  # which needs SciPy
+    import accuracy_report  # requires SciPy
 
     return accuracy_report.lines_of(found["lines"], {found["task"]: found["title"]})

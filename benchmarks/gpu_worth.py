@@ -1,8 +1,10 @@
-"""Whether attention is worth it, for gpu_report.py: `python gpu_worth.py DEVICE TASK:FOLDER RESULT`.
+"""Trains classifiers with and without attention for gpu_report.py.
 
-Trains one variant after another, seed by seed, in one process, in programs of XLA, in mixed bfloat16. Each
-training is a line of RESULT when it is done, and those that are lines already are not run again. FOLDER holds
-train/CLASS and test/CLASS; with "toy" for TASK:FOLDER, two variants train on a few pictures of noise.
+    python gpu_worth.py DEVICE TASK:FOLDER RESULT
+
+All variants train in one process, seed by seed, with XLA and in mixed bfloat16. Every finished run appends a
+line to RESULT, and runs with a line are skipped. FOLDER contains train/CLASS and test/CLASS. With "toy"
+instead of TASK:FOLDER, two variants train on a few images of noise.
 """
 
 import dataclasses
@@ -29,7 +31,7 @@ EXECUTION = accuracy_training.Execution("mixed_bfloat16", jit_compile=True, epoc
 
 
 def main(device: str, data: str, path: pathlib.Path) -> None:
-    """Runs what RESULT lacks."""
+    """Trains the runs that RESULT lacks."""
     task_name, _, folder = data.partition(":")
     with tempfile.TemporaryDirectory() as made:
         if task_name == "toy":
@@ -38,9 +40,9 @@ def main(device: str, data: str, path: pathlib.Path) -> None:
         task, variants, seeds = TASKS[task_name], CHOSEN, SEEDS
         if data == "toy":
             recipe = dataclasses.replace(task.recipe, epochs=2, batch_size=4)
-            task = dataclasses.replace(task, recipe=recipe, title="Pictures of noise")
+            task = dataclasses.replace(task, recipe=recipe, title="Images of noise")
             variants, seeds = CHOSEN[:2], SEEDS[:1]
-        # Once for all trainings.
+        # The images are loaded once for all runs.
         task = dataclasses.replace(task, load=functools.cache(task.load))
         document = {"task": task_name, "title": task.title, "lines": []}
         if path.exists():
@@ -57,7 +59,7 @@ def main(device: str, data: str, path: pathlib.Path) -> None:
 
 
 def train(name: str, task: Task, variant: str, seed: int, folder: pathlib.Path, device: str) -> dict:
-    """One training, as a line of accuracy.py's record."""
+    """One run, as a line of the record of accuracy.py."""
     figures = accuracy_training.train(task, VARIANTS[variant], seed, folder, None, EXECUTION)
     print(f"{name}, {variant}, seed {seed}: {figures['test_accuracy']:.4f}", flush=True)
     where = machine.describe()["gpu"] if device == "gpu" else machine.kind()
@@ -72,7 +74,7 @@ def train(name: str, task: Task, variant: str, seed: int, folder: pathlib.Path, 
 
 
 def draw_toy(folder: pathlib.Path) -> None:
-    """Twelve pictures of noise: two classes, one brighter."""
+    """Twelve images of noise in two classes, one of which is brighter."""
     rng = np.random.default_rng(0)
     for part, count in (("train", 4), ("test", 2)):
         for label in range(2):

@@ -10,7 +10,7 @@ import harness
 from contenders import CONTENDERS
 from problem import Problem, largest_error
 
-_problem = functools.lru_cache(1)(Problem)  # its modes follow one another
+_problem = functools.lru_cache(1)(Problem)  # successive modes share a problem
 
 
 class OpWorker:

@@ -1,7 +1,7 @@
 """Converts the results of the benchmarks to tables.
 
 python benchmarks/report.py [op.json] [model.json] [export.json]  # writes them between RESULTS.md's markers
-python benchmarks/report.py runs/gpu/report.json                  # what gpu_report.py found
+python benchmarks/report.py runs/gpu/report.json                  # the report of gpu_report.py
 """
 
 import itertools
@@ -89,7 +89,7 @@ def _beside(cell, base) -> tuple[float | None, float | None, float | None]:
 
 
 def _times(cells, problems, mode, rates) -> list[str]:
-    """One row a contender, fastest last sum first, then what the machine could do.
+    """One row per contender, sorted by total time, then the floor.
 
     On a GPU, beside each time, the floor's share of it: how much of the copy bandwidth was used.
     """

@@ -99,6 +99,6 @@ def test_rehearsal(tmp_path):
         "Targets",
         "depthwise, forward and backward",
         "inference",
-        "Pictures of noise",
+        "Images of noise",
     ):
         assert f"### {heading}" in done.stdout
