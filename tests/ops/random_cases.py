@@ -2,7 +2,7 @@
 
     python -m tests.ops.random_cases [DOOR] [--count 5000] [--seed 0]
 
-runs them through one of the kernels' doors: TensorFlow's op ("eager", "graph"), XLA's custom calls ("xla" in
+runs them through one of the bindings of the kernels: TensorFlow's op ("eager", "graph"), XLA's custom calls ("xla" in
 TensorFlow, "jax"), or the plain functions of a library with csrc/c_api.cc in it (its path; `sanitize.py`
 builds one).
 """
@@ -71,17 +71,17 @@ def check(value_and_gradients, count, rng, dtypes=DTYPES):
             raise
 
 
-def function_of(door):
+def function_of(binding):
     """What `check` holds to the oracle, for a name that the command line accepts."""
-    if door in ("eager", "graph", "xla"):
+    if binding in ("eager", "graph", "xla"):
         from tests.ops.tf_harness import kernels_value_and_gradients
 
-        return functools.partial(kernels_value_and_gradients, mode=door)
-    if door == "jax":
+        return functools.partial(kernels_value_and_gradients, mode=binding)
+    if binding == "jax":
         return _jax_value_and_gradients
     from tests.ops.plain_kernels import PlainKernels
 
-    return PlainKernels(door).value_and_gradients
+    return PlainKernels(binding).value_and_gradients
 
 
 def _jax_value_and_gradients(arguments, upstream, threads=None, **options):
@@ -102,13 +102,13 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("door", nargs="?", default="eager", help="eager, graph, xla, jax or a library's path")
+    parser.add_argument("binding", nargs="?", default="eager", help="eager, graph, xla, jax or a library's path")
     parser.add_argument("--count", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    if options.door == "jax":  # before anything imports them
+    if options.binding == "jax":  # before anything imports them
         os.environ |= {"KERAS_BACKEND": "jax", "JAX_ENABLE_X64": "1"}
-    check(function_of(options.door), options.count, np.random.default_rng(options.seed))
+    check(function_of(options.binding), options.count, np.random.default_rng(options.seed))
     print(f"{options.count} random cases agree with the oracle")
 
 

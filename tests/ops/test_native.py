@@ -1,4 +1,4 @@
-"""The doors to the kernels under TensorFlow: which calls take them, what they refuse, and that all agree."""
+"""The bindings of the kernels to TensorFlow: supported calls, errors, and agreement between them."""
 
 import re
 import threading
@@ -303,7 +303,7 @@ def test_a_missing_library_is_the_reason_on_a_gpu(with_gpu, monkeypatch):
     assert native.why_not(tensors=[Placed("GPU:0")]) == "it is Sunday"
 
 
-# All doors give the same bits
+# All bindings give the same bits
 
 
 @pytest.mark.parametrize(
