@@ -1,5 +1,6 @@
 """SavedModels of standard operations, with optional labels, signatures and warm-up requests."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import Any
 import keras
 
 from keras_das.models.graph import run
-from keras_das.ops import native
+from keras_das.ops import crops, native
+from keras_das.ops.deformable import substituted
 
 Tensor = Any
 _TOP = 5  # number of classes in `labels`
@@ -40,12 +42,19 @@ class Serving:
 
 def write(model: keras.Model, folder: Path, verbose: bool, serving: Serving) -> None:
     """Writes a SavedModel to a new folder; see `keras_das.export`."""
-    with native.portable():
+    with native.portable(), _fast_sampling():
         if serving.is_plain():
             model.export(str(folder), format="tf_saved_model", verbose=verbose)
         else:
             _write_signatures(model, folder, verbose, serving)
     check_operations(folder)
+
+
+def _fast_sampling() -> contextlib.AbstractContextManager[None]:
+    """Context in which deformable convolutions sample by one operation, which only TensorFlow has."""
+    if keras.backend.backend() == "tensorflow":
+        return substituted(crops.deformable_conv2d)
+    return contextlib.nullcontext()
 
 
 def read(folder: Path) -> Any:

@@ -182,13 +182,14 @@ def must_be_portable(tensors: Sequence[Tensor | None]) -> bool:
 
 def xla_compiles_for_cpu() -> bool:
     """Whether operations called here become part of a program that XLA compiles for a CPU."""
-    if keras.backend.backend() == "tensorflow" and not _tensorflow_in_xla():
+    if keras.backend.backend() == "tensorflow" and not tensorflow_in_xla():
         return False
     places = _PLACES.get(keras.backend.backend())
     return places is not None and set(places("XLA", ())) <= {"CPU"}
 
 
-def _tensorflow_in_xla() -> bool:
+def tensorflow_in_xla() -> bool:
+    """Whether operations of TensorFlow called here become part of an XLA program."""
     import tensorflow as tf
 
     if tf.executing_eagerly():

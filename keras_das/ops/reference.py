@@ -47,7 +47,7 @@ def deformable_conv2d(
     Returns:
         `(N, Ho, Wo, filters)`.
     """
-    frame = _Frame(inputs, geometry, "float64" if dtype == "float64" else "float32")
+    frame = Frame(inputs, geometry, "float64" if dtype == "float64" else "float32")
     taps = geometry.taps
     # Reshaping turns variables into tensors, as custom gradients require. Taps come first, for the loop.
     tensors = [
@@ -84,10 +84,11 @@ def _with_mask(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return (*tensors, None) if len(tensors) == 3 else tuple(tensors)
 
 
-class _Frame:
+class Frame:
     """The sizes of one call: the image, its zero padding, and the grid of output positions."""
 
     def __init__(self, inputs: Tensor, geometry: Geometry, dtype: str):
+        """The sizes for `inputs` `(N, H, W, C)`; `dtype` is that of the computation."""
         self.geometry, self.dtype = geometry, dtype
         batch, height, width, self.channels = ops.shape(inputs)
         self.batch, self.height, self.width = map(_wide, (batch, height, width))
@@ -126,14 +127,14 @@ class _Sample(NamedTuple):
     fraction_x: Tensor
 
 
-def _locate(frame: _Frame, offsets: Tensor, tap: Tensor) -> _Sample:
+def _locate(frame: Frame, offsets: Tensor, tap: Tensor) -> _Sample:
     """Converts the offsets of one tap to the corners to read and their bilinear weights."""
     geometry = frame.geometry
     offset_y, offset_x = (ops.cast(ops.take(offsets, axis, axis=-1), frame.dtype) for axis in (0, 1))
     ky, kx = tap // geometry.columns.kernel, tap % geometry.columns.kernel
     floor_y, floor_x = ops.floor(offset_y), ops.floor(offset_x)
-    y, fraction_y = _resting_position(frame, ky, axis=1) + floor_y, offset_y - floor_y
-    x, fraction_x = _resting_position(frame, kx, axis=2) + floor_x, offset_x - floor_x
+    y, fraction_y = resting_position(frame, ky, axis=1) + floor_y, offset_y - floor_y
+    x, fraction_x = resting_position(frame, kx, axis=2) + floor_x, offset_x - floor_x
     # False for NaN.
     inside = ops.logical_and(_on_image(y, fraction_y, frame.height), _on_image(x, fraction_x, frame.width))
     # Outside the image, all corners are zero and the fraction is 0, or NaN if the offset is NaN.
@@ -161,7 +162,7 @@ def _locate(frame: _Frame, offsets: Tensor, tap: Tensor) -> _Sample:
     return _Sample((first, first + groups, below, below + groups), weights, fraction_y, fraction_x)
 
 
-def _resting_position(frame: _Frame, k: Tensor, axis: int) -> Tensor:
+def resting_position(frame: Frame, k: Tensor, axis: int) -> Tensor:
     """The integer positions of tap row or column `k` at offset zero, along one axis of the grid."""
     window = frame.geometry.rows if axis == 1 else frame.geometry.columns
     shape = [1, 1, 1, 1]
@@ -171,30 +172,30 @@ def _resting_position(frame: _Frame, k: Tensor, axis: int) -> Tensor:
     return ops.reshape(positions, shape)
 
 
-def _forward(frame: _Frame, inputs: Tensor, kernel: Tensor, offsets: Tensor, mask: Tensor | None) -> Tensor:
+def _forward(frame: Frame, inputs: Tensor, kernel: Tensor, offsets: Tensor, mask: Tensor | None) -> Tensor:
     table = frame.pad(inputs)
 
     def add_tap(tap: Tensor, output: Tensor) -> tuple[Tensor]:
         sample = _locate(frame, ops.take(offsets, tap, axis=0), tap)
-        masked = _masked(sample.weights, _at_tap(frame, mask, tap))
+        masked = _masked(sample.weights, at_tap(frame, mask, tap))
         columns = 0.0
         for rows, weight in zip(sample.rows, masked, strict=True):
             columns = columns + _read(frame, table, rows) * _add_last_axis(weight)
         columns = ops.reshape(columns, frame.columns_shape)
-        return (output + _apply_kernel(columns, _at_tap(frame, kernel, tap), frame.geometry.groups),)
+        return (output + apply_kernel(columns, at_tap(frame, kernel, tap), frame.geometry.groups),)
 
-    (output,) = _over_taps(frame, add_tap, ops.zeros((*frame.grid[:3], kernel.shape[-1]), dtype=frame.dtype))
+    (output,) = over_taps(frame, add_tap, ops.zeros((*frame.grid[:3], kernel.shape[-1]), dtype=frame.dtype))
     return output
 
 
 def _backward(
-    frame: _Frame, grad_output: Tensor, inputs: Tensor, kernel: Tensor, offsets: Tensor, mask: Tensor | None
+    frame: Frame, grad_output: Tensor, inputs: Tensor, kernel: Tensor, offsets: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, ...]:
     table, groups = frame.pad(inputs), frame.geometry.groups
 
     def add_tap(tap: Tensor, grad_table: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
         sample = _locate(frame, ops.take(offsets, tap, axis=0), tap)
-        modulation, weights = _at_tap(frame, mask, tap), _at_tap(frame, kernel, tap)
+        modulation, weights = at_tap(frame, mask, tap), at_tap(frame, kernel, tap)
         # The gradient of the samples before they are multiplied by the mask.
         grad_columns = _apply_kernel_transposed(grad_output, weights, groups)
         grad_columns = ops.reshape(grad_columns, (*frame.grid, frame.depth))
@@ -212,7 +213,7 @@ def _backward(
         return (grad_table, *written)
 
     parts = [kernel, offsets] if mask is None else [kernel, offsets, mask]
-    grad_table, *grads = _over_taps(
+    grad_table, *grads = over_taps(
         frame,
         add_tap,
         ops.zeros((frame.table_rows, frame.depth), dtype=frame.dtype),
@@ -221,7 +222,7 @@ def _backward(
     return (frame.crop(grad_table), *grads)
 
 
-def _over_taps(frame: _Frame, body: Callable[..., tuple[Tensor, ...]], *state: Tensor) -> tuple[Tensor, ...]:
+def over_taps(frame: Frame, body: Callable[..., tuple[Tensor, ...]], *state: Tensor) -> tuple[Tensor, ...]:
     """Runs `state = body(tap, *state)` for each tap in order."""
     taps = frame.geometry.taps
     if keras.backend.backend() != "tensorflow":
@@ -245,12 +246,12 @@ def _over_taps(frame: _Frame, body: Callable[..., tuple[Tensor, ...]], *state: T
     return tuple(loop[1:])
 
 
-def _at_tap(frame: _Frame, x: Tensor | None, tap: Tensor) -> Tensor | None:
+def at_tap(frame: Frame, x: Tensor | None, tap: Tensor) -> Tensor | None:
     """One tap of a mask `(taps, N, Ho, Wo, offset_groups)` or a kernel `(taps, C / groups, filters)`."""
     return None if x is None else ops.cast(ops.take(x, tap, axis=0), frame.dtype)
 
 
-def _write(frame: _Frame, x: Tensor, tap: Tensor, value: Tensor) -> Tensor:
+def _write(frame: Frame, x: Tensor, tap: Tensor, value: Tensor) -> Tensor:
     """`x` with the part of one tap replaced, without TensorFlow's scatter, which rejects empty batches."""
     taps = frame.geometry.taps
     here = ops.reshape(ops.equal(ops.arange(taps), tap), (taps, *[1] * len(value.shape)))
@@ -271,7 +272,7 @@ def _offset_gradient(sample: _Sample, products: list[Tensor], modulation: Tensor
     return gradient if modulation is None else gradient * _add_last_axis(modulation)
 
 
-def _read(frame: _Frame, table: Tensor, rows: Tensor) -> Tensor:
+def _read(frame: Frame, table: Tensor, rows: Tensor) -> Tensor:
     """The pixels at `rows`: `(N, Ho, Wo, offset_groups, depth)`."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
@@ -282,7 +283,7 @@ def _read(frame: _Frame, table: Tensor, rows: Tensor) -> Tensor:
     return ops.cast(pixels, frame.dtype)
 
 
-def _spread(frame: _Frame, rows: Tensor, values: Tensor) -> Tensor:
+def _spread(frame: Frame, rows: Tensor, values: Tensor) -> Tensor:
     """The transpose of `_read`: adds `values` at the rows they were read from, in a table of zeros."""
     batch, height, width, groups = frame.grid
     count = batch * height * width * groups
@@ -293,7 +294,7 @@ def _spread(frame: _Frame, rows: Tensor, values: Tensor) -> Tensor:
     )
 
 
-def _apply_kernel(columns: Tensor, weights: Tensor, groups: int) -> Tensor:
+def apply_kernel(columns: Tensor, weights: Tensor, groups: int) -> Tensor:
     """Multiplies `(N, Ho, Wo, C)` by `(C / groups, filters)`; the result is `(N, Ho, Wo, filters)`."""
     depth, filters = weights.shape
     if groups == 1:
@@ -309,7 +310,7 @@ def _apply_kernel(columns: Tensor, weights: Tensor, groups: int) -> Tensor:
 
 
 def _apply_kernel_transposed(grad_output: Tensor, weights: Tensor, groups: int) -> Tensor:
-    """The transpose of `_apply_kernel`: maps `(N, Ho, Wo, filters)` to `(N, Ho, Wo, C)`."""
+    """The transpose of `apply_kernel`: maps `(N, Ho, Wo, filters)` to `(N, Ho, Wo, C)`."""
     depth, filters = weights.shape
     if groups == 1:
         return ops.matmul(grad_output, ops.transpose(weights))
@@ -325,7 +326,7 @@ def _apply_kernel_transposed(grad_output: Tensor, weights: Tensor, groups: int) 
 
 
 def _kernel_gradient(columns: Tensor, grad_output: Tensor, groups: int) -> Tensor:
-    """The gradient of `_apply_kernel` with respect to its weights: `(C / groups, filters)`."""
+    """The gradient of `apply_kernel` with respect to its weights: `(C / groups, filters)`."""
     depth, filters = columns.shape[-1] // groups, grad_output.shape[-1]
     if groups == 1:
         return ops.tensordot(columns, grad_output, axes=[[0, 1, 2], [0, 1, 2]])

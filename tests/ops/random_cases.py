@@ -1,10 +1,10 @@
 """Random geometries, to try many.
 
-    python -m tests.ops.random_cases [DOOR] [--count 5000] [--seed 0]
+    python -m tests.ops.random_cases [BINDING] [--count 5000] [--seed 0]
 
-runs them through one of the bindings of the kernels: TensorFlow's op ("eager", "graph"), XLA's custom calls ("xla" in
-TensorFlow, "jax"), or the plain functions of a library with csrc/c_api.cc in it (its path; `sanitize.py`
-builds one).
+runs them through one of the bindings of the kernels: TensorFlow's op ("eager", "graph"), XLA's custom calls
+("xla" in TensorFlow, "jax"), or the plain functions of a library with csrc/c_api.cc in it (its path;
+`sanitize.py` builds one).
 """
 
 from __future__ import annotations
@@ -102,7 +102,9 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("binding", nargs="?", default="eager", help="eager, graph, xla, jax or a library's path")
+    parser.add_argument(
+        "binding", nargs="?", default="eager", help="eager, graph, xla, jax or a library's path"
+    )
     parser.add_argument("--count", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -1,0 +1,123 @@
+"""Sampling by `crop_and_resize`, which SavedModels use, against the oracle."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_das
+from keras_das.exporters.saved_model import nodes, read
+from keras_das.ops import crops
+from keras_das.ops.deformable import substituted
+from tests import oracle
+from tests.ops.op_cases import (
+    CASES,
+    COMPILED_CASES,
+    VALUE_BOUND,
+    Case,
+    call,
+    draw,
+    in_turns,
+    relative_error,
+    split_upstream,
+)
+from tests.ops.tf_harness import tensors_of
+
+BY_CROPS = [case for case in CASES if case.options["offset_groups"] == 1]
+IMAGE = Case("", image=(6, 5), channels=4, groups=4, filters=4, padding="same", batch=2)
+
+
+def compute(case, tensors, data_format="channels_last", traced=False):
+    arguments, _ = split_upstream(tensors_of(tensors, data_format))
+
+    def convolve(arguments):
+        with substituted(crops.deformable_conv2d):
+            return call(arguments, case, data_format)
+
+    output = tf.function(convolve)(arguments) if traced else convolve(arguments)
+    return np.moveaxis(output.numpy(), 1, -1) if data_format == "channels_first" else output.numpy()
+
+
+def wanted(case, tensors):
+    return oracle.deformable_conv2d(**split_upstream(tensors)[0], **case.options)
+
+
+@pytest.mark.parametrize(("case", "dtype", "data_format"), in_turns(BY_CROPS), ids=str)
+def test_values(rng, case, dtype, data_format):
+    tensors = draw(case, rng, dtype)
+    found = compute(case, tensors, data_format)
+    assert relative_error(found, wanted(case, tensors)) < VALUE_BOUND[dtype]
+
+
+@pytest.mark.parametrize("case", COMPILED_CASES[:3], ids=str)
+def test_graphs_of_unknown_sizes(rng, case):
+    tensors = draw(case, rng)
+    arguments, _ = split_upstream(tensors_of(tensors))
+    specs = {
+        name: tf.TensorSpec(
+            [None] * (len(t.shape) - 1) + [t.shape[-1]] if name != "kernel" else t.shape, t.dtype
+        )
+        for name, t in arguments.items()
+    }
+    with substituted(crops.deformable_conv2d):
+        traced = tf.function(lambda arguments: call(arguments, case)).get_concrete_function(specs)
+    body = [node for of in traced.graph.as_graph_def().library.function for node in of.node_def]
+    assert "CropAndResize" in {node.op for node in body}
+    found = traced(*tf.nest.flatten(arguments))
+    assert relative_error(found.numpy(), wanted(case, tensors)) < VALUE_BOUND["float32"]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
+def test_offsets_that_are_not_in_the_image(rng, bad):
+    """Samples outside the image are 0, and those of a NaN are NaN, whatever the pixels are."""
+    tensors = draw(IMAGE, rng)
+    tensors["offsets"][0, 1, 2, 3] = bad
+    tensors["offsets"][1, 0, 0] = bad
+    with np.errstate(invalid="ignore"):
+        expected = wanted(IMAGE, tensors)
+    assert np.isnan(expected).any() == np.isnan(bad)
+    np.testing.assert_allclose(compute(IMAGE, tensors), expected, rtol=1e-4, atol=1e-5)
+    tensors["offsets"][:] = np.inf
+    tensors["inputs"][:] = np.nan
+    found = compute(IMAGE, tensors) - split_upstream(tensors)[0].get("bias", 0)
+    np.testing.assert_array_equal(found, 0)
+
+
+def test_borders(rng):
+    """Samples within a pixel of the image fade to 0; none on the border is lost to rounding."""
+    tensors = draw(IMAGE, rng)
+    steps = np.array([-1, -0.999, -0.5, -1e-7, 0, 1e-7, 0.5, 0.999, 1], "float32")
+    tensors["offsets"][:] = rng.choice(steps, size=tensors["offsets"].shape)
+    assert relative_error(compute(IMAGE, tensors), wanted(IMAGE, tensors)) < VALUE_BOUND["float32"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "jit"), [({"offset_groups": 2}, False), ({"dtype": "float64"}, False), ({}, True)], ids=str
+)
+def test_the_reference_computes_the_rest(rng, changes, jit):
+    case = Case(
+        "", image=(4, 3), kernel_size=(1, 2), channels=4, offset_groups=changes.get("offset_groups", 1)
+    )
+    tensors = draw(case, rng, changes.get("dtype", "float32"))
+    arguments, _ = split_upstream(tensors_of(tensors))
+    with substituted(crops.deformable_conv2d):
+        found = tf.function(lambda arguments: call(arguments, case), jit_compile=jit)(arguments)
+    bound = VALUE_BOUND[changes.get("dtype", "float32")]
+    assert relative_error(found.numpy(), wanted(case, tensors)) < bound
+
+
+def test_empty_batches():
+    case = Case("", batch=0, image=(4, 3), padding="same")
+    tensors = draw(case, np.random.default_rng(0))
+    assert compute(case, tensors, traced=True).shape == wanted(case, tensors).shape
+
+
+def test_a_saved_model_samples_by_one_operation(tmp_path, rng):
+    layer = keras_das.DASLayer(identity_init=False, offset_initializer="random_normal")
+    model = keras.Sequential([keras.Input((None, None, 8), name="image"), layer])
+    keras_das.export(model, tmp_path / "model")
+    assert "CropAndResize" in {node.op for node in nodes(read(tmp_path / "model"))}
+    images = rng.normal(size=(2, 7, 9, 8)).astype("float32")
+    loaded = tf.saved_model.load(tmp_path / "model")
+    served = loaded.serve(images)
+    np.testing.assert_allclose(served, model(images), rtol=1e-4, atol=1e-5)
