@@ -35,7 +35,8 @@ def export(
     model does):
 
     - `"saved_model"`: a folder for TensorFlow Serving. An error is raised if it contains operations that
-      TensorFlow does not have.
+      TensorFlow does not have. XLA and LiteRT do not support its `CropAndResize`: for these, use
+      `model.export`.
     - `"onnx"`: an `.onnx` file of opset 19, with one `DeformConv` per deformable convolution. Borders are the
       same as in this package; the result for a NaN in an offset is unspecified. bfloat16 becomes float32.
       Inputs and outputs are in Keras' order. Requires the extra `export`, and Keras on TensorFlow.
