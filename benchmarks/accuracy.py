@@ -8,7 +8,7 @@
 Each run is a separate process with one thread. With the same seed, all variants see the same images in the
 same order and start from the same trunk and head, and a rerun on the same kind of machine gives the same
 figures. Every finished run appends a line to the record. Runs with a line are skipped, so an interrupted
-comparison can be resumed.
+comparison can be resumed. Logs and trained models are in runs/accuracy.
 """
 
 import argparse
@@ -80,7 +80,9 @@ def _log(task: str, variant: str, seed: int) -> pathlib.Path:
 
 def work(task: str, variant: str, seed: int, data: pathlib.Path | None, weights: pathlib.Path | None) -> None:
     """Trains one model and prints its line."""
-    figures = accuracy_training.train(TASKS[task], VARIANTS[variant], seed, data, weights)
+    save = _log(task, variant, seed).with_suffix(".keras")
+    save.parent.mkdir(parents=True, exist_ok=True)
+    figures = accuracy_training.train(TASKS[task], VARIANTS[variant], seed, data, weights, save=save)
     packages = ("keras", "keras-das", "tensorflow")
     line = {
         "task": task,

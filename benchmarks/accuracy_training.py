@@ -85,8 +85,9 @@ def train(
     data: pathlib.Path | None,
     weights: pathlib.Path | None,
     execution: Execution = Execution(),
+    save: pathlib.Path | None = None,
 ) -> dict[str, Any]:
-    """Trains one model, and returns its figures."""
+    """Trains one model, saves it as a `.keras` file if `save` is given, and returns its figures."""
     keras.config.set_dtype_policy(execution.policy)
     keras.utils.set_random_seed(seed)
     recipe = task.recipe
@@ -111,6 +112,8 @@ def train(
     steps_per_call = len(batches) if execution.epoch_in_one_call else 1
     _compile(model, recipe, len(batches), execution.jit_compile, steps_per_call)
     history = model.fit(batches, epochs=recipe.epochs, verbose=2, callbacks=[clock]).history
+    if save is not None:
+        keras.Model(model.input, model.output).save(save)  # without the loss, which Keras cannot load
     images = centre(test.images, recipe.crop)
     logits = model.predict(images, batch_size=recipe.batch_size, verbose=0)
     calls = clock.calls[len(batches) // steps_per_call :] or clock.calls  # without those of the first epoch

@@ -183,7 +183,7 @@ def eagerly():
 @pytest.mark.slow
 @EAGERLY
 @pytest.mark.usefixtures("eagerly")
-def test_one_run_and_its_report(trunk, rng):
+def test_one_run_and_its_report(trunk, rng, tmp_path):
     split = accuracy_tasks.Split(
         rng.integers(256, size=(16, 18, 18, 3), dtype="uint8"),
         np.arange(16) % 2,
@@ -194,12 +194,15 @@ def test_one_run_and_its_report(trunk, rng):
     lines = []
     for variant in ("none", "DAS"):
         for seed in (0, 1):
-            figures = accuracy_training.train(task, accuracy_variants.VARIANTS[variant], seed, None, None)
+            attach, save = accuracy_variants.VARIANTS[variant], tmp_path / f"{variant}.keras"
+            figures = accuracy_training.train(task, attach, seed, None, None, save=save)
             lines.append({"task": "tiny", "variant": variant, "seed": seed, "machine": "here", **figures})
     plain, _, das, _ = lines
     assert das["multiply_adds"] > plain["multiply_adds"] > 0
     assert [gate["map"] for gate in das["gates"]] == [[7, 7], [5, 5]]
     assert all(0 <= gate["auc"] <= 1 and 0 < gate["mean"] < 2 for gate in das["gates"])
+    logits = keras.models.load_model(save)(split.images[:, 1:-1, 1:-1])
+    assert np.mean(np.argmax(logits, -1) == split.labels) == lines[-1]["test_accuracy"]
     text = "\n".join(accuracy_report.lines_of(lines, {"tiny": "Tiny"}))
     assert "### Tiny" in text
     assert f"| DAS | {np.mean([100 * line['test_accuracy'] for line in lines[2:]]):.2f} ±" in text
