@@ -146,7 +146,7 @@ $(VENV)/.docs: pyproject.toml | $(VENV)/bin/python
 # Without a compiler (exit status 1), the reference implementation runs. A failed build stops the tests, but not the
 # demonstration. It leaves no stamp, so the next run tries again.
 NO_KERNELS := echo 'No fused kernels (see above): using the reference implementation.'
-KERNEL_SOURCES := $(wildcard keras_das/csrc/*) keras_das/ops/library.py
+KERNEL_SOURCES := $(wildcard keras_das/csrc/*) keras_das/kernels/targets.py
 demo demo-none demo-detect explore: after_failure := $(NO_KERNELS)
 define build_kernels
 @$(RUN) -m keras_das build --framework $(1); status=$$?; \

@@ -171,7 +171,7 @@ def determinism(device: str) -> Result:
 
 def _require(framework: str, device: str) -> None:
     """Raises `RuntimeError` unless the kernels are there, and run on the device."""
-    from keras_das.ops import library
+    from keras_das.kernels import library
 
     if framework == "tensorflow":
         import tensorflow as tf

@@ -5,14 +5,13 @@ GPU adds is seen by `make test-gpu` alone: threads that run at once, its compile
 """
 
 import concurrent.futures
-import pathlib
 import subprocess
 
 import numpy as np
 import pytest
 
-from keras_das.ops import library
-from keras_das.ops.compilers import NoCompiler, find_compiler
+from keras_das.kernels import targets
+from keras_das.kernels.compilers import NoCompiler, find_compiler
 from tests.ops import random_cases
 from tests.ops import test_borders as borders
 from tests.ops.op_cases import (
@@ -48,7 +47,6 @@ def path(tmp_path_factory):
     except NoCompiler as error:
         pytest.skip(str(error))
     folder = tmp_path_factory.mktemp("cuda_on_host")
-    sources = pathlib.Path(library.__file__).parents[1] / "csrc"
 
     def compile_one(unit):
         command = [
@@ -56,7 +54,7 @@ def path(tmp_path_factory):
             *FLAGS,
             *UNITS[unit],
             "-c",
-            str(sources / unit),
+            str(targets.SOURCES / unit),
             "-o",
             str(folder / f"{unit}.o"),
         ]
