@@ -63,7 +63,8 @@ def test_pure_wheel_brings_the_kernels_sources(tmp_path):
     wheel = make_wheel(tmp_path)
     assert wheel.name.endswith("-py3-none-any.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    sources = {f"keras_das/csrc/{path.name}" for path in (REPOSITORY / "keras_das" / "csrc").iterdir()}
+    csrc = REPOSITORY / "keras_das" / "csrc"
+    sources = {str(path.relative_to(REPOSITORY)) for path in csrc.rglob("*") if path.is_file()}
     assert {name for name in names if name.startswith("keras_das/csrc/")} == sources
     modules = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "keras_das").rglob("*.py")}
     assert modules <= names

@@ -32,7 +32,7 @@ _TRIALS = {
     "jax": "import ctypes, sys; ctypes.CDLL(sys.argv[1])",
 }
 
-_CUDA_UNIT = Unit("deformable_conv2d.cu.cc")
+_CUDA_UNIT = Unit("cuda/kernels.cu.cc")
 # Precede TensorFlow's libraries, which also export a CUDA runtime. The symbols are hidden from others.
 _CUDA_LINK_FLAGS = ("-lcudart_static", "-ldl", "-lrt", "-Wl,--exclude-libs,ALL")
 
@@ -239,7 +239,7 @@ def _compile_all(
         command = [*compiler, *target.flags]
         if nvcc and unit == _CUDA_UNIT:
             command = _nvcc_command(target, compiler, nvcc)
-        command += [*defined, *unit.flags, "-c", str(target.sources / unit.source)]
+        command += [f"-I{target.sources}", *defined, *unit.flags, "-c", str(target.sources / unit.source)]
         _run([*command, "-o", str(objects / f"{number}.o")], f"compiling {unit}", stop)
         return number, time.monotonic() - start
 

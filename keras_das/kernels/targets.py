@@ -184,7 +184,8 @@ def kernel_units() -> tuple[Unit, ...]:
     if platform.machine() in _X86_64:
         instruction_sets = {"avx512": _AVX512, "avx2": _AVX2, "baseline": ()}
     kernels = (
-        Unit("kernels.cc", (f"-DKERAS_DAS_ISA={isa}", *flags), isa) for isa, flags in instruction_sets.items()
+        Unit("cpu/kernels.cc", (f"-DKERAS_DAS_ISA={isa}", *flags), isa)
+        for isa, flags in instruction_sets.items()
     )
     return (*kernels, Unit("deformable_conv2d.cc"), Unit("parallel.cc"))
 

@@ -18,7 +18,7 @@ import pytest
 from keras_das.kernels import builder, compilers, library
 from keras_das.kernels.targets import Target, Unit
 
-CUDA_UNIT = "deformable_conv2d.cu.cc"
+CUDA_UNIT = "cuda/kernels.cu.cc"
 SOURCES = {
     CUDA_UNIT: 'extern "C" int on_gpu() { return 7; }\n',
     "answer.h": "int half_of_it();\n",
@@ -29,7 +29,7 @@ SOURCES = {
 
 def make_target(folder, **changes):
     """The stand-in, its sources written to `folder`; `changes` are fields of Target."""
-    folder.mkdir(exist_ok=True)
+    (folder / "cuda").mkdir(parents=True, exist_ok=True)
     for name, text in SOURCES.items():
         (folder / name).write_text(text)
     return target_of(folder, **changes)

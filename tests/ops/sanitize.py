@@ -14,6 +14,7 @@ import sys
 import tempfile
 
 from keras_das.kernels import compilers, targets
+from tests.ops.plain_kernels import CSRC, INCLUDES
 
 _FLAGS = (
     "-std=c++17",
@@ -22,6 +23,7 @@ _FLAGS = (
     "-fPIC",
     "-fno-omit-frame-pointer",
     "-Wno-psabi",
+    *INCLUDES,
     *targets.architecture_flags(),
 )
 BUILDS = {
@@ -36,20 +38,12 @@ BUILDS = {
 
 
 def compile_kernels(folder, compiler, flags=()):
-    """The path of a library with csrc/c_api.cc in it, built with `flags`."""
+    """The path of a library with c_api.cc in it, built with `flags`."""
     objects = []
-    for unit in (*targets.kernel_units(), targets.Unit("c_api.cc")):
+    for unit in (*targets.kernel_units(), targets.Unit(str(CSRC / "c_api.cc"))):
         to = pathlib.Path(folder) / f"{unit}.o".replace(" ", "_")
-        command = [
-            *compiler,
-            *_FLAGS,
-            *flags,
-            *unit.flags,
-            "-c",
-            str(targets.SOURCES / unit.source),
-            "-o",
-            str(to),
-        ]
+        source = targets.SOURCES / unit.source
+        command = [*compiler, *_FLAGS, *flags, *unit.flags, "-c", str(source), "-o", str(to)]
         subprocess.run(command, check=True)
         objects.append(str(to))
     path = pathlib.Path(folder) / "libkernels.so"
