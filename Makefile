@@ -8,6 +8,7 @@ TENSORFLOW ?= tensorflow
 # By default, torch installs several GB of CUDA; `make test-torch TORCH=...` selects another build.
 TORCH ?= torch==2.13.0
 export TF_CPP_MIN_LOG_LEVEL ?= 2
+CSRC := $(wildcard keras_das/csrc/*.* keras_das/csrc/*/*)
 DEMO_MODEL := runs/demo/model.keras
 
 .PHONY: help demo demo-none demo-detect explore test test-all test-fast test-slow lint sanitize cuda test-gpu gpu-report test-torch \
@@ -58,6 +59,7 @@ pytest = $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(1) $(TES
 lint: $(VENV)/.test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CSRC) $(wildcard tests/csrc/* tests/exporters/*.cc)
 	$(RUN) -m mypy
 
 sanitize: $(VENV)/.test ## Run random cases of the kernels under the address, undefined-behaviour and thread sanitizers
@@ -146,7 +148,7 @@ $(VENV)/.docs: pyproject.toml | $(VENV)/bin/python
 # Without a compiler (exit status 1), the reference implementation runs. A failed build stops the tests, but not the
 # demonstration. It leaves no stamp, so the next run tries again.
 NO_KERNELS := echo 'No fused kernels (see above): using the reference implementation.'
-KERNEL_SOURCES := $(wildcard keras_das/csrc/*) keras_das/ops/library.py
+KERNEL_SOURCES := $(CSRC) keras_das/kernels/targets.py
 demo demo-none demo-detect explore: after_failure := $(NO_KERNELS)
 define build_kernels
 @$(RUN) -m keras_das build --framework $(1); status=$$?; \

@@ -178,7 +178,7 @@ def determinism(device: str) -> Result:
 
 def _require(framework: str, device: str) -> None:
     """Raises `RuntimeError` unless the kernels are available on the device."""
-    from keras_das.ops import library
+    from keras_das.kernels import library
 
     if framework == "tensorflow":
         import tensorflow as tf

@@ -11,7 +11,8 @@ import sys
 import keras
 
 import keras_das
-from keras_das.ops import library, native
+from keras_das.kernels import library, targets
+from keras_das.ops import native
 
 _PACKAGES = ("keras", "numpy", "tensorflow", "tensorflow-cpu", "jax", "torch", "keras-hub", "keras-cv")
 _CANNOT_BUILD, _BUILD_FAILED = 1, 3  # argparse uses 2
@@ -66,12 +67,12 @@ def _implementations() -> dict[str, str]:
 def _kernel_library() -> dict[str, str]:
     """Describes the library for the current Keras backend, or why there is none."""
     backend = keras.backend.backend()
-    if backend not in library.FRAMEWORKS:
+    if backend not in targets.FRAMEWORKS:
         return {"library": f"none (there are no kernels for Keras on {backend})"}
     reason = library.why_not(backend)
     try:
-        target, cache = library.target(backend), str(library.cache_folder())
-    except library.LibraryUnavailable as error:
+        target, cache = targets.target(backend), str(library.cache_folder())
+    except targets.LibraryUnavailable as error:
         return {"library": f"none ({error})"}
     if reason:
         return {"library": f"none ({reason})", "key wanted": target.key, "cache folder": cache}
@@ -117,21 +118,21 @@ def build(
     Returns:
         The exit status, as documented by `keras-das build --help`.
     """
-    from keras_das.ops import builder, compilers
+    from keras_das.kernels import builder, compilers
 
     framework = framework or keras.backend.backend()
     names = [framework]
     if framework == "all":
-        names = [name for name in library.FRAMEWORKS if importlib.util.find_spec(name)]
+        names = [name for name in targets.FRAMEWORKS if importlib.util.find_spec(name)]
     try:
         for name in names:
-            if name not in library.FRAMEWORKS:
-                raise library.LibraryUnavailable(f"there are no kernels for Keras on {name}")
-            target = library.target(name)
+            if name not in targets.FRAMEWORKS:
+                raise targets.LibraryUnavailable(f"there are no kernels for Keras on {name}")
+            target = targets.target(name)
             if cuda:
                 target = target.for_gpus(compilers.architectures(compilers.find_nvcc(), arch))
             builder.build(target, output, force, jobs, _progress)
-    except (library.LibraryUnavailable, compilers.NoCompiler) as error:
+    except (targets.LibraryUnavailable, compilers.NoCompiler) as error:
         return _report_error(error, _CANNOT_BUILD)
     except builder.BuildError as error:
         return _report_error(error, _BUILD_FAILED)
@@ -147,11 +148,11 @@ def clean(output: pathlib.Path | None = None) -> int:
     Returns:
         The exit status.
     """
-    from keras_das.ops import builder
+    from keras_das.kernels import builder
 
     try:
         builder.clean(output, _progress)
-    except (library.LibraryUnavailable, builder.BuildError) as error:
+    except (targets.LibraryUnavailable, builder.BuildError) as error:
         return _report_error(error, _BUILD_FAILED)
     return 0
 
@@ -182,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     make.add_argument(
         "--framework",
-        choices=(*library.FRAMEWORKS, "all"),
+        choices=(*targets.FRAMEWORKS, "all"),
         help="whose kernels; all: of those that are installed (default: the backend that Keras uses)",
     )
     make.add_argument("--force", action="store_true", help="build even if the library is there")

@@ -12,7 +12,7 @@ import pytest
 
 import keras_das
 from keras_das import cli
-from keras_das.ops import library
+from keras_das.kernels import library, targets
 from tests import processes
 
 
@@ -40,15 +40,15 @@ def test_import_brings_nothing_heavy_along():
         before = set(sys.modules)
         import keras_das
         print(*{name.split(".")[0] for name in set(sys.modules) - before})
-        from keras_das.ops import library
-        print(*(name for name in sys.modules if name.startswith("keras_das.ops.")))
+        from keras_das.kernels import library
+        print(*(name for name in sys.modules if name.startswith("keras_das.")))
         print(*(slot._reason or slot.path for slot in library._SLOTS.values()))
         """
     )
     packages, modules, slots = result.stdout.splitlines()
     assert set(packages.split()) <= {"keras_das", *sys.stdlib_module_names}
-    assert "keras_das.ops.library" in modules.split()
-    assert not {"keras_das.ops.builder", "keras_das.ops.native_tensorflow"} & set(modules.split())
+    assert "keras_das.kernels.library" in modules.split()
+    assert not {"keras_das.kernels.builder", "keras_das.ops.native_tensorflow"} & set(modules.split())
     assert slots == "None None"
 
 
@@ -101,9 +101,9 @@ def test_info_as_json(capsys):
     found = sections["Kernel library"]
     if reason:
         assert found["library"] == f"none ({reason})"
-        assert found["key wanted"] == library.target("tensorflow").key
+        assert found["key wanted"] == targets.target("tensorflow").key
     else:
-        assert found["key"] == library.target("tensorflow").key
+        assert found["key"] == targets.target("tensorflow").key
         assert found["key"] in found["library"]
         assert found["instruction set"] in ("avx512", "avx2", "baseline")
 
@@ -116,7 +116,7 @@ def test_info_says_why_the_reference_runs(backend, tmp_path):
         """
         import pathlib, sys
         from keras_das import cli
-        from keras_das.ops import library
+        from keras_das.kernels import library
         library._PREBUILT = pathlib.Path("/no/such/folder")
         sys.exit(cli.main(["info", "--json"]))
         """,

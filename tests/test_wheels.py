@@ -10,8 +10,8 @@ import zipfile
 
 import pytest
 
-from keras_das.ops import library
-from tests.ops.stand_in import forge
+from keras_das.kernels import library, targets
+from tests.kernels.stand_in import forge
 
 pytestmark = pytest.mark.slow
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -63,7 +63,8 @@ def test_pure_wheel_brings_the_kernels_sources(tmp_path):
     wheel = make_wheel(tmp_path)
     assert wheel.name.endswith("-py3-none-any.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    sources = {f"keras_das/csrc/{path.name}" for path in (REPOSITORY / "keras_das" / "csrc").iterdir()}
+    csrc = REPOSITORY / "keras_das" / "csrc"
+    sources = {str(path.relative_to(REPOSITORY)) for path in csrc.rglob("*") if path.is_file()}
     assert {name for name in names if name.startswith("keras_das/csrc/")} == sources
     modules = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "keras_das").rglob("*.py")}
     assert modules <= names
@@ -72,7 +73,7 @@ def test_pure_wheel_brings_the_kernels_sources(tmp_path):
 
 def test_platform_wheel_brings_a_library_that_is_found(tmp_path):
     """A forged library, which passes every check ahead of opening it."""
-    target = library.target("tensorflow")
+    target = targets.target("tensorflow")
     forge(target, tmp_path / "prebuilt")
     wheel = make_wheel(tmp_path, tmp_path / "prebuilt")
     assert "-py3-none-linux_" in wheel.name
@@ -80,8 +81,8 @@ def test_platform_wheel_brings_a_library_that_is_found(tmp_path):
     found = run_installed(
         tmp_path / "site",
         """
-        from keras_das.ops import library
-        print(library.find(library.target("tensorflow")))
+        from keras_das.kernels import library, targets
+        print(library.find(targets.target("tensorflow")))
         """,
     )
     assert found == [str(tmp_path / "site" / "keras_das" / "_lib" / target.folder_name / library.FILE)]
@@ -100,7 +101,7 @@ def test_platform_wheel_s_library_runs(tmp_path):
         tmp_path / "site",
         """
         import numpy as np
-        from keras_das.ops import library
+        from keras_das.kernels import library, targets
         from tests.ops.op_cases import Case, call, draw, expected, relative_error, split_upstream
 
         case = Case("", padding="same")

@@ -1,5 +1,5 @@
-// What every door does before it calls a kernel: turns an op's attributes into settings, and says which shape each
-// tensor must have.
+// The checks that every binding does before it calls the kernels: from the attributes of an op to settings,
+// and to the shape that each tensor must have.
 #ifndef KERAS_DAS_CSRC_ARGUMENTS_H_
 #define KERAS_DAS_CSRC_ARGUMENTS_H_
 
@@ -14,7 +14,7 @@ namespace keras_das {
 
 using Shape = std::vector<int64_t>;
 
-// The attributes of both ops, as TensorFlow, XLA and JAX hand them over.
+// The attributes of both ops, as TensorFlow, XLA and JAX pass them.
 struct Attributes {
   Shape strides, dilations, explicit_paddings;
   std::string padding;  // "SAME" or "EXPLICIT"
@@ -22,7 +22,7 @@ struct Attributes {
   bool has_mask = false, has_bias = false;
 };
 
-// The sizes of a call and the shape that each tensor must have. A mask or bias that is absent has shape (0,).
+// The sizes of a call and the shape that each tensor must have. An absent mask or bias has shape (0,).
 struct Plan {
   Geometry geometry;
   Shape offsets, mask, bias, output;
@@ -36,29 +36,32 @@ inline std::string to_text(const Shape& values) {
   return text + (values.size() == 1 ? ",)" : ")");
 }
 
-// What is wrong with an argument's number of dimensions, or "".
+// Checks the rank of an argument. Returns the error message, or "".
 inline std::string check_rank(const std::string& name, const Shape& found, size_t rank) {
   if (found.size() == rank) return "";
   return "`" + name + "` must have rank " + std::to_string(rank) + ". Received: " + name +
          ".shape=" + to_text(found);
 }
 
-// What is wrong with an argument's shape, or "". Sizes below zero are unknown and fit everything.
+// Checks the shape of an argument. Returns the error message, or "". Negative sizes are unknown and match any
+// size.
 inline std::string check_shape(const std::string& name, const Shape& found, const Shape& wanted) {
   bool fits = found.size() == wanted.size();
   for (size_t i = 0; fits && i < found.size(); ++i) {
     fits = found[i] == wanted[i] || found[i] < 0 || wanted[i] < 0;
   }
   if (fits) return "";
-  return "`" + name + "` must have shape " + to_text(wanted) + ". Received: " + name + ".shape=" + to_text(found);
+  return "`" + name + "` must have shape " + to_text(wanted) + ". Received: " + name +
+         ".shape=" + to_text(found);
 }
 
-// Settings from attributes. Returns what is wrong with the attributes' form, or ""; `make_geometry` looks at values.
+// Converts attributes to settings. Checks only the number of values; `make_geometry` checks the values.
+// Returns the error message, or "".
 inline std::string make_settings(const Attributes& attributes, Settings* settings) {
   const auto copy = [](const char* name, const Shape& values, size_t count, int64_t* to) -> std::string {
     if (values.size() != count) {
-      return "`" + std::string(name) + "` must be " + std::to_string(count) + " integers. Received: " + name + "=" +
-             to_text(values);
+      return "`" + std::string(name) + "` must be " + std::to_string(count) + " integers. Received: " + name +
+             "=" + to_text(values);
     }
     std::copy(values.begin(), values.end(), to);
     return "";
@@ -68,21 +71,22 @@ inline std::string make_settings(const Attributes& attributes, Settings* setting
   }
   settings->same = attributes.padding == "SAME";
   settings->offset_groups = attributes.offset_groups;
-  std::string wrong = copy("strides", attributes.strides, 2, settings->stride);
-  if (wrong.empty()) wrong = copy("dilations", attributes.dilations, 2, settings->dilation);
-  if (wrong.empty()) wrong = copy("explicit_paddings", attributes.explicit_paddings, 4, settings->padding);
-  return wrong;
+  std::string error = copy("strides", attributes.strides, 2, settings->stride);
+  if (error.empty()) error = copy("dilations", attributes.dilations, 2, settings->dilation);
+  if (error.empty()) error = copy("explicit_paddings", attributes.explicit_paddings, 4, settings->padding);
+  return error;
 }
 
-// The plan of a call on `inputs` and `kernel` of these shapes. Returns what is wrong, or "".
-inline std::string make_plan(const Attributes& attributes, const Shape& inputs, const Shape& kernel, Plan* plan) {
+// Plans a call with `inputs` and `kernel` of these shapes. Returns the error message, or "".
+inline std::string make_plan(const Attributes& attributes, const Shape& inputs, const Shape& kernel,
+                             Plan* plan) {
   Settings settings;
-  std::string wrong = make_settings(attributes, &settings);
-  if (wrong.empty()) wrong = check_rank("inputs", inputs, 4);
-  if (wrong.empty()) wrong = check_rank("kernel", kernel, 4);
+  std::string error = make_settings(attributes, &settings);
+  if (error.empty()) error = check_rank("inputs", inputs, 4);
+  if (error.empty()) error = check_rank("kernel", kernel, 4);
   Geometry& geometry = plan->geometry;
-  if (wrong.empty()) wrong = make_geometry(inputs.data(), kernel.data(), settings, &geometry);
-  if (!wrong.empty()) return wrong;
+  if (error.empty()) error = make_geometry(inputs.data(), kernel.data(), settings, &geometry);
+  if (!error.empty()) return error;
   const auto field = [&](int64_t depth) {
     return Shape{geometry.batch, geometry.out_height, geometry.out_width, depth};
   };

@@ -7,11 +7,11 @@
 
 namespace keras_das {
 
-// What each build of kernels.cc offers.
-#define KERAS_DAS_DECLARE(isa)                                                          \
-  namespace isa {                                                                       \
-  void forward(DType, const Geometry&, const ForwardBuffers&, const Workers&);          \
-  void backward(DType, const Geometry&, const BackwardBuffers&, const Workers&);        \
+// The functions of each build of cpu/kernels.cc.
+#define KERAS_DAS_DECLARE(isa)                                                   \
+  namespace isa {                                                                \
+  void forward(DType, const Geometry&, const ForwardBuffers&, const Workers&);   \
+  void backward(DType, const Geometry&, const BackwardBuffers&, const Workers&); \
   }
 KERAS_DAS_DECLARE(baseline)
 #if defined(KERAS_DAS_X86)
@@ -28,21 +28,21 @@ std::string shown(const int64_t* values, int count) {
   return text + "]";
 }
 
-// Output positions along one axis; fills in the zero pixels ahead of the first input pixel.
-int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t dilation, bool same, const int64_t* padding,
-                    int64_t* before) {
+// The output size along one axis. `before` receives the number of zero pixels ahead of the first input pixel.
+int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t dilation, bool same,
+                    const int64_t* padding, int64_t* before) {
   const int64_t extent = (kernel - 1) * dilation + 1;
   if (!same) {
     *before = padding[0];
-    const int64_t room = size + padding[0] + padding[1] - extent;
-    return room < 0 ? 0 : room / stride + 1;
+    const int64_t last = size + padding[0] + padding[1] - extent;
+    return last < 0 ? 0 : last / stride + 1;
   }
   const int64_t out = (size + stride - 1) / stride, total = (out - 1) * stride + extent - size;
   *before = total > 0 ? total / 2 : 0;
   return out;
 }
 
-// Whether the product of these sizes stays below 2^58, which leaves room for the bytes of an element and more.
+// Whether the product of these sizes is below 2^58, so that the number of bytes fits into 64 bits, too.
 bool addressable(std::initializer_list<int64_t> sizes) {
   int64_t product = 1;
   for (int64_t size : sizes) {
@@ -54,21 +54,24 @@ bool addressable(std::initializer_list<int64_t> sizes) {
 }
 
 std::string check_settings(const Settings& settings) {
-  constexpr int64_t kLimit = int64_t{1} << 30;  // sums of products of two such numbers stay far below 2^63
+  constexpr int64_t kLimit = int64_t{1} << 30;  // sums of products of two such numbers are far below 2^63
   const auto in = [](int64_t value, int64_t least) { return value >= least && value <= kLimit; };
   if (!in(settings.stride[0], 1) || !in(settings.stride[1], 1)) {
     return "`strides` must be positive and at most 2^30. Received: strides=" + shown(settings.stride, 2);
   }
   if (!in(settings.dilation[0], 1) || !in(settings.dilation[1], 1)) {
-    return "`dilation_rate` must be positive and at most 2^30. Received: dilation_rate=" + shown(settings.dilation, 2);
+    return "`dilation_rate` must be positive and at most 2^30. Received: dilation_rate=" +
+           shown(settings.dilation, 2);
   }
   for (int64_t side : settings.padding) {
     if (!settings.same && !in(side, 0)) {
-      return "`padding` must not be negative and be at most 2^30. Received: padding=" + shown(settings.padding, 4);
+      return "`padding` must not be negative and be at most 2^30. Received: padding=" +
+             shown(settings.padding, 4);
     }
   }
   if (!in(settings.offset_groups, 1)) {
-    return "`offset_groups` must be positive. Received: offset_groups=" + std::to_string(settings.offset_groups);
+    return "`offset_groups` must be positive. Received: offset_groups=" +
+           std::to_string(settings.offset_groups);
   }
   return "";
 }
@@ -89,8 +92,10 @@ std::string check_shapes(const int64_t inputs[4], const int64_t kernel[4], const
     return "`inputs` must have at least one channel. Received: inputs.shape=" + shown(inputs, 4);
   }
   if (channels % depth || kernel[3] % (channels / depth)) {
-    return "`kernel` must have shape (kh, kw, C / groups, filters) with groups dividing both the channels C of "
-           "`inputs` (" + std::to_string(channels) + ") and the filters. Received: kernel.shape=" + shown(kernel, 4);
+    return "`kernel` must have shape (kh, kw, C / groups, filters) with groups dividing both the channels C "
+           "of "
+           "`inputs` (" +
+           std::to_string(channels) + ") and the filters. Received: kernel.shape=" + shown(kernel, 4);
   }
   if (channels % settings.offset_groups) {
     return "`offset_groups` must divide the channels of `inputs` (" + std::to_string(channels) +
@@ -144,32 +149,39 @@ std::string run(const F& function) {
 
 }  // namespace
 
-std::string make_geometry(const int64_t inputs_shape[4], const int64_t kernel_shape[4], const Settings& settings,
-                          Geometry* geometry) {
+std::string make_geometry(const int64_t inputs_shape[4], const int64_t kernel_shape[4],
+                          const Settings& settings, Geometry* geometry) {
   std::string problem = check_settings(settings);
   if (problem.empty()) problem = check_shapes(inputs_shape, kernel_shape, settings);
   if (!problem.empty()) return problem;
   Geometry& g = *geometry;
-  g.batch = inputs_shape[0], g.height = inputs_shape[1], g.width = inputs_shape[2], g.channels = inputs_shape[3];
+  g.batch = inputs_shape[0], g.height = inputs_shape[1], g.width = inputs_shape[2],
+  g.channels = inputs_shape[3];
   g.kernel_height = kernel_shape[0], g.kernel_width = kernel_shape[1], g.filters = kernel_shape[3];
-  for (int axis = 0; axis < 2; ++axis) g.stride[axis] = settings.stride[axis], g.dilation[axis] = settings.dilation[axis];
+  for (int axis = 0; axis < 2; ++axis) {
+    g.stride[axis] = settings.stride[axis];
+    g.dilation[axis] = settings.dilation[axis];
+  }
   g.groups = g.channels / kernel_shape[2], g.offset_groups = settings.offset_groups;
-  g.out_height = output_size(g.height, g.kernel_height, g.stride[0], g.dilation[0], settings.same, settings.padding,
-                             &g.pad_top);
-  g.out_width = output_size(g.width, g.kernel_width, g.stride[1], g.dilation[1], settings.same, settings.padding + 2,
-                            &g.pad_left);
-  // An image without pixels has an output without pixels, as convolutions have it.
+  g.out_height = output_size(g.height, g.kernel_height, g.stride[0], g.dilation[0], settings.same,
+                             settings.padding, &g.pad_top);
+  g.out_width = output_size(g.width, g.kernel_width, g.stride[1], g.dilation[1], settings.same,
+                            settings.padding + 2, &g.pad_left);
+  // As in other convolutions, an image without pixels has an output without pixels.
   if (g.height > 0 && g.width > 0 && (g.out_height < 1 || g.out_width < 1)) {
     return "`kernel` with its dilation must not be larger than the padded `inputs`. Received: kernel.shape=" +
-           shown(kernel_shape, 4) + ", dilation_rate=" + shown(settings.dilation, 2) + ", inputs.shape=" +
-           shown(inputs_shape, 4);
+           shown(kernel_shape, 4) + ", dilation_rate=" + shown(settings.dilation, 2) +
+           ", inputs.shape=" + shown(inputs_shape, 4);
   }
   if (!addressable({g.kernel_height, g.kernel_width, kernel_shape[2], g.filters}) ||
       !addressable({g.batch, g.height, g.width, g.channels}) ||
       !addressable({g.batch, g.out_height, g.out_width, g.filters}) ||
-      !addressable({g.batch, g.out_height, g.out_width, g.offset_groups, g.kernel_height, g.kernel_width, 2})) {
-    return "`inputs`, `kernel`, the offsets and the output must each have fewer than 2^58 elements. Received: "
-           "inputs.shape=" + shown(inputs_shape, 4) + ", kernel.shape=" + shown(kernel_shape, 4);
+      !addressable(
+          {g.batch, g.out_height, g.out_width, g.offset_groups, g.kernel_height, g.kernel_width, 2})) {
+    return "`inputs`, `kernel`, the offsets and the output must each have fewer than 2^58 elements. "
+           "Received: "
+           "inputs.shape=" +
+           shown(inputs_shape, 4) + ", kernel.shape=" + shown(kernel_shape, 4);
   }
   return "";
 }
@@ -183,12 +195,14 @@ const char* instruction_set() {
   return names[static_cast<int>(isa())];
 }
 
-std::string forward(DType dtype, const Geometry& geometry, const ForwardBuffers& buffers, const Workers& workers) {
+std::string forward(DType dtype, const Geometry& geometry, const ForwardBuffers& buffers,
+                    const Workers& workers) {
   static const auto function = KERAS_DAS_CHOOSE(forward);
   return run([&] { function(dtype, geometry, buffers, workers); });
 }
 
-std::string backward(DType dtype, const Geometry& geometry, const BackwardBuffers& buffers, const Workers& workers) {
+std::string backward(DType dtype, const Geometry& geometry, const BackwardBuffers& buffers,
+                     const Workers& workers) {
   static const auto function = KERAS_DAS_CHOOSE(backward);
   return run([&] { function(dtype, geometry, buffers, workers); });
 }
@@ -197,7 +211,7 @@ std::string backward(DType dtype, const Geometry& geometry, const BackwardBuffer
 
 extern "C" const char* keras_das_instruction_set() { return keras_das::instruction_set(); }
 
-// The GPU architectures that the library has kernels for, or "": it runs on the CPU only.
+// The GPU architectures of the CUDA kernels, or "" if the library has none.
 extern "C" const char* keras_das_cuda_architectures() {
 #if defined(KERAS_DAS_CUDA)
   return KERAS_DAS_CUDA;

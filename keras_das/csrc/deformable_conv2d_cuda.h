@@ -1,6 +1,6 @@
-// Deformable convolution on NVIDIA GPUs: what the doors call. See deformable_conv2d.h for sizes and tensors, which here
-// lie in the device's memory. With a 16-bit type, values of `kernel` and `grad_output` must be of that type's precision,
-// though they lie there as floats: tensor cores would round others.
+// Deformable convolution on NVIDIA GPUs, as the bindings call it. See deformable_conv2d.h for sizes and
+// tensors, which are in device memory here. For a 16-bit type, `kernel` and `grad_output` are floats, but
+// their values must have the precision of that type, because tensor cores round to it.
 #ifndef KERAS_DAS_CSRC_DEFORMABLE_CONV2D_CUDA_H_
 #define KERAS_DAS_CSRC_DEFORMABLE_CONV2D_CUDA_H_
 
@@ -12,22 +12,25 @@
 
 namespace keras_das {
 
-// How kernels are launched.
+// The resources of a call.
 struct CudaCall {
   void* stream = nullptr;  // a cudaStream_t; its device is the thread's current one
-  // Gives that many bytes of device memory, aligned to 16, which stay ours until the work on `stream` so far is done;
-  // or null.
+  // Returns device memory of this size, aligned to 16 bytes, or null. It must stay allocated until the work
+  // that is on `stream` then has finished.
   std::function<void*(int64_t bytes)> allocate;
-  // The same bits at every run, also of the gradient for `inputs`. All else always has them.
+  // Whether the gradient of `inputs` has the same bits at every run. All other results always have.
   bool deterministic = false;
-  // About how many bytes of working memory each of at most four buffers may take. Beyond it the work is done in parts.
+  // The approximate size of each of at most four buffers of working memory. Calls that need more are done in
+  // parts.
   int64_t workspace_bytes = int64_t{64} << 20;
-  int64_t most_blocks = int64_t{1} << 20;  // of one launch; kernels loop over what is left
+  int64_t most_blocks = int64_t{1} << 20;  // of one launch; kernels loop over the rest
 };
 
-// Both only put work on the stream. They return "", or what went wrong: no memory, or a launch that failed.
-std::string cuda_forward(DType dtype, const Geometry& geometry, const ForwardBuffers& buffers, const CudaCall& call);
-std::string cuda_backward(DType dtype, const Geometry& geometry, const BackwardBuffers& buffers, const CudaCall& call);
+// Both put work on the stream and return. The result is the error message, or "".
+std::string cuda_forward(DType dtype, const Geometry& geometry, const ForwardBuffers& buffers,
+                         const CudaCall& call);
+std::string cuda_backward(DType dtype, const Geometry& geometry, const BackwardBuffers& buffers,
+                          const CudaCall& call);
 
 }  // namespace keras_das
 

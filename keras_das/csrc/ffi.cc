@@ -1,5 +1,5 @@
-// The kernels as typed XLA FFI handlers, for programs that XLA compiles: TensorFlow's `jit_compile=True`, and JAX.
-// Compiles against either's headers.
+// Typed XLA FFI handlers, for programs that XLA compiles: TensorFlow's `jit_compile=True`, and JAX. Compiles
+// with the headers of either.
 #include <algorithm>
 #include <cstdint>
 #include <functional>
@@ -29,11 +29,11 @@ Shape shape_of(const ffi::AnyBuffer& buffer) {
 Attributes make_attributes(Integers strides, Integers dilations, std::string_view padding,
                            Integers explicit_paddings, int64_t offset_groups, bool has_mask, bool has_bias) {
   const auto copy = [](Integers values) { return Shape(values.begin(), values.end()); };
-  return {copy(strides), copy(dilations), copy(explicit_paddings), std::string(padding),
-          offset_groups, has_mask, has_bias};
+  return {copy(strides), copy(dilations), copy(explicit_paddings), std::string(padding), offset_groups,
+          has_mask,      has_bias};
 }
 
-// Checks tensors one after another and keeps what is wrong with the first that does not fit.
+// Checks tensors and keeps the error message of the first one that does not fit.
 class Checker {
  public:
   Checker(const Attributes& attributes, const ffi::AnyBuffer& inputs, const ffi::AnyBuffer& kernel) {
@@ -42,34 +42,35 @@ class Checker {
       case ffi::BF16: dtype_ = DType::kBFloat16; break;
       case ffi::F32: dtype_ = DType::kFloat32; break;
       case ffi::F64: dtype_ = DType::kFloat64; break;
-      default: wrong_ = "`inputs` must be float16, bfloat16, float32 or float64. Received: XLA type " +
-                        std::to_string(static_cast<int>(inputs.element_type()));
+      default:
+        error_ = "`inputs` must be float16, bfloat16, float32 or float64. Received: XLA type " +
+                 std::to_string(static_cast<int>(inputs.element_type()));
     }
     inputs_type_ = inputs.element_type();
     sum_type_ = dtype_ == DType::kFloat64 ? ffi::F64 : ffi::F32;
-    if (wrong_.empty()) wrong_ = make_plan(attributes, shape_of(inputs), shape_of(kernel), &plan_);
+    if (error_.empty()) error_ = make_plan(attributes, shape_of(inputs), shape_of(kernel), &plan_);
     check_type("kernel", kernel, sum_type_);
   }
 
-  // A tensor of the type that sums are taken in.
+  // Checks a tensor of the type of the sums.
   void check(const char* name, const ffi::AnyBuffer& buffer, const Shape& wanted) {
     check_type(name, buffer, sum_type_);
-    if (wrong_.empty()) wrong_ = check_shape(name, shape_of(buffer), wanted);
+    if (error_.empty()) error_ = check_shape(name, shape_of(buffer), wanted);
   }
 
   void check_output(const ffi::AnyBuffer& buffer) {
     check_type("output", buffer, inputs_type_);
-    if (wrong_.empty()) wrong_ = check_shape("output", shape_of(buffer), plan_.output);
+    if (error_.empty()) error_ = check_shape("output", shape_of(buffer), plan_.output);
   }
 
-  const std::string& wrong() const { return wrong_; }
+  const std::string& error() const { return error_; }
   const Plan& plan() const { return plan_; }
   DType dtype() const { return dtype_; }
 
  private:
   void check_type(const std::string& name, const ffi::AnyBuffer& buffer, ffi::DataType wanted) {
-    if (!wrong_.empty() || buffer.element_type() == wanted) return;
-    wrong_ = "`" + name + "` must have XLA type " + std::to_string(static_cast<int>(wanted)) +
+    if (!error_.empty() || buffer.element_type() == wanted) return;
+    error_ = "`" + name + "` must have XLA type " + std::to_string(static_cast<int>(wanted)) +
              " where `inputs` has " + std::to_string(static_cast<int>(inputs_type_)) +
              ". Received: " + std::to_string(static_cast<int>(buffer.element_type()));
   }
@@ -77,10 +78,10 @@ class Checker {
   DType dtype_ = DType::kFloat32;
   ffi::DataType inputs_type_, sum_type_;
   Plan plan_;
-  std::string wrong_;
+  std::string error_;
 };
 
-// Runs the kernels on XLA's threads. Valid while the pool is.
+// Runs the kernels on the threads of XLA. Must not outlive the pool.
 class OnHost {
  public:
   explicit OnHost(ffi::ThreadPool& pool) {
@@ -103,18 +104,18 @@ class OnHost {
   Workers workers_;
 };
 
-// Plans and checks a call, and has `device` run it.
+// Plans and checks a call, and runs it on `device`.
 template <class Device>
 ffi::Error run_forward(const Device& device, const Attributes& attributes, ffi::AnyBuffer inputs,
-                       ffi::AnyBuffer kernel, ffi::AnyBuffer offsets, ffi::AnyBuffer mask, ffi::AnyBuffer bias,
-                       Result output) {
+                       ffi::AnyBuffer kernel, ffi::AnyBuffer offsets, ffi::AnyBuffer mask,
+                       ffi::AnyBuffer bias, Result output) {
   Checker checker(attributes, inputs, kernel);
   const Plan& plan = checker.plan();
   checker.check("offsets", offsets, plan.offsets);
   checker.check("mask", mask, plan.mask);
   checker.check("bias", bias, plan.bias);
   checker.check_output(*output);
-  if (!checker.wrong().empty()) return ffi::Error::InvalidArgument(checker.wrong());
+  if (!checker.error().empty()) return ffi::Error::InvalidArgument(checker.error());
   ForwardBuffers buffers{};
   buffers.inputs = inputs.untyped_data();
   buffers.kernel = kernel.untyped_data();
@@ -128,8 +129,8 @@ ffi::Error run_forward(const Device& device, const Attributes& attributes, ffi::
 template <class Device>
 ffi::Error run_backward(const Device& device, const Attributes& attributes, ffi::AnyBuffer inputs,
                         ffi::AnyBuffer kernel, ffi::AnyBuffer offsets, ffi::AnyBuffer mask,
-                        ffi::AnyBuffer grad_output, Result grad_inputs, Result grad_kernel, Result grad_offsets,
-                        Result grad_mask, Result grad_bias) {
+                        ffi::AnyBuffer grad_output, Result grad_inputs, Result grad_kernel,
+                        Result grad_offsets, Result grad_mask, Result grad_bias) {
   Checker checker(attributes, inputs, kernel);
   const Plan& plan = checker.plan();
   checker.check("offsets", offsets, plan.offsets);
@@ -140,7 +141,7 @@ ffi::Error run_backward(const Device& device, const Attributes& attributes, ffi:
   checker.check("grad_offsets", *grad_offsets, plan.offsets);
   checker.check("grad_mask", *grad_mask, plan.mask);
   checker.check("grad_bias", *grad_bias, plan.bias);
-  if (!checker.wrong().empty()) return ffi::Error::InvalidArgument(checker.wrong());
+  if (!checker.error().empty()) return ffi::Error::InvalidArgument(checker.error());
   BackwardBuffers buffers{};
   buffers.inputs = inputs.untyped_data();
   buffers.kernel = kernel.untyped_data();
@@ -155,10 +156,10 @@ ffi::Error run_backward(const Device& device, const Attributes& attributes, ffi:
   return device.run(checker.dtype(), plan.geometry, buffers);
 }
 
-// A handler's signature is what it binds, so each platform has its own two. All end in the same attributes, of which
-// the CPU's kernels, the same at every run, have no use for the last.
-#define KERAS_DAS_ATTRIBUTES                                                                                      \
-  Integers strides, Integers dilations, std::string_view padding, Integers explicit_paddings,                     \
+// The signature of a handler depends on its context, so each platform has two handlers. All end in the same
+// attributes. CPU kernels ignore the last one, because their results are always the same.
+#define KERAS_DAS_ATTRIBUTES                                                                  \
+  Integers strides, Integers dilations, std::string_view padding, Integers explicit_paddings, \
       int64_t offset_groups, bool has_mask, bool has_bias, bool deterministic
 #define KERAS_DAS_MAKE_ATTRIBUTES \
   make_attributes(strides, dilations, padding, explicit_paddings, offset_groups, has_mask, has_bias)
@@ -166,26 +167,25 @@ ffi::Error run_backward(const Device& device, const Attributes& attributes, ffi:
 ffi::Error forward_handler(ffi::ThreadPool pool, ffi::AnyBuffer inputs, ffi::AnyBuffer kernel,
                            ffi::AnyBuffer offsets, ffi::AnyBuffer mask, ffi::AnyBuffer bias, Result output,
                            KERAS_DAS_ATTRIBUTES) {
-  return run_forward(OnHost(pool), KERAS_DAS_MAKE_ATTRIBUTES, inputs, kernel, offsets, mask, bias,
-                     output);
+  return run_forward(OnHost(pool), KERAS_DAS_MAKE_ATTRIBUTES, inputs, kernel, offsets, mask, bias, output);
 }
 
 ffi::Error backward_handler(ffi::ThreadPool pool, ffi::AnyBuffer inputs, ffi::AnyBuffer kernel,
                             ffi::AnyBuffer offsets, ffi::AnyBuffer mask, ffi::AnyBuffer grad_output,
                             Result grad_inputs, Result grad_kernel, Result grad_offsets, Result grad_mask,
                             Result grad_bias, KERAS_DAS_ATTRIBUTES) {
-  return run_backward(OnHost(pool), KERAS_DAS_MAKE_ATTRIBUTES, inputs, kernel, offsets, mask,
-                      grad_output, grad_inputs, grad_kernel, grad_offsets, grad_mask, grad_bias);
+  return run_backward(OnHost(pool), KERAS_DAS_MAKE_ATTRIBUTES, inputs, kernel, offsets, mask, grad_output,
+                      grad_inputs, grad_kernel, grad_offsets, grad_mask, grad_bias);
 }
 
 #if defined(KERAS_DAS_CUDA)
-// Puts the kernels on XLA's stream, with working memory of XLA's. Valid while the allocator is.
+// Puts the kernels on the stream of XLA, with working memory of XLA. Must not outlive the allocator.
 class OnCuda {
  public:
   OnCuda(void* stream, ffi::ScratchAllocator& memory, bool deterministic) {
     call_.stream = stream;
     call_.deterministic = deterministic;
-    // XLA refuses to be asked for more than 16, and gives no less.
+    // XLA accepts no alignment above 16.
     call_.allocate = [&memory](int64_t bytes) { return memory.Allocate(bytes, 16).value_or(nullptr); };
   }
   ffi::Error run(DType dtype, const Geometry& geometry, const ForwardBuffers& buffers) const {
@@ -207,20 +207,22 @@ class OnCuda {
 ffi::Error cuda_forward_handler(void* stream, ffi::ScratchAllocator memory, ffi::AnyBuffer inputs,
                                 ffi::AnyBuffer kernel, ffi::AnyBuffer offsets, ffi::AnyBuffer mask,
                                 ffi::AnyBuffer bias, Result output, KERAS_DAS_ATTRIBUTES) {
-  return run_forward(OnCuda(stream, memory, deterministic), KERAS_DAS_MAKE_ATTRIBUTES, inputs, kernel, offsets, mask,
-                     bias, output);
+  return run_forward(OnCuda(stream, memory, deterministic), KERAS_DAS_MAKE_ATTRIBUTES, inputs, kernel,
+                     offsets, mask, bias, output);
 }
 
 ffi::Error cuda_backward_handler(void* stream, ffi::ScratchAllocator memory, ffi::AnyBuffer inputs,
                                  ffi::AnyBuffer kernel, ffi::AnyBuffer offsets, ffi::AnyBuffer mask,
                                  ffi::AnyBuffer grad_output, Result grad_inputs, Result grad_kernel,
-                                 Result grad_offsets, Result grad_mask, Result grad_bias, KERAS_DAS_ATTRIBUTES) {
-  return run_backward(OnCuda(stream, memory, deterministic), KERAS_DAS_MAKE_ATTRIBUTES, inputs, kernel, offsets, mask,
-                      grad_output, grad_inputs, grad_kernel, grad_offsets, grad_mask, grad_bias);
+                                 Result grad_offsets, Result grad_mask, Result grad_bias,
+                                 KERAS_DAS_ATTRIBUTES) {
+  return run_backward(OnCuda(stream, memory, deterministic), KERAS_DAS_MAKE_ATTRIBUTES, inputs, kernel,
+                      offsets, mask, grad_output, grad_inputs, grad_kernel, grad_offsets, grad_mask,
+                      grad_bias);
 }
 #endif
 
-// All handlers take five tensors and the same attributes.
+// All handlers have five tensors and the same attributes.
 template <typename Binding>
 auto bind_arguments(Binding&& binding) {
   return std::move(binding)
@@ -280,12 +282,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(KerasDasDeformableConv2DGradCuda, keras_das::cuda_
 #endif
 
 #ifdef KERAS_DAS_TENSORFLOW
-// TensorFlow exports this function, but not the header's `XLA_FFI_GetApi`.
+// TensorFlow exports this function, but not `XLA_FFI_GetApi` of the header.
 namespace xla::ffi {
 const XLA_FFI_Api* GetXlaFfiApi();
 }
 
-#define KERAS_DAS_REGISTER(platform, forward, backward)                                                      \
+#define KERAS_DAS_REGISTER(platform, forward, backward)                                                 \
   XLA_FFI_REGISTER_HANDLER(xla::ffi::GetXlaFfiApi(), "keras_das_deformable_conv2d", platform, forward); \
   XLA_FFI_REGISTER_HANDLER(xla::ffi::GetXlaFfiApi(), "keras_das_deformable_conv2d_grad", platform, backward)
 

@@ -10,7 +10,7 @@
 namespace keras_das {
 namespace {
 
-// Outlives `parallel_for`, for a pool may run a closure long after all tasks are done; it then finds none left.
+// Outlives `parallel_for`: the pool may run a closure after all tasks are done, which then finds none left.
 struct Progress {
   void (*task)(void* context, int64_t index);
   void* context;
@@ -19,7 +19,7 @@ struct Progress {
   std::atomic<int64_t> done{0};
   std::mutex mutex;
   std::condition_variable all_done;
-  std::exception_ptr failure;  // the first one; guarded by `mutex`
+  std::exception_ptr failure;  // the first exception; guarded by `mutex`
 
   void work() {
     for (int64_t index; (index = next.fetch_add(1)) < count;) {
@@ -39,7 +39,8 @@ struct Progress {
 
 }  // namespace
 
-void parallel_for(const Workers& workers, int64_t count, void (*task)(void* context, int64_t index), void* context) {
+void parallel_for(const Workers& workers, int64_t count, void (*task)(void* context, int64_t index),
+                  void* context) {
   const int64_t helpers = std::min(workers.threads, count) - 1;
   if (helpers <= 0) {
     for (int64_t index = 0; index < count; ++index) task(context, index);

@@ -1,4 +1,4 @@
-// Runs numbered tasks on threads that somebody else owns.
+// Runs tasks on the threads of the caller's pool.
 #ifndef KERAS_DAS_CSRC_PARALLEL_H_
 #define KERAS_DAS_CSRC_PARALLEL_H_
 
@@ -7,19 +7,20 @@
 
 namespace keras_das {
 
-// A pool of threads, as TensorFlow, XLA and JAX each lend one.
+// A pool of threads, provided by TensorFlow, XLA or JAX.
 struct Workers {
-  // How many threads may work at once, the calling one included.
+  // The number of threads that may work at the same time, including the calling one.
   int64_t threads = 1;
-  // Hands a closure to the pool, which may run it at any later time. Not called if `threads` is 1.
+  // Passes a closure to the pool, which may run it at any later time. Not called if `threads` is 1.
   std::function<void(std::function<void()>)> schedule;
 };
 
-// Calls `task(context, index)` for index 0 to `count - 1`, in any order and at once where there are threads, and returns when all have
-// returned. The calling thread works too, so a pool that is busy, or whose own thread calls this, cannot stall it.
-// A task's exception is thrown again here, when all tasks have ended.
-// (A function pointer, so that kernels compiled for other instruction sets share no inline code with the rest.)
-void parallel_for(const Workers& workers, int64_t count, void (*task)(void* context, int64_t index), void* context);
+// Calls `task(context, index)` for each index below `count`, in any order and in parallel, and returns when
+// all calls have returned. The calling thread works, too, so there is no deadlock if the pool is busy or if
+// one of its threads calls this. If a task throws an exception, it is rethrown when all tasks have ended.
+// `task` is a function pointer, so that code for different instruction sets shares no inline functions.
+void parallel_for(const Workers& workers, int64_t count, void (*task)(void* context, int64_t index),
+                  void* context);
 
 }  // namespace keras_das
 

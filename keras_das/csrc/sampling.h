@@ -1,8 +1,5 @@
-// The arithmetic of one sample, and 16-bit floats: what the kernels for the CPU (kernels.cc, on vectors) and those for
-// CUDA (deformable_conv2d.cu.cc, on single numbers) share.
-//
-// Included once in each build of either, inside a namespace named after the instruction set: no code is shared
-// between builds, so none that a processor lacks can be reached by accident.
+// The arithmetic of one sample, and 16-bit floats. The kernels for CPUs use it on vectors, those for CUDA on
+// single numbers. See common.h for the namespace.
 #ifndef KERAS_DAS_CSRC_SAMPLING_H_
 #define KERAS_DAS_CSRC_SAMPLING_H_
 
@@ -10,20 +7,18 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common.h"
+
 #if defined(__CUDACC__)
 #include <cuda_fp16.h>
-#define KERAS_DAS_INLINE __host__ __device__ __forceinline__
-#else
-// Compilers judge by size, and would call functions of a few instructions.
-#define KERAS_DAS_INLINE inline __attribute__((always_inline))
 #endif
 
 namespace keras_das {
 namespace KERAS_DAS_ISA {
 
-// ------------------------------------------------------------------------------------------------------ 16-bit floats
+// ----- 16-bit floats
 
-// Bits of a 16-bit float. `Half` is IEEE binary16, `BFloat16` the upper half of a float.
+// The bits of a 16-bit float. `Half` is IEEE binary16, `BFloat16` the upper half of a float.
 struct Half {
   uint16_t bits;
 };
@@ -31,7 +26,7 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// The type that sums over `T` are taken in.
+// The type of sums of values of type `T`.
 template <class T>
 struct SumType {
   using type = float;
@@ -60,11 +55,12 @@ KERAS_DAS_INLINE float to_float(Half x) {
   return __half2float(__ushort_as_half(x.bits));
 #else
   const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16, magnitude = x.bits & 0x7fffu;
-  if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);  // infinity, NaN
-  // Subnormals without subnormal arithmetic, which frameworks switch off: multiples of 2^-24. Else exponents differ
-  // by 112.
-  const uint32_t bits =
-      magnitude < 0x400u ? float_to_bits(static_cast<float>(magnitude) * 0x1p-24f) : (magnitude << 13) + 0x38000000u;
+  const bool finite = magnitude < 0x7c00u;
+  if (!finite) return bits_to_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+  // Subnormal numbers are multiples of 2^-24. Frameworks switch off subnormal arithmetic, so this uses none.
+  // The exponents of other numbers differ by 112.
+  const uint32_t bits = magnitude < 0x400u ? float_to_bits(static_cast<float>(magnitude) * 0x1p-24f)
+                                           : (magnitude << 13) + 0x38000000u;
   return bits_to_float(sign | bits);
 #endif
 }
@@ -82,8 +78,9 @@ KERAS_DAS_INLINE Half to_half(float value) {
   const uint32_t bits = float_to_bits(value), magnitude = bits & 0x7fffffffu;
   const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000u);
   if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
-  if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // 65520 and more round to infinity
-  if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 leaves multiples of 2^-24, rounded to even
+  // 65520 and more round to infinity.
+  if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};
+  if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 rounds to multiples of 2^-24, ties to even
     const uint32_t rounded = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
     return {static_cast<uint16_t>(sign | rounded)};
   }
@@ -97,25 +94,25 @@ KERAS_DAS_INLINE double convert_to(double x, const double*) { return x; }
 KERAS_DAS_INLINE Half convert_to(float x, const Half*) { return to_half(x); }
 KERAS_DAS_INLINE BFloat16 convert_to(float x, const BFloat16*) { return to_bfloat16(x); }
 
-// --------------------------------------------------------------------------------------------------------- One sample
+// ----- One sample
 
-// A position is a whole pixel, that of its cell's upper left corner, and a fraction. Corners are numbered upper left,
-// upper right, lower left, lower right. In what follows V and I are numbers, or vectors of them.
+// A position consists of a whole pixel, which is the upper left corner of its cell, and a fraction. The order
+// of corners is upper left, upper right, lower left, lower right. V and I are numbers or vectors below.
 
-// -1 for true and 0 for false, as comparisons of vectors have it.
+// -1 for true and 0 for false, as comparisons of vectors return.
 template <class I>
 KERAS_DAS_INLINE I as_mask(I lanes) {
   return lanes;
 }
 KERAS_DAS_INLINE int as_mask(bool value) { return -static_cast<int>(value); }
 
-// Whether -1 < whole + fraction < size; false for a NaN.
+// Whether -1 < whole + fraction < size. False for NaN.
 template <class A, class V>
 KERAS_DAS_INLINE auto on_image(V whole, V fraction, int64_t size) {
   return as_mask(whole >= 0 || (whole == -1 && fraction > 0)) & as_mask(whole < static_cast<A>(size));
 }
 
-// Bit i: corner i of the cell at (row, column) lies on the image.
+// Bit i is set if corner i of the cell at (row, column) is on the image.
 template <class Int, class I>
 KERAS_DAS_INLINE I corners_on_image(I row, I column, Int height, Int width) {
   const I top = as_mask(row >= 0), bottom = as_mask(row >= -1) & as_mask(row < height - 1);
@@ -123,10 +120,10 @@ KERAS_DAS_INLINE I corners_on_image(I row, I column, Int height, Int width) {
   return (top & left & 1) | (top & right & 2) | (bottom & left & 4) | (bottom & right & 8);
 }
 
-// Where a sample off the image reads: a cell none of whose corners is on it.
+// The row and column of samples off the image: all corners of this cell are off the image.
 constexpr int kNowhere = -2;
 
-// The bilinear weights of the corners, times the mask's value.
+// The bilinear weights of the corners, multiplied by the value of the mask.
 template <class V>
 KERAS_DAS_INLINE void corner_weights(V fraction_y, V fraction_x, V modulation, V weights[4]) {
   const V below = fraction_y * modulation, above = (1 - fraction_y) * modulation;
@@ -136,7 +133,8 @@ KERAS_DAS_INLINE void corner_weights(V fraction_y, V fraction_x, V modulation, V
   weights[3] = below * fraction_x;
 }
 
-// The gradients of a sample's offsets and mask, from what the loss gains from each corner's pixels: `products`.
+// The gradients of a sample's offsets. `products` contains, for each corner, the sum over channels of its
+// pixel times the gradient of the sample.
 template <class A>
 KERAS_DAS_INLINE void offset_gradients(A y, A x, A modulation, const A* products, A* grad_y, A* grad_x) {
   const A left = products[2] - products[0], right = products[3] - products[1];
@@ -145,6 +143,7 @@ KERAS_DAS_INLINE void offset_gradients(A y, A x, A modulation, const A* products
   *grad_x = modulation * ((1 - y) * upper + y * lower);
 }
 
+// The gradient of a sample's mask, from the same `products`.
 template <class A>
 KERAS_DAS_INLINE A mask_gradient(A y, A x, const A* products) {
   return (1 - y) * ((1 - x) * products[0] + x * products[1]) + y * ((1 - x) * products[2] + x * products[3]);

@@ -1,4 +1,4 @@
-// How the TensorFlow ops and their XLA kernels read an op's attributes.
+// Reads the attributes of an op, for the TensorFlow ops and their XLA kernels.
 #ifndef KERAS_DAS_CSRC_TF_ARGUMENTS_H_
 #define KERAS_DAS_CSRC_TF_ARGUMENTS_H_
 
@@ -11,11 +11,11 @@
 
 namespace keras_das {
 
-inline absl::Status to_status(const std::string& wrong) {
-  return wrong.empty() ? absl::OkStatus() : absl::InvalidArgumentError(wrong);
+inline absl::Status to_status(const std::string& error) {
+  return error.empty() ? absl::OkStatus() : absl::InvalidArgumentError(error);
 }
 
-// From an OpKernelConstruction or an InferenceContext.
+// `Context` is OpKernelConstruction or InferenceContext.
 template <typename Context>
 absl::Status read_attributes(Context* context, Attributes* attributes, DType* dtype) {
   TF_RETURN_IF_ERROR(context->GetAttr("strides", &attributes->strides));
@@ -32,12 +32,14 @@ absl::Status read_attributes(Context* context, Attributes* attributes, DType* dt
     case tensorflow::DT_HALF: *dtype = DType::kFloat16; break;
     case tensorflow::DT_BFLOAT16: *dtype = DType::kBFloat16; break;
     case tensorflow::DT_FLOAT: *dtype = DType::kFloat32; break;
-    default: *dtype = DType::kFloat64; break;  // the op's list of types has no other
+    default: *dtype = DType::kFloat64; break;  // the op allows no other type
   }
   if ((sum_type == tensorflow::DT_DOUBLE) != (*dtype == DType::kFloat64)) {
     return absl::InvalidArgumentError(
-        "`A`, the type of all tensors but `inputs` and its output, must be double if `T` is, else float. Received: "
-        "T=" + tensorflow::DataType_Name(inputs_type) + ", A=" + tensorflow::DataType_Name(sum_type));
+        "`A`, the type of all tensors but `inputs` and its output, must be double if `T` is, else float. "
+        "Received: "
+        "T=" +
+        tensorflow::DataType_Name(inputs_type) + ", A=" + tensorflow::DataType_Name(sum_type));
   }
   Settings settings;
   return to_status(make_settings(*attributes, &settings));

@@ -1,5 +1,5 @@
-// The kernels as TensorFlow ops: their declarations, shape functions, and kernels for the CPU and, in a library with
-// those, for NVIDIA GPUs.
+// The TensorFlow ops: declarations, shape functions, and kernels for CPUs and, in a library with CUDA
+// kernels, for NVIDIA GPUs.
 #include <algorithm>
 #include <cstdint>
 #include <deque>
@@ -36,7 +36,7 @@ using tensorflow::shape_inference::InferenceContext;
 
 constexpr int64_t kUnknown = -1;
 
-// One input of an op while its graph is built.
+// The shape of an input of an op in a graph.
 struct Found {
   Shape shape;  // unknown sizes are negative
   bool rank_known;
@@ -51,22 +51,25 @@ Found find_input(InferenceContext* context, int index) {
   return found;
 }
 
-// The least size of an input along an axis for which there is an output, or 1 where that is beyond 64 bits.
+// The smallest size of the inputs along an axis for which there is an output, or 1 if it does not fit into 64
+// bits.
 int64_t least_size(int64_t taps, int64_t dilation) {
   int64_t size;
-  return __builtin_mul_overflow(taps - 1, dilation, &size) || __builtin_add_overflow(size, 1, &size) ? 1 : size;
+  return __builtin_mul_overflow(taps - 1, dilation, &size) || __builtin_add_overflow(size, 1, &size) ? 1
+                                                                                                     : size;
 }
 
 bool all_known(const Shape& shape) {
   return std::all_of(shape.begin(), shape.end(), [](int64_t size) { return size >= 0; });
 }
 
-// What can be said of the shapes before all sizes are known. The fields of `plan` other than `geometry` are filled.
+// Infers the shapes in `plan`, as far as the known sizes determine them. Does not fill `plan->geometry`.
 std::string infer_plan(const Attributes& attributes, const Found& inputs, const Found& kernel, Plan* plan) {
-  std::string wrong = inputs.rank_known ? check_rank("inputs", inputs.shape, 4) : "";
-  if (wrong.empty() && kernel.rank_known) wrong = check_rank("kernel", kernel.shape, 4);
-  if (!wrong.empty()) return wrong;
-  const bool solvable = inputs.rank_known && kernel.rank_known && all_known(kernel.shape) && inputs.shape[3] >= 0;
+  std::string error = inputs.rank_known ? check_rank("inputs", inputs.shape, 4) : "";
+  if (error.empty() && kernel.rank_known) error = check_rank("kernel", kernel.shape, 4);
+  if (!error.empty()) return error;
+  const bool solvable =
+      inputs.rank_known && kernel.rank_known && all_known(kernel.shape) && inputs.shape[3] >= 0;
   if (!solvable) {
     const int64_t batch = inputs.rank_known ? inputs.shape[0] : kUnknown;
     const int64_t filters = kernel.rank_known ? kernel.shape[3] : kUnknown;
@@ -77,14 +80,14 @@ std::string infer_plan(const Attributes& attributes, const Found& inputs, const 
     plan->output = Shape{batch, kUnknown, kUnknown, filters};
     return "";
   }
-  // Unknown sizes are taken as ones that fit, and forgotten again in the result.
+  // Replaces unknown sizes by sizes that fit, and makes them unknown again in the result.
   Shape trial = inputs.shape;
   if (trial[0] < 0) trial[0] = 1;
   for (int axis : {0, 1}) {
     if (trial[axis + 1] < 0) trial[axis + 1] = least_size(kernel.shape[axis], attributes.dilations[axis]);
   }
-  wrong = make_plan(attributes, trial, kernel.shape, plan);
-  if (!wrong.empty()) return wrong;
+  error = make_plan(attributes, trial, kernel.shape, plan);
+  if (!error.empty()) return error;
   for (Shape* shape : {&plan->offsets, &plan->mask, &plan->output}) {
     for (int axis = 0; axis < 3 && shape->size() == 4; ++axis) {
       if (inputs.shape[axis] < 0) (*shape)[axis] = kUnknown;
@@ -93,8 +96,8 @@ std::string infer_plan(const Attributes& attributes, const Found& inputs, const 
   return "";
 }
 
-// Plans the call and checks the inputs; `fifth` and `wanted` are the last input's name and shape.
-absl::Status infer_and_check(InferenceContext* context, const char* fifth, Shape Plan::*wanted, Plan* plan) {
+// Plans the call and checks the inputs. `fifth` and `wanted` name the last input and its shape.
+absl::Status infer_and_check(InferenceContext* context, const char* fifth, Shape Plan::* wanted, Plan* plan) {
   Attributes attributes;
   DType dtype;
   TF_RETURN_IF_ERROR(read_attributes(context, &attributes, &dtype));
@@ -138,16 +141,20 @@ Workers make_workers(OpKernelContext* context) {
   const auto* threads = context->device()->tensorflow_cpu_worker_threads();
   Workers workers;
   workers.threads = threads->num_threads;
-  workers.schedule = [pool = threads->workers](std::function<void()> work) { pool->Schedule(std::move(work)); };
+  workers.schedule = [pool = threads->workers](std::function<void()> work) {
+    pool->Schedule(std::move(work));
+  };
   return workers;
 }
 
-// Runs the kernels on TensorFlow's threads.
+// Runs the kernels on the threads of TensorFlow.
 struct OnCpu {
-  static absl::Status run(OpKernelContext* context, DType dtype, const Geometry& geometry, const ForwardBuffers& b) {
+  static absl::Status run(OpKernelContext* context, DType dtype, const Geometry& geometry,
+                          const ForwardBuffers& b) {
     return to_status(forward(dtype, geometry, b, make_workers(context)));
   }
-  static absl::Status run(OpKernelContext* context, DType dtype, const Geometry& geometry, const BackwardBuffers& b) {
+  static absl::Status run(OpKernelContext* context, DType dtype, const Geometry& geometry,
+                          const BackwardBuffers& b) {
     return to_status(backward(dtype, geometry, b, make_workers(context)));
   }
   static absl::Status to_status(const std::string& problem) {
@@ -156,15 +163,17 @@ struct OnCpu {
 };
 
 #if defined(KERAS_DAS_CUDA)
-// Puts the kernels on TensorFlow's stream. Their working memory is TensorFlow's, which hands it out again only to what
-// comes later on that stream.
+// Puts the kernels on the stream of TensorFlow. TensorFlow reuses their working memory only for later work on
+// that stream.
 class OnGpu {
  public:
-  static absl::Status run(OpKernelContext* context, DType dtype, const Geometry& geometry, const ForwardBuffers& b) {
+  static absl::Status run(OpKernelContext* context, DType dtype, const Geometry& geometry,
+                          const ForwardBuffers& b) {
     OnGpu gpu(context);
     return gpu.to_status(cuda_forward(dtype, geometry, b, gpu.call_));
   }
-  static absl::Status run(OpKernelContext* context, DType dtype, const Geometry& geometry, const BackwardBuffers& b) {
+  static absl::Status run(OpKernelContext* context, DType dtype, const Geometry& geometry,
+                          const BackwardBuffers& b) {
     OnGpu gpu(context);
     return gpu.to_status(cuda_backward(dtype, geometry, b, gpu.call_));
   }
@@ -182,7 +191,8 @@ class OnGpu {
 
   absl::Status to_status(const std::string& problem) const {
     if (!allocated_.ok()) return allocated_;
-    return problem.empty() ? absl::OkStatus() : absl::InternalError("The fused deformable convolution: " + problem);
+    return problem.empty() ? absl::OkStatus()
+                           : absl::InternalError("The fused deformable convolution: " + problem);
   }
 
   CudaCall call_;
@@ -191,7 +201,7 @@ class OnGpu {
 };
 #endif
 
-// What both ops share: the attributes, and the checks ahead of a kernel.
+// The part that both ops share: attributes and checks.
 class DeformableConv2DOpBase : public OpKernel {
  public:
   explicit DeformableConv2DOpBase(OpKernelConstruction* context) : OpKernel(context) {
@@ -199,8 +209,8 @@ class DeformableConv2DOpBase : public OpKernel {
   }
 
  protected:
-  // Plans the call and checks the inputs; `fifth` and `wanted` are the last input's name and shape.
-  absl::Status plan(OpKernelContext* context, const char* fifth, Shape Plan::*wanted, Plan* plan) const {
+  // Plans the call and checks the inputs. `fifth` and `wanted` name the last input and its shape.
+  absl::Status plan(OpKernelContext* context, const char* fifth, Shape Plan::* wanted, Plan* plan) const {
     const auto check = [&](int index, const char* name, const Shape& shape) {
       return to_status(check_shape(name, shape_of(context->input(index)), shape));
     };
@@ -266,7 +276,7 @@ class DeformableConv2DGradOp : public DeformableConv2DOpBase {
 
 }  // namespace
 
-// `A` is the type that sums are taken in: double if `T` is, else float. An absent mask or bias is a tensor of shape
+// `A` is the type of the sums: double if `T` is, otherwise float. An absent mask or bias is a tensor of shape
 // (0,), and so is its gradient.
 REGISTER_OP("KerasDas>DeformableConv2D")
     .Input("inputs: T")
@@ -309,9 +319,11 @@ REGISTER_OP("KerasDas>DeformableConv2DGrad")
     .SetShapeFn(infer_backward);
 
 REGISTER_KERNEL_BUILDER(Name("KerasDas>DeformableConv2D").Device(DEVICE_CPU), DeformableConv2DOp<OnCpu>);
-REGISTER_KERNEL_BUILDER(Name("KerasDas>DeformableConv2DGrad").Device(DEVICE_CPU), DeformableConv2DGradOp<OnCpu>);
+REGISTER_KERNEL_BUILDER(Name("KerasDas>DeformableConv2DGrad").Device(DEVICE_CPU),
+                        DeformableConv2DGradOp<OnCpu>);
 #if defined(KERAS_DAS_CUDA)
-REGISTER_KERNEL_BUILDER(Name("KerasDas>DeformableConv2D").Device(tensorflow::DEVICE_GPU), DeformableConv2DOp<OnGpu>);
+REGISTER_KERNEL_BUILDER(Name("KerasDas>DeformableConv2D").Device(tensorflow::DEVICE_GPU),
+                        DeformableConv2DOp<OnGpu>);
 REGISTER_KERNEL_BUILDER(Name("KerasDas>DeformableConv2DGrad").Device(tensorflow::DEVICE_GPU),
                         DeformableConv2DGradOp<OnGpu>);
 #endif

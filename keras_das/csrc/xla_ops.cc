@@ -1,4 +1,4 @@
-// The TensorFlow ops inside programs that XLA compiles: each becomes a custom call to its handler in ffi.cc.
+// The TensorFlow ops in programs that XLA compiles. Each becomes a custom call to its handler in ffi.cc.
 #include <string>
 #include <utility>
 #include <vector>
@@ -25,7 +25,7 @@ std::string to_mlir(const Shape& values) {
   return text + ">";
 }
 
-// The attributes as a typed handler reads them: an MLIR dictionary.
+// The attributes as an MLIR dictionary, the form that typed handlers read.
 std::string to_mlir(const Attributes& attributes) {
   const auto flag = [](bool value) { return std::string(value ? "true" : "false"); };
   return "{strides = " + to_mlir(attributes.strides) + ", dilations = " + to_mlir(attributes.dilations) +
@@ -36,15 +36,15 @@ std::string to_mlir(const Attributes& attributes) {
          ", deterministic = " + flag(tensorflow::OpDeterminismRequired()) + "}";
 }
 
-// Row-major, as the kernels read and write.
+// The shape in row-major order, which the kernels require.
 xla::Shape to_xla(xla::PrimitiveType type, const Shape& shape) {
   return xla::ShapeUtil::MakeShapeWithDescendingLayout(type, shape);
 }
 
 using Shapes = std::vector<Shape>;
 
-// What both ops share: the attributes, the checks while compiling, and the call. A kernel may compile two programs at
-// once, so nothing of a call is kept in it.
+// The part that both ops share: attributes, checks and the custom call. A kernel may compile two programs at
+// the same time, so it does not store anything of a call.
 class DeformableConv2DXlaOpBase : public XlaOpKernel {
  public:
   explicit DeformableConv2DXlaOpBase(OpKernelConstruction* context) : XlaOpKernel(context) {
@@ -52,17 +52,18 @@ class DeformableConv2DXlaOpBase : public XlaOpKernel {
   }
 
  protected:
-  // Reads the inputs' shapes, plans the call and checks it; `fifth` and `wanted` are the last input's name and shape.
-  absl::Status plan(XlaOpKernelContext* context, const char* fifth, Shape Plan::*wanted, Shapes* shapes,
+  // Reads the shapes of the inputs, plans the call and checks them. `fifth` and `wanted` name the last input
+  // and its shape.
+  absl::Status plan(XlaOpKernelContext* context, const char* fifth, Shape Plan::* wanted, Shapes* shapes,
                     Plan* plan) const {
     for (int i = 0; i < context->num_inputs(); ++i) {
       const auto shape = context->InputXlaShape(i);
       TF_RETURN_IF_ERROR(shape.status());
       if (shape->is_dynamic()) {
         return absl::UnimplementedError(
-            "The fused deformable convolution takes no XLA tensor of dynamic size; use "
-            "implementation=\"reference\". Received: argument " + std::to_string(i) + " of shape " +
-            shape->ToString());
+            "The fused deformable convolution does not support XLA tensors of dynamic size; use "
+            "implementation=\"reference\". Received: argument " +
+            std::to_string(i) + " of shape " + shape->ToString());
       }
       shapes->emplace_back(shape->dimensions().begin(), shape->dimensions().end());
     }
@@ -81,7 +82,8 @@ class DeformableConv2DXlaOpBase : public XlaOpKernel {
       operand_shapes.push_back(to_xla(context->input_xla_type(i), shapes[i]));
     }
     return xla::CustomCallWithLayout(context->builder(), target, operands, result, operand_shapes,
-                                     to_mlir(attributes_), /*has_side_effect=*/false, /*output_operand_aliasing=*/{},
+                                     to_mlir(attributes_), /*has_side_effect=*/false,
+                                     /*output_operand_aliasing=*/{},
                                      /*literal=*/nullptr, xla::CustomCallSchedule::SCHEDULE_NONE,
                                      xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
   }
@@ -121,9 +123,9 @@ class DeformableConv2DGradXlaOp : public DeformableConv2DXlaOpBase {
   }
 };
 
-// Not by REGISTER_XLA_OP: TensorFlow turns what that collects into kernels once, when its runtime starts, and this
-// library may be loaded later. On these devices only, for which ffi.cc registers handlers.
-#define KERAS_DAS_REGISTER(device)                                                                      \
+// REGISTER_XLA_OP has no effect here: TensorFlow creates the kernels of those ops once, when its runtime
+// starts, and this library may be loaded later. ffi.cc registers handlers for these devices.
+#define KERAS_DAS_REGISTER(device)                                                                  \
   REGISTER_KERNEL_BUILDER(Name("KerasDas>DeformableConv2D").Device(device), DeformableConv2DXlaOp); \
   REGISTER_KERNEL_BUILDER(Name("KerasDas>DeformableConv2DGrad").Device(device), DeformableConv2DGradXlaOp)
 

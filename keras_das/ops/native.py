@@ -13,7 +13,7 @@ from typing import Any
 
 import keras
 
-from keras_das.ops import library
+from keras_das.kernels import library
 from keras_das.ops.geometry import Geometry
 from keras_das.ops.kernel_attributes import make_attributes
 

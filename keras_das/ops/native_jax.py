@@ -9,7 +9,8 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from keras_das.ops import library, reference
+from keras_das.kernels import library
+from keras_das.ops import reference
 from keras_das.ops.kernel_attributes import Attributes, make_geometry
 
 Tensor = Any

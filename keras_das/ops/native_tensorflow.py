@@ -4,7 +4,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_das.ops import library, reference
+from keras_das.kernels import library
+from keras_das.ops import reference
 from keras_das.ops.kernel_attributes import Attributes, make_geometry
 
 Tensor = Any

@@ -12,7 +12,7 @@ from tensorflow.python.framework.convert_to_constants import convert_variables_t
 
 import keras_das
 from keras_das.exporters.saved_model import custom_operations
-from keras_das.ops import library
+from keras_das.kernels import library
 from tests.exporters.conftest import assert_close
 
 NATIVE = "KerasDas>DeformableConv2D"

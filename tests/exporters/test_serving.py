@@ -14,10 +14,10 @@ from PIL import Image
 from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
 import keras_das
-from keras_das.ops import builder
+from keras_das.kernels import builder
 from tests.exporters.test_saved_model import NAMES, classifier, encode, top
+from tests.kernels.stand_in import needs_compiler
 from tests.models.backbones import randomize
-from tests.ops.test_library import needs_compiler
 
 pytestmark = pytest.mark.slow
 SOURCE = Path(__file__).with_name("serve.cc")

@@ -11,7 +11,8 @@ import pytest
 import tensorflow as tf
 
 import keras_das
-from keras_das.ops import library, native
+from keras_das.kernels import library
+from keras_das.ops import native
 from tests.ops import random_cases
 from tests.ops.op_cases import Case, assert_as_expected, call, draw, split_upstream
 from tests.ops.tf_harness import kernels_value_and_gradients, run, tensors_of

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import keras_das
-from keras_das.ops import library
+from keras_das.kernels import library
 from tests import oracle
 from tests.layers import layer_suite as suite
 

@@ -5,7 +5,7 @@ import pathlib
 import keras
 import pytest
 
-from keras_das.ops import library
+from keras_das.kernels import library, targets
 from tests.ops.op_cases import IMPLEMENTATIONS
 
 # The test modules here drive TensorFlow, but for the one that runs `backend_check.py` on another backend.
@@ -18,7 +18,7 @@ if keras.backend.backend() != "tensorflow":
 def kernels():
     """Skips a test of the kernels where none are built; `make test` builds them. Broken ones are an error."""
     backend = keras.backend.backend()
-    if backend not in library.FRAMEWORKS:
+    if backend not in targets.FRAMEWORKS:
         pytest.skip(f"there are no kernels for Keras' {backend} backend")
     reason = library.why_not(backend)
     if any(why in reason for why in ("is not built", "for Linux only", "comes without its header")):

@@ -11,14 +11,15 @@ import pathlib
 import subprocess
 import sys
 
-from keras_das.ops import builder, compilers, library
+from keras_das.kernels import builder, compilers, library, targets
 from tests.ops import cuda_on_gpu
 
 OLDEST, NEWEST = "sm_75", "sm_90"  # of those that are supported, the two between which code differs
 LOADED = """
 import sys
 from tensorflow.python.framework import kernels
-from keras_das.ops import library, native
+from keras_das.kernels import library
+from keras_das.ops import native
 
 assert library.path("tensorflow") is None
 library.tensorflow_ops()
@@ -46,8 +47,8 @@ def main():
     oldest = min(name for name in (OLDEST, NEWEST) if name in nvcc.known)
     chosen = tuple(dict.fromkeys((oldest, NEWEST, NEWEST.replace("sm", "compute"))))
     files = {
-        name: builder.build(library.target(name).for_gpus(chosen), folder, report=_report)
-        for name in library.FRAMEWORKS
+        name: builder.build(targets.target(name).for_gpus(chosen), folder, report=_report)
+        for name in targets.FRAMEWORKS
     }
     cuda_on_gpu.build(folder / "cuda_on_gpu.so", nvcc, chosen)
     environment = {**os.environ, library.CACHE_VARIABLE: str(folder), "CUDA_VISIBLE_DEVICES": "-1"}

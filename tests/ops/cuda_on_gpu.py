@@ -17,13 +17,11 @@ import tempfile
 
 import numpy as np
 
-from keras_das.ops import compilers, library
+from keras_das.kernels import compilers, targets
 from tests.ops.op_cases import CASES, DTYPES, Case, assert_as_expected, draw, split_upstream
-from tests.ops.plain_kernels import CudaKernelsOnHost, KernelError
+from tests.ops.plain_kernels import CSRC, INCLUDES, CudaKernelsOnHost, KernelError
 from tests.ops.random_cases import random_case
 
-HERE = pathlib.Path(__file__).parent
-SOURCES = pathlib.Path(library.__file__).parents[1] / "csrc"
 SETTINGS = {
     "deterministic": (False, True),
     "workspace_bytes": (64 << 20, 64 << 20, 20_000),
@@ -34,15 +32,15 @@ SETTINGS = {
 
 def build(path: pathlib.Path, nvcc: compilers.Nvcc, architectures: tuple[str, ...]) -> None:
     """Builds the library at `path`: the CUDA kernels, what plain_kernels.py calls, and cuda_on_gpu.cc."""
-    common = [nvcc.command, "-std=c++17", "-O3", "-Xcompiler=-fPIC", f"-I{SOURCES}"]
+    common = [nvcc.command, "-std=c++17", "-O3", "-Xcompiler=-fPIC", *INCLUDES]
     cuda = ["-x", "cu", f'-DKERAS_DAS_CUDA="{",".join(architectures)}"']
     units = {
-        SOURCES / "deformable_conv2d.cu.cc": [*cuda, *compilers.architecture_flags(architectures)],
-        HERE / "cuda_on_gpu.cc": [],
-        SOURCES / "c_api.cc": [],
-        SOURCES / "deformable_conv2d.cc": [],
-        SOURCES / "parallel.cc": [],
-        SOURCES / "kernels.cc": ["-DKERAS_DAS_ISA=baseline"],
+        targets.SOURCES / "cuda/kernels.cu.cc": [*cuda, *compilers.architecture_flags(architectures)],
+        CSRC / "cuda_on_gpu.cc": [],
+        CSRC / "c_api.cc": [],
+        targets.SOURCES / "deformable_conv2d.cc": [],
+        targets.SOURCES / "parallel.cc": [],
+        targets.SOURCES / "cpu/kernels.cc": ["-DKERAS_DAS_ISA=baseline"],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:

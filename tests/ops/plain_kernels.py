@@ -1,15 +1,19 @@
-"""The C++ kernels without any framework, through csrc/c_api.cc: NumPy arrays in, NumPy arrays out."""
+"""The C++ kernels without any framework, through tests/csrc/c_api.cc: NumPy arrays in, NumPy arrays out."""
 
 from __future__ import annotations
 
 import ctypes
+import pathlib
 
 import numpy as np
 
+from keras_das.kernels import targets
 from tests import oracle
 from tests.ops.op_cases import numpy_dtype
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")  # in the order of `keras_das::DType`
+CSRC = pathlib.Path(__file__).parents[1] / "csrc"
+INCLUDES = (f"-I{targets.SOURCES}", f"-I{CSRC}")
 
 
 class KernelError(ValueError):
@@ -17,7 +21,7 @@ class KernelError(ValueError):
 
 
 class PlainKernels:
-    """A library that holds csrc/c_api.cc."""
+    """A library that contains c_api.cc."""
 
     def __init__(self, path):
         self.library = ctypes.CDLL(str(path))
@@ -71,7 +75,7 @@ class PlainKernels:
 
 
 class CudaKernelsOnHost(PlainKernels):
-    """The CUDA kernels of a library that a C++ compiler has made of them, with csrc/c_api.cc.
+    """The CUDA kernels of a library that a C++ compiler has made of them, with c_api.cc.
 
     Every tensor lies between NaN, which what is read beyond it brings in and what is written beyond it ends.
     """

@@ -3,7 +3,7 @@
     python -m tests.ops.random_cases [BINDING] [--count 5000] [--seed 0]
 
 runs them through one of the bindings of the kernels: TensorFlow's op ("eager", "graph"), XLA's custom calls
-("xla" in TensorFlow, "jax"), or the plain functions of a library with csrc/c_api.cc in it (its path;
+("xla" in TensorFlow, "jax"), or the plain functions of a library that contains tests/csrc/c_api.cc (its path;
 `sanitize.py` builds one).
 """
 

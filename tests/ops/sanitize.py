@@ -13,7 +13,8 @@ import subprocess
 import sys
 import tempfile
 
-from keras_das.ops import builder, library
+from keras_das.kernels import compilers, targets
+from tests.ops.plain_kernels import CSRC, INCLUDES
 
 _FLAGS = (
     "-std=c++17",
@@ -22,7 +23,8 @@ _FLAGS = (
     "-fPIC",
     "-fno-omit-frame-pointer",
     "-Wno-psabi",
-    *library.architecture_flags(),
+    *INCLUDES,
+    *targets.architecture_flags(),
 )
 BUILDS = {
     # name: compiler flags, runtime library to load first, options of the sanitizer
@@ -36,12 +38,12 @@ BUILDS = {
 
 
 def compile_kernels(folder, compiler, flags=()):
-    """The path of a library with csrc/c_api.cc in it, built with `flags`."""
-    sources = pathlib.Path(library.__file__).parents[1] / "csrc"
+    """The path of a library with c_api.cc in it, built with `flags`."""
     objects = []
-    for unit in (*library.kernel_units(), library.Unit("c_api.cc")):
+    for unit in (*targets.kernel_units(), targets.Unit(str(CSRC / "c_api.cc"))):
         to = pathlib.Path(folder) / f"{unit}.o".replace(" ", "_")
-        command = [*compiler, *_FLAGS, *flags, *unit.flags, "-c", str(sources / unit.source), "-o", str(to)]
+        source = targets.SOURCES / unit.source
+        command = [*compiler, *_FLAGS, *flags, *unit.flags, "-c", str(source), "-o", str(to)]
         subprocess.run(command, check=True)
         objects.append(str(to))
     path = pathlib.Path(folder) / "libkernels.so"
@@ -69,14 +71,14 @@ def main():
     parser.add_argument("--count", type=int, default=1000, help="random cases for each instruction set")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    compiler = builder.find_compiler()
+    compiler = compilers.find_compiler()
     failed = []
     for name, (flags, runtime, environment) in BUILDS.items():
         with tempfile.TemporaryDirectory() as folder:
             path = compile_kernels(folder, compiler, flags)
             found = subprocess.run([*compiler, f"-print-file-name={runtime}"], capture_output=True, text=True)
             environment = {**environment, "LD_PRELOAD": found.stdout.strip()}
-            for unit in library.kernel_units():
+            for unit in targets.kernel_units():
                 if unit.variant:
                     print(f"{name}, {unit.variant}: ", end="", flush=True)
                     if run_cases(path, unit.variant, options.count, options.seed, environment):

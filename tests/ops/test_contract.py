@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from keras_das import ops
-from keras_das.ops import library
+from keras_das.kernels import library
 from tests.ops.op_cases import (
     DATA_FORMATS,
     GRADIENT_BOUND,

@@ -1,18 +1,17 @@
 """The CUDA kernels, run on the host: what they index, and what they compute.
 
-A C++ compiler makes them, against csrc/cuda_on_host.h, which runs a block's threads one after another. What a
-GPU adds is seen by `make test-gpu` alone: threads that run at once, its compiler, its speed.
+A C++ compiler compiles them with tests/csrc/cuda_on_host.h, which runs the threads of a block one after
+another. Only `make test-gpu` tests the rest: parallel threads, and the code of CUDA's compiler.
 """
 
 import concurrent.futures
-import pathlib
 import subprocess
 
 import numpy as np
 import pytest
 
-from keras_das.ops import library
-from keras_das.ops.compilers import NoCompiler, find_compiler
+from keras_das.kernels import targets
+from keras_das.kernels.compilers import NoCompiler, find_compiler
 from tests.ops import random_cases
 from tests.ops import test_borders as borders
 from tests.ops.op_cases import (
@@ -28,16 +27,16 @@ from tests.ops.op_cases import (
     relative_error,
     split_upstream,
 )
-from tests.ops.plain_kernels import CudaKernelsOnHost, KernelError
+from tests.ops.plain_kernels import CSRC, INCLUDES, CudaKernelsOnHost, KernelError
 
 UNITS = {
-    "deformable_conv2d.cu.cc": ("-x", "c++"),
-    "c_api.cc": (),
+    "cuda/kernels.cu.cc": ("-x", "c++"),
+    str(CSRC / "c_api.cc"): (),
     "deformable_conv2d.cc": (),
     "parallel.cc": (),
-    "kernels.cc": ("-DKERAS_DAS_ISA=baseline", "-O0"),  # linked, and not run
+    "cpu/kernels.cc": ("-DKERAS_DAS_ISA=baseline", "-O0"),  # linked, and not run
 }
-FLAGS = ("-std=c++17", "-O1", "-fPIC", "-w", "-U_FORTIFY_SOURCE", '-DKERAS_DAS_CUDA="host"')
+FLAGS = ("-std=c++17", "-O1", "-fPIC", "-w", "-U_FORTIFY_SOURCE", '-DKERAS_DAS_CUDA="host"', *INCLUDES)
 
 
 @pytest.fixture(scope="module")
@@ -48,23 +47,15 @@ def path(tmp_path_factory):
     except NoCompiler as error:
         pytest.skip(str(error))
     folder = tmp_path_factory.mktemp("cuda_on_host")
-    sources = pathlib.Path(library.__file__).parents[1] / "csrc"
 
-    def compile_one(unit):
-        command = [
-            *compiler,
-            *FLAGS,
-            *UNITS[unit],
-            "-c",
-            str(sources / unit),
-            "-o",
-            str(folder / f"{unit}.o"),
-        ]
-        subprocess.run(command, check=True)
+    objects = [str(folder / f"{number}.o") for number in range(len(UNITS))]
+
+    def compile_one(unit, to):
+        source = targets.SOURCES / unit
+        subprocess.run([*compiler, *FLAGS, *UNITS[unit], "-c", str(source), "-o", to], check=True)
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        list(pool.map(compile_one, UNITS))
-    objects = [str(folder / f"{unit}.o") for unit in UNITS]
+        list(pool.map(compile_one, UNITS, objects))
     subprocess.run([*compiler, "-shared", "-pthread", *objects, "-o", str(folder / "lib.so")], check=True)
     return folder / "lib.so"
 

@@ -10,7 +10,8 @@ import tensorflow as tf
 
 import keras_das
 from keras_das.exporters import saved_model
-from keras_das.ops import library, native, reference
+from keras_das.kernels import library
+from keras_das.ops import native, reference
 from tests import processes
 from tests.ops import random_cases
 from tests.ops.op_cases import DTYPES, Case, assert_as_expected, call, draw, each_once_fast, split_upstream
@@ -140,7 +141,7 @@ def test_compiled_although_the_runtime_started_without_the_library():
         import tensorflow as tf
         tf.function(lambda x: x + 1, jit_compile=True)(tf.ones(()))
         import keras_das
-        from keras_das.ops import library
+        from keras_das.kernels import library
         assert library.path("tensorflow") is None
         layer = keras_das.DeformableConv2D(2, 3, implementation="native")
         print(tf.function(layer, jit_compile=True)(tf.ones((1, 5, 5, 1))).shape)

@@ -1,11 +1,11 @@
-// As much of CUDA's language as deformable_conv2d.cu.cc uses, for running its kernels on the host: slowly, one block
-// after another, always in the same order. For tests alone.
+// The part of the CUDA language that the kernels use, to run them on the host: slowly, one block after
+// another, always in the same order.
 //
-// The threads of a block are coroutines on stacks of their own, all on one thread of the system. Each runs until it
-// comes to a barrier, and then the next one does; so a barrier that is missing shows as wrong numbers. On demand blocks
-// and threads run in the opposite order, for mistakes that one order hides.
-#ifndef KERAS_DAS_CSRC_CUDA_ON_HOST_H_
-#define KERAS_DAS_CSRC_CUDA_ON_HOST_H_
+// The threads of a block are coroutines with separate stacks, all on one thread of the system. Each runs up
+// to a barrier, and then the next one does, so a missing barrier causes wrong numbers. On request, blocks and
+// threads run in the opposite order, which detects errors that one order hides.
+#ifndef KERAS_DAS_TESTS_CSRC_CUDA_ON_HOST_H_
+#define KERAS_DAS_TESTS_CSRC_CUDA_ON_HOST_H_
 
 #include <setjmp.h>
 #include <ucontext.h>
@@ -36,7 +36,7 @@ inline bool backwards = false;
 constexpr int kMostThreads = 1024, kWarp = 32, kStackBytes = 128 << 10, kSharedBytes = 48 << 10;
 alignas(16) inline unsigned char dynamic_shared[kSharedBytes];
 
-// One block's threads.
+// The threads of one block.
 class Block {
  public:
   static Block& instance() {
@@ -49,17 +49,18 @@ class Block {
     kernel_ = &kernel;
     count_ = threads;
     while (static_cast<int>(threads_.size()) < threads) add_thread();
-    for (int i = 0; i < threads; ++i) threads_[i]->state = kReady, threads_[i]->shows = threads_[i]->votes = 0;
+    for (int i = 0; i < threads; ++i)
+      threads_[i]->state = kReady, threads_[i]->shows = threads_[i]->votes = 0;
     for (bool& yes : yes_) yes = false;
     const int warps = threads / kWarp;
     for (int done = 0; done < threads;) {
       bool moved = false;
-      // A warp runs as far as it comes, and then the next one: apart as far as they may be.
+      // Each warp runs as far as possible before the next one, so that they are as far apart as possible.
       for (int i = 0; i < warps; ++i) {
         while (run_warp((backwards ? warps - 1 - i : i) * kWarp, &done)) moved = true;
       }
       release(0, threads, kAtBlock);
-      if (!moved) std::abort();  // some wait for others that have ended: a deadlock on a GPU too
+      if (!moved) std::abort();  // a deadlock, also on a GPU
     }
   }
 
@@ -67,7 +68,8 @@ class Block {
 
   void wait_for_warp() { wait(kAtWarp); }
 
-  // Shows `value` to the warp. What comes back gives what a lane showed, until the next call but one.
+  // Shows `value` to the warp. The result is a function from a lane to its value, valid until the next call
+  // but one.
   template <class A>
   auto publish(const A& value) {
     const int self = current_, parity = threads_[self]->shows++ & 1;
@@ -81,10 +83,10 @@ class Block {
     };
   }
 
-  // Waits for the block, and tells whether any of its threads said yes.
+  // Waits for the block, and returns whether any of its threads voted yes.
   bool vote(bool yes) {
     const int turn = threads_[current_]->votes++ % 3;
-    yes_[(turn + 1) % 3] = false;  // all have read what was there
+    yes_[(turn + 1) % 3] = false;  // all threads have read the previous value
     yes_[turn] |= yes;
     wait_for_block();
     return yes_[turn];
@@ -114,7 +116,7 @@ class Block {
     makecontext(&thread.start, live, 0);
   }
 
-  // Runs a warp's threads to their next barrier. Returns whether there was one to run.
+  // Runs the threads of a warp up to their next barrier. Returns whether any thread could run.
   bool run_warp(int first, int* done) {
     bool moved = false;
     for (int i = 0; i < kWarp; ++i) {
@@ -128,7 +130,7 @@ class Block {
     return moved;
   }
 
-  // A thread's whole life: one block after another.
+  // The main function of a thread: one block after another.
   static void live() {
     for (;;) {
       (*instance().kernel_)();
@@ -136,7 +138,7 @@ class Block {
     }
   }
 
-  // Contexts are entered once, and then left and entered by jumps, which make no system calls.
+  // Contexts are entered once, and then left and entered by jumps, which need no system calls.
   void resume(Thread* thread) {
     current_ = thread->index;
     thread_index.x = static_cast<unsigned>(thread->index);
@@ -152,7 +154,7 @@ class Block {
     if (!_setjmp(thread.here)) _longjmp(scheduler_, 1);
   }
 
-  // Lets threads go on if all that have not ended wait at the same barrier.
+  // Resumes threads if all that have not ended wait at the same barrier.
   void release(int first, int count, State state) {
     for (int i = first; i < first + count; ++i) {
       if (threads_[i]->state != state && threads_[i]->state != kDone) return;
@@ -214,8 +216,8 @@ inline float from_bits(uint32_t bits) {
   return value;
 }
 
-// A warp's product, 16 rows by 8 columns, shared out among its threads as on a GPU; deformable_conv2d.cu.cc says how.
-// Aborts on what a GPU leaves undefined: operands of more digits than TF32 has.
+// The product of a warp, 16 rows by 8 columns, distributed among its threads as on a GPU; see
+// cuda/tensor_cores.h. Aborts if an operand has more digits than TF32, for which a GPU's result is undefined.
 inline void multiply_tf32(float (&sums)[4], const float (&left)[4], const float (&right)[2]) {
   struct Operands {
     float left[4], right[2];
@@ -231,9 +233,10 @@ inline void multiply_tf32(float (&sums)[4], const float (&left)[4], const float 
   for (int e = 0; e < 4; ++e) {
     const int row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
     for (int k = 0; k < 8; ++k) {
-      sums[e] += of_lane(row % 8 * 4 + k % 4).left[row / 8 + k / 4 * 2] * of_lane(column * 4 + k % 4).right[k / 4];
+      sums[e] +=
+          of_lane(row % 8 * 4 + k % 4).left[row / 8 + k / 4 * 2] * of_lane(column * 4 + k % 4).right[k / 4];
     }
   }
 }
 
-#endif  // KERAS_DAS_CSRC_CUDA_ON_HOST_H_
+#endif  // KERAS_DAS_TESTS_CSRC_CUDA_ON_HOST_H_

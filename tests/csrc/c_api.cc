@@ -1,5 +1,5 @@
-// The kernels behind plain C functions: what `make sanitize` and the tests of single kernels call, without any
-// framework. In no library that users load.
+// Plain C functions that call the kernels without any framework, for `make sanitize` and the tests of the
+// kernels.
 #include <condition_variable>
 #include <cstring>
 #include <deque>
@@ -15,7 +15,7 @@
 
 namespace {
 
-// A pool that lives for one call.
+// A pool of threads for one call.
 class Pool {
  public:
   explicit Pool(int64_t threads) {
@@ -64,7 +64,8 @@ int report(const std::string& problem, char* message, int64_t size) {
 }
 
 #if defined(KERAS_DAS_CUDA)
-// A call of the CUDA kernels on the host. Working memory begins as NaN and ends where what is written beyond it shows.
+// A call of the CUDA kernels on the host. Working memory is initialized with NaN and followed by a guard that
+// detects writes beyond it.
 class HostCall {
  public:
   explicit HostCall(const int64_t* options) {
@@ -80,7 +81,7 @@ class HostCall {
     };
   }
 
-  // Adds up the working memory that was asked for, or gives -1 if something was written beyond it.
+  // Returns the size of the allocated working memory, or -1 if something was written beyond it.
   int64_t finish() const {
     int64_t total = 0;
     for (size_t i = 0; i < memory_.size(); ++i) {
@@ -109,8 +110,8 @@ class HostCall {
 
 extern "C" {
 
-// `settings`: stride, dilation (rows, columns each), same (0 or 1), padding (top, bottom, left, right), offset groups.
-// `sizes` receives the output's height and width. Returns 0, or 1 with what is wrong in `message`.
+// `settings`: stride, dilation (rows, columns each), same (0 or 1), padding (top, bottom, left, right),
+// offset groups. `sizes` receives the output's height and width. Returns 0, or 1 with the error in `message`.
 int keras_das_geometry(const int64_t* inputs, const int64_t* kernel, const int64_t* settings, int64_t* sizes,
                        keras_das::Geometry* geometry, char* message, int64_t message_size) {
   keras_das::Settings s;
@@ -125,8 +126,8 @@ int keras_das_geometry(const int64_t* inputs, const int64_t* kernel, const int64
 
 int64_t keras_das_geometry_size() { return sizeof(keras_das::Geometry); }
 
-// Both: `dtype` as in `keras_das::DType`; `buffers` in the order of the structures in deformable_conv2d.h.
-// Return 0, or 1 if there is no memory.
+// For both: `dtype` as in `keras_das::DType`; `buffers` in the order of the structures in
+// deformable_conv2d.h. Both return 0, or 1 if there is no memory.
 int keras_das_forward(int dtype, const keras_das::Geometry* geometry, void* const* buffers, int64_t threads) {
   Pool pool(threads);
   const keras_das::Workers workers{threads, [&](std::function<void()> f) { pool.schedule(std::move(f)); }};
@@ -134,7 +135,8 @@ int keras_das_forward(int dtype, const keras_das::Geometry* geometry, void* cons
   return !keras_das::forward(static_cast<keras_das::DType>(dtype), *geometry, b, workers).empty();
 }
 
-int keras_das_backward(int dtype, const keras_das::Geometry* geometry, void* const* buffers, int64_t threads) {
+int keras_das_backward(int dtype, const keras_das::Geometry* geometry, void* const* buffers,
+                       int64_t threads) {
   Pool pool(threads);
   const keras_das::Workers workers{threads, [&](std::function<void()> f) { pool.schedule(std::move(f)); }};
   const keras_das::BackwardBuffers b{buffers[0], buffers[1], buffers[2], buffers[3], buffers[4],
@@ -143,14 +145,15 @@ int keras_das_backward(int dtype, const keras_das::Geometry* geometry, void* con
 }
 
 #if defined(KERAS_DAS_CUDA)
-// As above, by the CUDA kernels. `options`: deterministic (0 or 1), bytes of working memory, most blocks, backwards
-// (0 or 1), and the most bytes that can be had at once. Return the bytes of working memory that were taken, or -1 with
-// what is wrong in `message`.
+// The same with the CUDA kernels. `options`: deterministic (0 or 1), bytes of working memory, most blocks,
+// backwards (0 or 1), and the largest allocation in bytes. Both return the size of the allocated working
+// memory, or -1 with the error in `message`.
 int64_t keras_das_cuda_forward(int dtype, const keras_das::Geometry* geometry, void* const* buffers,
                                const int64_t* options, char* message, int64_t message_size) {
   HostCall host(options);
   const keras_das::ForwardBuffers b{buffers[0], buffers[1], buffers[2], buffers[3], buffers[4], buffers[5]};
-  const std::string problem = keras_das::cuda_forward(static_cast<keras_das::DType>(dtype), *geometry, b, host.call);
+  const std::string problem =
+      keras_das::cuda_forward(static_cast<keras_das::DType>(dtype), *geometry, b, host.call);
   if (report(problem, message, message_size)) return -1;
   return host.finish();
 }
@@ -160,7 +163,8 @@ int64_t keras_das_cuda_backward(int dtype, const keras_das::Geometry* geometry, 
   HostCall host(options);
   const keras_das::BackwardBuffers b{buffers[0], buffers[1], buffers[2], buffers[3], buffers[4],
                                      buffers[5], buffers[6], buffers[7], buffers[8], buffers[9]};
-  const std::string problem = keras_das::cuda_backward(static_cast<keras_das::DType>(dtype), *geometry, b, host.call);
+  const std::string problem =
+      keras_das::cuda_backward(static_cast<keras_das::DType>(dtype), *geometry, b, host.call);
   if (report(problem, message, message_size)) return -1;
   return host.finish();
 }

@@ -18,13 +18,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from keras_das.ops import library
-from keras_das.ops.compilers import Nvcc, architecture_flags, find_compiler, find_nvcc
-from keras_das.ops.library import Target, Unit
+from keras_das.kernels import library
+from keras_das.kernels.compilers import Nvcc, architecture_flags, find_compiler, find_nvcc
+from keras_das.kernels.targets import FRAMEWORKS, LibraryUnavailable, Target, Unit
 
 _LOCK = "lock"
 _UNFINISHED = ".unfinished-"
-_LIBRARY_FOLDER = re.compile(rf"({'|'.join(library.FRAMEWORKS)})-.+-[0-9a-f]{{16}}")
+_LIBRARY_FOLDER = re.compile(rf"({'|'.join(FRAMEWORKS)})-.+-[0-9a-f]{{16}}")
 _LAST_LINES = 20  # of a compiler's error output
 # Run in a separate process: a library cannot be unloaded, and loading it can end the process.
 _TRIALS = {
@@ -32,7 +32,9 @@ _TRIALS = {
     "jax": "import ctypes, sys; ctypes.CDLL(sys.argv[1])",
 }
 
-_CUDA_SUFFIX = ".cu.cc"
+_CUDA_UNIT = Unit("cuda/kernels.cu.cc")
+# Precede TensorFlow's libraries, which also export a CUDA runtime. The symbols are hidden from others.
+_CUDA_LINK_FLAGS = ("-lcudart_static", "-ldl", "-lrt", "-Wl,--exclude-libs,ALL")
 
 Report = Callable[[str], None]
 
@@ -52,7 +54,8 @@ def build(
 
     The library is built in a temporary folder, which is renamed once the library is complete and loads. Other
     processes never see an incomplete library. If two processes build at once, the second waits for the first.
-    A library with CUDA kernels replaces the one without, and vice versa.
+    A framework has one library. If `target` has CUDA kernels that this library lacks, it is built again with
+    them. Without `force`, a library with CUDA kernels is also accepted for a target without.
 
     Args:
         target: The library to build.
@@ -81,12 +84,7 @@ def build(
             if (waited or not force) and (file := _present(target, root)):
                 report(f"Another process has built the kernel library for {target}: {file}")
                 return file
-            file = _build(target, root / target.folder_name, compiler, nvcc, jobs or _processors(), report)
-            for other in library.variants(root, target):
-                if other != file.parent:
-                    shutil.rmtree(other)
-                    report(f"Removed {other}, whose place it takes")
-            return file
+            return _build(target, root / target.folder_name, compiler, nvcc, jobs or _processors(), report)
     except OSError as error:
         raise BuildError(
             f"{error.filename or root} cannot be written ({error.strerror}); "
@@ -128,7 +126,7 @@ def _present(target: Target, root: pathlib.Path | None) -> pathlib.Path | None:
     """Returns the file of the library if it exists and is intact."""
     try:
         return library.find(target) if root is None else library.find_in(root, target)
-    except library.LibraryUnavailable:
+    except LibraryUnavailable:
         return None
 
 
@@ -192,8 +190,8 @@ def _build(
         if dataclasses.replace(target).key != target.key:
             raise BuildError(f"the sources in {target.sources} changed while they were compiled: build again")
         file = made / library.FILE
-        search = [f"-L{nvcc.libraries}"] if nvcc else []
-        _run([*compiler, *map(str, compiled), "-o", str(file), *search, *target.link_flags], "linking")
+        cuda_flags = [f"-L{nvcc.libraries}", *_CUDA_LINK_FLAGS] if nvcc else []
+        _run([*compiler, *map(str, compiled), "-o", str(file), *cuda_flags, *target.link_flags], "linking")
         if nvcc:
             _check_runtime(file)
         _write_record(target, compiler, file)
@@ -221,37 +219,27 @@ def _check_runtime(file: pathlib.Path) -> None:
 
 
 def _nvcc_command(target: Target, compiler: list[str], nvcc: Nvcc) -> list[str]:
-    """The command of a CUDA unit. It excludes the framework's headers, which include another CUDA version."""
+    """The command of the CUDA unit, without the framework's headers, which include another CUDA version."""
     definitions = [flag for flag in target.flags if flag.startswith("-D")]
     host = [f"-ccbin={compiler[0]}", "-Xcompiler=-fPIC"]
-    return [
-        nvcc.command,
-        "-x",
-        "cu",
-        "-std=c++17",
-        "-O3",
-        *host,
-        *definitions,
-        *architecture_flags(target.cuda),
-    ]
+    architectures = architecture_flags(target.cuda)
+    return [nvcc.command, "-x", "cu", "-std=c++17", "-O3", *host, *definitions, *architectures]
 
 
 def _compile_all(
     target: Target, compiler: list[str], nvcc: Nvcc | None, objects: pathlib.Path, jobs: int, report: Report
 ) -> list[pathlib.Path]:
-    """Compiles the units, and one with the key. The first failure stops the others."""
-    key_unit = objects / "key.cc"
-    name, text = f"const char {library.KEY_SYMBOL}[]", f"{library.KEY_SYMBOL}={target.key}"
-    key_unit.write_text(f'extern "C" {{ extern {name}; {name} = "{text}"; }}\n')
-    units = [*target.units, Unit(str(key_unit))]
+    """Compiles the units. The first failure stops the others."""
+    units = [_CUDA_UNIT, *target.units] if nvcc else target.units
+    defined = [f'-DKERAS_DAS_CUDA="{",".join(target.cuda)}"'] if nvcc else []
     stop = threading.Event()
 
     def compile_one(number: int) -> tuple[int, float]:
         unit, start = units[number], time.monotonic()
         command = [*compiler, *target.flags]
-        if nvcc and unit.source.endswith(_CUDA_SUFFIX):
+        if nvcc and unit == _CUDA_UNIT:
             command = _nvcc_command(target, compiler, nvcc)
-        command += [*unit.flags, "-c", str(target.sources / unit.source)]
+        command += [f"-I{target.sources}", *defined, *unit.flags, "-c", str(target.sources / unit.source)]
         _run([*command, "-o", str(objects / f"{number}.o")], f"compiling {unit}", stop)
         return number, time.monotonic() - start
 
@@ -290,12 +278,10 @@ def _run(command: list[str], purpose: str, stop: threading.Event | None = None) 
 
 
 def _write_record(target: Target, compiler: list[str], file: pathlib.Path) -> None:
-    content = file.read_bytes()
     record = {
-        "key": target.key,
-        "size": len(content),
-        "sha256": hashlib.sha256(content).hexdigest(),
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
         "ingredients": target.ingredients,
+        "cuda": target.cuda,
         "compiler": _version(compiler),
     }
     (file.parent / library.RECORD).write_text(json.dumps(record, indent=2) + "\n")

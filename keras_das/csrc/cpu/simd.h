@@ -1,11 +1,12 @@
-// Vectors of the instruction set that the including file is compiled for.
-//
-// Included once in each build of kernels.cc, inside a namespace named after the instruction set: no code is shared
-// between builds, so none that a processor lacks can be reached by accident.
+// Vectors of the instruction set that the including file is compiled for. See common.h for the namespace.
+#ifndef KERAS_DAS_CSRC_CPU_SIMD_H_
+#define KERAS_DAS_CSRC_CPU_SIMD_H_
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
+#include "common.h"
 #include "sampling.h"
 
 #if defined(__AVX2__)
@@ -17,7 +18,7 @@ namespace KERAS_DAS_ISA {
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
-constexpr int kRows = 12;  // of a matrix product's register tile: kRows x 2 sums, 2 columns, 1 broadcast
+constexpr int kRows = 12;  // of a matrix product in registers: kRows x 2 sums, 2 columns, 1 broadcast
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;
 constexpr int kRows = 6;
@@ -53,10 +54,10 @@ using VD = Vec<double>;
 
 template <class A>
 KERAS_DAS_INLINE Vec<A> splat(A value) {
-  return value - Vec<A>{};  // subtracting 0 changes no value, not even -0, so that compilers leave it out
+  return value - Vec<A>{};  // compilers omit the subtraction, which changes no value, not even -0
 }
 
-// ---- All lanes from and to memory of any alignment.
+// ----- Loads and stores of all lanes, at any address
 
 template <class A>
 KERAS_DAS_INLINE Vec<A> load(const A* from) {
@@ -96,7 +97,8 @@ KERAS_DAS_INLINE VF load(const BFloat16* from) {
 #endif
 }
 
-// ---- The first `n` lanes only, 0 <= n <= lanes; memory after them is not touched. The others load as 0.
+// ----- Loads and stores of the first `n` lanes, 0 <= n <= lanes. Other memory is not accessed; other lanes
+// are 0
 
 template <class T>
 KERAS_DAS_INLINE Vec<typename SumType<T>::type> load_first(const T* from, int n) {
@@ -125,7 +127,9 @@ KERAS_DAS_INLINE VF load_first(const BFloat16* from, int n) {
   const __m256i bits = _mm256_maskz_loadu_epi16(first16(n), from);
   return (VF)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
-KERAS_DAS_INLINE void store_first(float* to, VF v, int n) { _mm512_mask_storeu_ps(to, first16(n), (__m512)v); }
+KERAS_DAS_INLINE void store_first(float* to, VF v, int n) {
+  _mm512_mask_storeu_ps(to, first16(n), (__m512)v);
+}
 KERAS_DAS_INLINE void store_first(double* to, VD v, int n) {
   _mm512_mask_storeu_pd(to, static_cast<__mmask8>(first16(n)), (__m512d)v);
 }
@@ -154,13 +158,13 @@ KERAS_DAS_INLINE void store_first(A* to, Vec<A> v, int n) {
 }
 #endif
 
-// Rounds to a 16-bit type on the way.
+// Rounds to a 16-bit type.
 template <class T>
 KERAS_DAS_INLINE void store_first(T* to, VF v, int n) {
   for (int i = 0; i < n; ++i) to[i] = convert_to(v[i], to);
 }
 
-// ---- Arithmetic that operators do not spell.
+// ----- Arithmetic for which there are no operators
 
 template <class A>
 KERAS_DAS_INLINE Vec<A> select(Ints<A> condition, Vec<A> yes, Vec<A> no) {
@@ -192,7 +196,7 @@ KERAS_DAS_INLINE VD floor<double>(VD v) {
 }
 #endif
 
-// Parts pairs that follow one another into their firsts and seconds.
+// Separates the first and second elements of consecutive pairs.
 template <class A>
 KERAS_DAS_INLINE void unzip(Vec<A> low, Vec<A> high, Vec<A>* first, Vec<A>* second) {
   constexpr int L = Simd<A>::kLanes;
@@ -210,7 +214,7 @@ KERAS_DAS_INLINE void unzip(Vec<A> low, Vec<A> high, Vec<A>* first, Vec<A>* seco
 #endif
 }
 
-// The sum of each of four vectors.
+// Computes the sum of the lanes of each of four vectors.
 template <class A>
 KERAS_DAS_INLINE void sum_lanes(const Vec<A> (&v)[4], A* sums) {
   for (int k = 0; k < 4; ++k) {
@@ -242,3 +246,5 @@ KERAS_DAS_INLINE void sum_lanes<float>(const VF (&v)[4], float* sums) {
 
 }  // namespace KERAS_DAS_ISA
 }  // namespace keras_das
+
+#endif  // KERAS_DAS_CSRC_CPU_SIMD_H_

@@ -1,5 +1,5 @@
-// The CUDA kernels on a GPU behind a plain C function: what cuda_on_gpu.py calls, without any framework. Host tensors
-// go to the GPU with what lies around them, and come back.
+// A plain C function that calls the CUDA kernels on a GPU without any framework, for cuda_on_gpu.py. It
+// copies host tensors with the memory around them to the GPU and back.
 #include <cuda_runtime.h>
 
 #include <cstring>
@@ -19,7 +19,7 @@ void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }
 
-// Device memory that ends with its owner.
+// Device memory that is freed with its owner.
 class Memory {
  public:
   explicit Memory(int64_t bytes) : bytes(bytes) { check(cudaMalloc(&start_, static_cast<size_t>(bytes))); }
@@ -32,7 +32,7 @@ class Memory {
   void* start_ = nullptr;
 };
 
-// A host block on the GPU, at the same address modulo `kAlignment`.
+// A copy of host memory on the GPU, at the same address modulo `kAlignment`.
 class Copy {
  public:
   Copy(void* host, int64_t bytes) : host_(host), bytes_(bytes), memory_(bytes + kAlignment) {
@@ -40,7 +40,9 @@ class Copy {
     start = memory_.start() + (address(host) - address(memory_.start())) % kAlignment;
     check(cudaMemcpy(start, host_, static_cast<size_t>(bytes_), cudaMemcpyHostToDevice));
   }
-  void bring_back() const { check(cudaMemcpy(host_, start, static_cast<size_t>(bytes_), cudaMemcpyDeviceToHost)); }
+  void bring_back() const {
+    check(cudaMemcpy(host_, start, static_cast<size_t>(bytes_), cudaMemcpyDeviceToHost));
+  }
   char* start;
 
  private:
@@ -49,7 +51,7 @@ class Copy {
   Memory memory_;
 };
 
-// Working memory begins as NaN and ends where what is written beyond it shows.
+// Working memory is initialized with NaN and followed by a guard that detects writes beyond it.
 class DeviceCall {
  public:
   explicit DeviceCall(const int64_t* options) {
@@ -63,7 +65,7 @@ class DeviceCall {
     };
   }
 
-  // The working memory that was asked for, or -1 if something was written beyond it.
+  // Returns the size of the allocated working memory, or -1 if something was written beyond it.
   int64_t finish() const {
     int64_t total = 0;
     for (const Memory& memory : memory_) {
@@ -94,13 +96,13 @@ std::string run(bool backward, keras_das::DType dtype, const keras_das::Geometry
 
 }  // namespace
 
-// `blocks`, `bytes` and `at`: for each of `count` buffers, in the order of the structures in deformable_conv2d.h, the host
-// block that it lies in, that block's size, and where in it the buffer begins; a null block for a null buffer.
-// `options`: deterministic (0 or 1), bytes of working memory, most blocks. Returns the bytes of working memory that were
-// taken, or -1 with what is wrong in `message`.
+// `blocks`, `bytes` and `at` describe `count` buffers, in the order of the structures in deformable_conv2d.h:
+// the host block that contains the buffer, the size of this block, and the position of the buffer in it. The
+// block is null for a null buffer. `options`: deterministic (0 or 1), bytes of working memory, most blocks.
+// Returns the size of the allocated working memory, or -1 with the error in `message`.
 extern "C" int64_t keras_das_on_gpu(int backward, int dtype, const keras_das::Geometry* geometry, int count,
-                                    void* const* blocks, const int64_t* bytes, const int64_t* at, const int64_t* options,
-                                    char* message, int64_t message_size) {
+                                    void* const* blocks, const int64_t* bytes, const int64_t* at,
+                                    const int64_t* options, char* message, int64_t message_size) {
   std::string problem;
   int64_t taken = -1;
   try {
