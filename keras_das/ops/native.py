@@ -13,6 +13,7 @@ from typing import Any
 
 import keras
 
+from keras_das._keras_internals import EXPORT_MODULES
 from keras_das.ops import library
 from keras_das.ops.geometry import Geometry
 from keras_das.ops.kernel_attributes import make_attributes
@@ -21,7 +22,7 @@ Tensor = Any
 
 CONTEXTS = ("eager", "graph", "XLA")
 # Modules that trace a model or a function in order to write it.
-_EXPORTERS = ("keras.src.export.", "tensorflow.python.saved_model.", "tensorflow.lite.python.", "tf2onnx.")
+_EXPORTERS = (EXPORT_MODULES, "tensorflow.python.saved_model.", "tensorflow.lite.python.", "tf2onnx.")
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 _UNDECIDED = "CPU or GPU"  # the kind of device if the graph does not specify it
 _portable = contextvars.ContextVar("keras_das_portable", default=False)
