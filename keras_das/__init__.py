@@ -1,8 +1,8 @@
 """Deformable attention (DAS) and deformable convolution for Keras 3."""
 
-from keras_das._requirements import check_backend
+from keras_das import _requirements
 
-check_backend()  # before the imports below, whose errors would be less clear
+_requirements.check_backend()  # before the imports below, whose errors would be less clear
 
 from keras_das import ops, visualize
 from keras_das._version import __version__

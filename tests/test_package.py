@@ -40,6 +40,18 @@ def test_a_name_is_a_module_or_something_in_one():
         assert (name in modules) == inspect.ismodule(getattr(keras_das, name)), name
 
 
+@pytest.mark.parametrize("package", [keras_das, keras_das.ops, keras_das.visualize])
+def test_nothing_leaks(package):
+    """Besides its public names, a package holds modules of this package only."""
+    names = {name for name in vars(package) if not name.startswith("_")} - set(package.__all__)
+    foreign = [
+        name
+        for name in names
+        if getattr(package, name) is not sys.modules.get(f"{package.__name__}.{name}", package)
+    ]
+    assert foreign == []
+
+
 def test_import_brings_nothing_heavy_along():
     """Beyond Keras itself no optional library; and no kernels, neither to load nor to build."""
     result = _run(

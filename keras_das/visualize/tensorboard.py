@@ -10,7 +10,7 @@ import numpy as np
 from keras_das._requirements import import_extra
 from keras_das.layers import DASLayer
 from keras_das.models.samples import sample_of
-from keras_das.ops.deformable import standardize_count
+from keras_das.ops.arguments import standardize_count
 from keras_das.visualize.drawing import to_pixels
 from keras_das.visualize.gates import GateStatistics, gate_statistics
 from keras_das.visualize.lookup import data_format_of, image_size, layers_of_kind
