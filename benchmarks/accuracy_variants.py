@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import keras_das
 from keras import ops
-from keras_das.models.graph import clone_with_gates
+from keras_das.models.cloning import clone_with_gates
 
 import attention
 from accuracy_tasks import Trunk

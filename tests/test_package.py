@@ -1,7 +1,9 @@
 """The package as a whole: its names, what importing it touches, its command, and what its gates cost."""
 
+import inspect
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 import textwrap
@@ -29,6 +31,25 @@ def _run(code, **environment):
 def test_public_names():
     assert set(keras_das.__all__) >= {"DASLayer", "DeformableConv2D", "attach_das", "export", "ops"}
     assert all(hasattr(keras_das, name) for name in keras_das.__all__)
+
+
+def test_a_name_is_a_module_or_something_in_one():
+    """`from keras_das.x import x` would make `keras_das.x` ambiguous."""
+    modules = {module.name for module in pkgutil.iter_modules(keras_das.__path__)}
+    for name in keras_das.__all__:
+        assert (name in modules) == inspect.ismodule(getattr(keras_das, name)), name
+
+
+@pytest.mark.parametrize("package", [keras_das, keras_das.ops, keras_das.visualize])
+def test_nothing_leaks(package):
+    """Besides its public names, a package holds modules of this package only."""
+    names = {name for name in vars(package) if not name.startswith("_")} - set(package.__all__)
+    foreign = [
+        name
+        for name in names
+        if getattr(package, name) is not sys.modules.get(f"{package.__name__}.{name}", package)
+    ]
+    assert foreign == []
 
 
 def test_import_brings_nothing_heavy_along():

@@ -13,6 +13,7 @@ import tensorflow as tf
 import keras_das
 from keras_das import visualize
 from keras_das.models import attach_das
+from keras_das.visualize.gates import reduce_channels
 from tests.models.backbones import SMALL_GATE, cv_resnet, hub_resnet, plain_cnn, randomize
 
 TAPS = 9
@@ -308,7 +309,7 @@ def test_gate_map(data_format, rng):
     before[0, 0], before[1, 1] = 0, 1
     total, kept = np.abs(before).sum(-1), np.abs(values * before).sum(-1)
     share = np.where(total > 0, kept / np.maximum(total, 1e-9), mean)
-    np.testing.assert_allclose(visualize._reduce(values, before, "share"), share, rtol=1e-5)
+    np.testing.assert_allclose(reduce_channels(values, before, "share"), share, rtol=1e-5)
     assert share[0, 0] == mean[0, 0]
     found = visualize.gate_map(model, image, "gate")
     np.testing.assert_allclose(found[2:], share[2:], rtol=1e-5)
@@ -410,6 +411,7 @@ def test_on_jax(tmp_path, rng):
     script = """
         import sys, keras, numpy as np
         from keras_das import visualize
+from keras_das.visualize.gates import reduce_channels
         assert keras.backend.backend() == "jax"
         model = keras.models.load_model("model.keras")
         image = np.load("image.npy")

@@ -1,1 +1,5 @@
-"""Writers of `keras_das.export`, one module per format."""
+"""Exports for serving: `dispatch.py` contains `export`, the other modules write one format each."""
+
+from keras_das.exporters.dispatch import export
+
+__all__ = ["export"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 
+from keras_das._keras_internals import flatten_layers, replace_policy, with_variable_dtype
 from keras_das.exporters import saved_model
 
 
@@ -18,15 +19,15 @@ def in_float32(model: keras.Model, dtypes: Collection[str]) -> Iterator[None]:
         model: The model. Its weights keep their dtypes.
         dtypes: Names of dtypes, for example `"bfloat16"`.
     """
-    layers = [layer for layer in model._flatten_layers() if layer.compute_dtype in dtypes]
-    policies = [layer._dtype_policy for layer in layers]
+    layers = [layer for layer in flatten_layers(model) if layer.compute_dtype in dtypes]
+    policies = [layer.dtype_policy for layer in layers]
     try:
         for layer in layers:
-            layer._dtype_policy = _float32_policy(layer)
+            replace_policy(layer, _float32_policy(layer))
         yield
     finally:
         for layer, policy in zip(layers, policies, strict=True):
-            layer._dtype_policy = policy
+            replace_policy(layer, policy)
 
 
 def _float32_policy(layer: keras.Layer) -> Any:
@@ -37,8 +38,7 @@ def _float32_policy(layer: keras.Layer) -> Any:
     float32 = keras.DTypePolicy("float32")
     if policy.quantization_mode is not None:
         float32 = type(policy).from_config({**policy.get_config(), "source_name": "float32"})
-    float32._variable_dtype = policy.variable_dtype
-    return float32
+    return with_variable_dtype(float32, policy.variable_dtype)
 
 
 def advice(folder: Path, lacking: Sequence[str]) -> str:

@@ -12,8 +12,13 @@ from keras_das.layers.deformable_conv2d import DeformableConv2D, Identifier, Sha
 from keras_das.layers.depthwise import DepthwiseConv2D
 from keras_das.layers.inputs import check_input
 from keras_das.layers.policies import build_layer, check_not_quantized, quantization_of
-from keras_das.ops.deformable import standardize_count, standardize_implementation, standardize_positive
-from keras_das.ops.geometry import standardize_data_format, standardize_pair
+from keras_das.ops.arguments import (
+    standardize_count,
+    standardize_data_format,
+    standardize_implementation,
+    standardize_pair,
+    standardize_positive,
+)
 
 # The default of PyTorch's norms. Keras' default of 1e-3 would flatten feature maps of small variance.
 _EPSILON = 1e-5

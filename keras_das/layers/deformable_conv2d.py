@@ -9,16 +9,16 @@ from keras import activations, constraints, initializers, ops, regularizers
 from keras_das.layers.arguments import standardize_factor
 from keras_das.layers.inputs import check_input
 from keras_das.layers.policies import check_not_quantized
-from keras_das.ops import deformable_conv2d
-from keras_das.ops.deformable import standardize_count, standardize_implementation
-from keras_das.ops.geometry import (
-    Padding,
-    Window,
-    make_windows,
+from keras_das.ops.arguments import (
+    Settings,
+    standardize_count,
     standardize_data_format,
+    standardize_implementation,
     standardize_padding,
     standardize_pair,
 )
+from keras_das.ops.deformable import compute
+from keras_das.ops.geometry import Padding, Window, make_windows
 
 Tensor = Any
 Shape = tuple[int | None, ...]
@@ -210,19 +210,15 @@ class DeformableConv2D(keras.layers.Layer):
         if self.data_format == "channels_first":
             inputs = ops.transpose(inputs, (0, 2, 3, 1))
         offsets, mask = self._predict(inputs)
-        outputs = deformable_conv2d(
-            inputs,
-            self.kernel,
-            offsets,
-            mask,
-            self.bias,
-            strides=self.strides,
-            padding=self.padding,
-            dilation_rate=self.dilation_rate,
-            offset_groups=self.offset_groups,
+        settings = Settings(
+            self.strides,
+            self.padding,
+            self.dilation_rate,
+            self.offset_groups,
             data_format="channels_last",
             implementation=self.implementation,
         )
+        outputs = compute(settings, inputs, self.kernel, offsets, mask, self.bias)
         if self.data_format == "channels_first":
             outputs = ops.transpose(outputs, (0, 3, 1, 2))
         return outputs if self.activation is None else self.activation(outputs)

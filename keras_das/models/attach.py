@@ -9,20 +9,11 @@ from typing import Any
 
 import keras
 
+from keras_das._keras_internals import Node, Tensor, node_of
 from keras_das._requirements import check_keras_3
 from keras_das.layers import DASLayer
-from keras_das.models.graph import (
-    Node,
-    Tensor,
-    check_gates,
-    clone_with_gates,
-    data_format_of,
-    flatten_outputs,
-    is_plain,
-    node_of,
-    sort_nodes,
-    view,
-)
+from keras_das.models.cloning import clone_with_gates, is_plain
+from keras_das.models.graph import data_format_of, sort_nodes, view
 from keras_das.models.stages import LEVELS, find_stages
 
 Site = str | Any  # a layer, or the name of a layer or level
@@ -71,7 +62,6 @@ def attach_das(
             the model, if a layer cannot be gated (it has several outputs, is called more than once, does not
             output a feature map, or is gated already), or if `at` is `None` and the stages cannot be
             detected.
-        RuntimeError: If an output or a pyramid level of the result bypasses a gate. This indicates a bug.
 
     Example:
 
@@ -103,14 +93,9 @@ def attach_das(
         for name, tensor in sites.items()
     }
     network = clone_with_gates(base, gates)
-    outputs, new_taps = network.output["output"], network.output["taps"]
     if library:
-        gated = library.backbone_from(network, model)
-        new_taps = library.taps(gated)
-    else:
-        gated = keras.Model(network.input, outputs, name=model.name)
-    check_gates(gates, flatten_outputs(model.outputs, taps), flatten_outputs(gated.outputs, new_taps))
-    return gated
+        return library.backbone_from(network, model)
+    return keras.Model(network.input, network.output["output"], name=model.name)
 
 
 def _library_of(model: keras.Model) -> ModuleType | None:

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import keras
 
+from keras_das._keras_internals import Node, Tensor
 from keras_das.layers import DASLayer, DeformableConv2D
-from keras_das.models.graph import Node, Tensor, shapes_of, sort_nodes
+from keras_das.models.graph import shapes_of, sort_nodes
 from keras_das.ops.geometry import Window, make_windows
 
 _WINDOWS = (

@@ -4,6 +4,7 @@ from typing import Any
 
 import keras
 
+from keras_das._keras_internals import flatten_layers
 from keras_das.layers import DASLayer
 from keras_das.models.graph import sort_nodes
 
@@ -36,7 +37,7 @@ def freeze_trunk(model: keras.Model, freeze: bool = True) -> None:
     """
     if not isinstance(model, keras.Model):
         raise ValueError(f"`model` must be a Keras model. Received: model={model!r}")
-    graphs = [layer for layer in model._flatten_layers() if isinstance(layer, keras.Function)]
+    graphs = [layer for layer in flatten_layers(model) if isinstance(layer, keras.Function)]
     nodes = [node for graph in graphs for node in sort_nodes(graph.outputs) if _has_gates(node.operation)]
     if not nodes:
         raise ValueError(
@@ -45,7 +46,7 @@ def freeze_trunk(model: keras.Model, freeze: bool = True) -> None:
         )
     for node in sort_nodes(tensor for gated in nodes for tensor in gated.input_tensors):
         if isinstance(node.operation, keras.Layer) and not _has_gates(node.operation):
-            for layer in node.operation._flatten_layers():
+            for layer in flatten_layers(node.operation):
                 layer.trainable = not freeze
 
 
@@ -54,4 +55,4 @@ def _has_gates(operation: Any) -> bool:
     if isinstance(operation, DASLayer):
         return True
     is_model = isinstance(operation, keras.Model)
-    return is_model and any(isinstance(layer, DASLayer) for layer in operation._flatten_layers())
+    return is_model and any(isinstance(layer, DASLayer) for layer in flatten_layers(operation))

@@ -6,7 +6,8 @@ from typing import Any
 import keras
 import keras_cv
 
-from keras_das.models.graph import Tensor, deserialize_network, node_of, serialize_network
+from keras_das._keras_internals import Tensor, node_of
+from keras_das.models.serialization import deserialize_network, serialize_network
 
 
 def taps(model: keras.Model) -> dict[str, Tensor]:

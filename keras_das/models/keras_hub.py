@@ -6,7 +6,8 @@ from typing import Any
 import keras
 import keras_hub
 
-from keras_das.models.graph import Tensor, deserialize_network, serialize_network, serialize_policy
+from keras_das._keras_internals import Tensor
+from keras_das.models.serialization import deserialize_network, serialize_network, serialize_policy
 
 
 def taps(model: keras.Model) -> dict[str, Tensor]:

@@ -7,7 +7,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_das.models.graph import node_of, run, sort_nodes
+from keras_das._keras_internals import flatten_layers, node_of
+from keras_das.models.graph import run, sort_nodes
 
 
 class Sample(NamedTuple):
@@ -136,5 +137,5 @@ def _index_of_image(model: keras.Model, layers: Sequence[Any]) -> int:
 
 
 def _holds(operation: Any, layer: Any) -> bool:
-    inside = operation._flatten_layers() if isinstance(operation, keras.layers.Layer) else [operation]
+    inside = flatten_layers(operation) if isinstance(operation, keras.layers.Layer) else [operation]
     return any(other is layer for other in inside)

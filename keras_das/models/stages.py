@@ -7,7 +7,8 @@ from typing import Any
 
 import keras
 
-from keras_das.models.graph import Node, Tensor, data_format_of, node_of, shapes_of, sort_nodes
+from keras_das._keras_internals import Node, Tensor, flatten_layers, node_of
+from keras_das.models.graph import data_format_of, shapes_of, sort_nodes
 
 # Level n has 1/2**n of the image's rows and columns, as in P2 to P5 of a feature pyramid.
 LEVELS = (2, 3, 4, 5)
@@ -131,7 +132,7 @@ def _has_weights(operation: Any) -> bool:
     """Whether a layer has weights other than the statistics of `Normalization` layers."""
     if not isinstance(operation, keras.layers.Layer):
         return False
-    inside = operation._flatten_layers()
+    inside = flatten_layers(operation)
     statistics = [
         w for layer in inside if isinstance(layer, keras.layers.Normalization) for w in layer.weights
     ]

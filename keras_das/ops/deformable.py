@@ -2,8 +2,6 @@
 
 import contextlib
 import contextvars
-import math
-import numbers
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,20 +9,11 @@ import keras
 from keras import KerasTensor, ops
 
 from keras_das.ops import native, reference
-from keras_das.ops.geometry import (
-    Geometry,
-    Padding,
-    as_integer,
-    make_windows,
-    standardize_data_format,
-    standardize_padding,
-    standardize_pair,
-)
-
-IMPLEMENTATIONS = ("auto", "native", "reference")
+from keras_das.ops.arguments import Settings, standardize_settings
+from keras_das.ops.contract import make_plan
+from keras_das.ops.geometry import Padding
 
 Tensor = Any
-Shape = tuple[int | None, ...]
 
 _substitute: contextvars.ContextVar[Callable[..., Tensor] | None] = contextvars.ContextVar(
     "keras_das_substitute", default=None
@@ -116,13 +105,57 @@ def deformable_conv2d(
         - [Dai et al., 2017](https://arxiv.org/abs/1703.06211), equations 2 and 3 (offsets)
         - [Zhu et al., 2018](https://arxiv.org/abs/1811.11168), equation 1 (mask)
     """
-    operation = DeformableConv2DOperation(
+    settings = standardize_settings(
         strides, padding, dilation_rate, offset_groups, data_format, implementation
     )
     tensors = (inputs, kernel, offsets, mask, bias)
     if any(isinstance(t, KerasTensor) for t in tensors):
-        return operation.symbolic_call(*tensors)
-    return operation.call(*tensors)
+        return DeformableConv2DOperation(*settings).symbolic_call(*tensors)
+    return compute(settings, *tensors)
+
+
+def compute(
+    settings: Settings,
+    inputs: Tensor,
+    kernel: Tensor,
+    offsets: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """Computes `deformable_conv2d` for standardized settings and tensors that are not symbolic."""
+    given = [None if t is None else _to_tensor(t) for t in (inputs, kernel, offsets, mask, bias)]
+    plan = make_plan(settings, *given)
+    convolve = _choose(settings.implementation, given, plan.output.dtype)
+    if settings.data_format == "channels_last":
+        return convolve(*given, plan.geometry, plan.output.dtype)
+    inputs, kernel, offsets, mask, bias = given
+    last = (0, 2, 3, 1)
+    output = convolve(
+        ops.transpose(inputs, last),
+        kernel,
+        ops.transpose(offsets, last),
+        None if mask is None else ops.transpose(mask, last),
+        bias,
+        plan.geometry,
+        plan.output.dtype,
+    )
+    return ops.transpose(output, (0, 3, 1, 2))
+
+
+def _to_tensor(value: Any) -> Tensor:
+    # `convert_to_tensor` returns a Keras variable as it is, which costs TensorFlow a slow conversion later.
+    return value.value if isinstance(value, keras.Variable) else ops.convert_to_tensor(value)
+
+
+def _choose(implementation: str, tensors: Sequence[Tensor | None], dtype: str) -> Callable[..., Tensor]:
+    """Returns the implementation for a call, a function like `reference.deformable_conv2d`."""
+    if substitute := _substitute.get():
+        return substitute
+    if implementation != "reference" and not native.must_be_portable(tensors):
+        named = implementation == "native"
+        if native.can_use(tensors=tensors, dtype=dtype, raise_error=named):
+            return native.deformable_conv2d
+    return reference.deformable_conv2d
 
 
 @keras.saving.register_keras_serializable("keras_das")
@@ -142,12 +175,9 @@ class DeformableConv2DOperation(keras.Operation):
     ):
         """Validates and stores the settings, which `deformable_conv2d` describes."""
         super().__init__(name=name)
-        self.strides = standardize_pair(strides, "strides")
-        self.padding = standardize_padding(padding)
-        self.dilation_rate = standardize_pair(dilation_rate, "dilation_rate")
-        self.offset_groups = standardize_count(offset_groups, "offset_groups")
-        self.data_format = standardize_data_format(data_format)
-        self.implementation = standardize_implementation(implementation)
+        self.settings = standardize_settings(
+            strides, padding, dilation_rate, offset_groups, data_format, implementation
+        )
 
     def call(
         self,
@@ -158,36 +188,7 @@ class DeformableConv2DOperation(keras.Operation):
         bias: Tensor | None = None,
     ) -> Tensor:
         """Computes the convolution."""
-        tensors = [
-            None if t is None else ops.convert_to_tensor(t) for t in (inputs, kernel, offsets, mask, bias)
-        ]
-        geometry, _ = self._check(*tensors)
-        inputs, kernel, offsets, mask, bias = tensors
-        dtype = _result_dtype(inputs, kernel)
-        compute = self._choose(tensors, dtype)
-        if self.data_format == "channels_last":
-            return compute(inputs, kernel, offsets, mask, bias, geometry, dtype)
-        last = (0, 2, 3, 1)
-        output = compute(
-            ops.transpose(inputs, last),
-            kernel,
-            ops.transpose(offsets, last),
-            None if mask is None else ops.transpose(mask, last),
-            bias,
-            geometry,
-            dtype,
-        )
-        return ops.transpose(output, (0, 3, 1, 2))
-
-    def _choose(self, tensors: Sequence[Tensor | None], dtype: str) -> Callable[..., Tensor]:
-        """Returns the implementation for this call."""
-        if substitute := _substitute.get():
-            return substitute
-        if self.implementation != "reference" and not native.must_be_portable(tensors):
-            named = self.implementation == "native"
-            if native.can_use(tensors=tensors, dtype=dtype, raise_error=named):
-                return native.deformable_conv2d
-        return reference.deformable_conv2d
+        return compute(self.settings, inputs, kernel, offsets, mask, bias)
 
     def compute_output_spec(
         self,
@@ -198,115 +199,5 @@ class DeformableConv2DOperation(keras.Operation):
         bias: Tensor | None = None,
     ) -> KerasTensor:
         """Infers shape and dtype of the output; sizes can be unknown."""
-        _, (batch, height, width, filters) = self._check(inputs, kernel, offsets, mask, bias)
-        last = self.data_format == "channels_last"
-        shape = (batch, height, width, filters) if last else (batch, filters, height, width)
-        return KerasTensor(shape, dtype=_result_dtype(inputs, kernel))
-
-    def _check(
-        self, inputs: Tensor, kernel: Tensor, offsets: Tensor, mask: Tensor | None, bias: Tensor | None
-    ) -> tuple[Geometry, Shape]:
-        """Validates the tensors. Returns the geometry and the channels-last output shape."""
-        named = {"inputs": inputs, "kernel": kernel, "offsets": offsets, "mask": mask, "bias": bias}
-        for name, tensor in named.items():
-            if tensor is not None:
-                _check_tensor(name, tensor)
-        batch, height, width, channels = self._channels_last(inputs)
-        groups = _count_groups(channels, kernel)
-        kernel_rows, kernel_columns, depth, filters = tuple(kernel.shape)
-        if depth * groups % self.offset_groups:
-            raise ValueError(
-                f"`offset_groups` must divide the channels of `inputs` ({channels}). "
-                f"Received: offset_groups={self.offset_groups}"
-            )
-        windows = make_windows((kernel_rows, kernel_columns), self.strides, self.dilation_rate, self.padding)
-        geometry = Geometry(*windows, groups, self.offset_groups)
-        out = [window.output_size(size) for window, size in zip(windows, (height, width), strict=True)]
-        if any(size is not None and size < 1 for size in out):
-            raise ValueError(
-                "`kernel` with its dilation must not be larger than the padded `inputs`. Received: "
-                f"kernel.shape={tuple(kernel.shape)}, dilation_rate={self.dilation_rate}, "
-                f"padding={self.padding!r}, inputs.shape={tuple(inputs.shape)}"
-            )
-        samples = self.offset_groups * geometry.taps
-        self._check_field("offsets", offsets, (batch, *out, samples * 2))
-        if mask is not None:
-            self._check_field("mask", mask, (batch, *out, samples))
-        if bias is not None and tuple(bias.shape) != (filters,):
-            raise ValueError(
-                f"`bias` must have shape (filters,) = ({filters},). Received: bias.shape={tuple(bias.shape)}"
-            )
-        return geometry, (batch, *out, filters)
-
-    def _check_field(self, name: str, tensor: Tensor, expected: Shape) -> None:
-        found = self._channels_last(tensor)
-        if any(f is not None and e is not None and f != e for f, e in zip(found, expected, strict=True)):
-            n, h, w, c = expected
-            shape = expected if self.data_format == "channels_last" else (n, c, h, w)
-            raise ValueError(
-                f"`{name}` must have shape {shape} for these `inputs` and `kernel` "
-                f"(data_format={self.data_format!r}, offset_groups={self.offset_groups}). "
-                f"Received: {name}.shape={tuple(tensor.shape)}"
-            )
-
-    def _channels_last(self, tensor: Tensor) -> Shape:
-        if self.data_format == "channels_last":
-            return tuple(tensor.shape)
-        n, c, h, w = tensor.shape
-        return n, h, w, c
-
-
-def standardize_count(value: int, name: str) -> int:
-    """Returns `value` if it is a positive integer, or raises an error that names the argument."""
-    count = as_integer(value)
-    if count is None or count < 1:
-        raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
-    return count
-
-
-def standardize_positive(value: float, name: str) -> float:
-    """Returns `value` as a float if it is a positive number, or raises an error that names the argument."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < math.inf:
-        raise ValueError(f"`{name}` must be a positive number. Received: {name}={value!r}")
-    return float(value)
-
-
-def standardize_implementation(implementation: str) -> str:
-    """Returns the name of an implementation, or raises a ValueError."""
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"`implementation` must be one of {IMPLEMENTATIONS}. Received: implementation={implementation!r}"
-        )
-    return implementation
-
-
-def _result_dtype(inputs: Tensor, kernel: Tensor) -> str:
-    """Returns Keras' result type, but keeps float64, which Keras lowers on JAX and torch."""
-    dtypes = {keras.backend.standardize_dtype(tensor.dtype) for tensor in (inputs, kernel)}
-    return "float64" if "float64" in dtypes else keras.backend.result_type(*dtypes)
-
-
-def _check_tensor(name: str, tensor: Tensor) -> None:
-    rank = 1 if name == "bias" else 4
-    if len(tensor.shape) != rank:
-        raise ValueError(f"`{name}` must have rank {rank}. Received: {name}.shape={tuple(tensor.shape)}")
-    dtype = keras.backend.standardize_dtype(tensor.dtype)
-    if dtype not in ("float16", "bfloat16", "float32", "float64"):
-        raise ValueError(
-            f"`{name}` must be float16, bfloat16, float32 or float64. Received: {name}.dtype={dtype}"
-        )
-
-
-def _count_groups(channels: int | None, kernel: Tensor) -> int:
-    shape = tuple(kernel.shape)
-    if channels is None or channels < 1:
-        raise ValueError(f"`inputs` must have a known, positive number of channels. Received: {channels}")
-    if None in shape or 0 in shape:
-        raise ValueError(f"`kernel` must have a known shape without zeros. Received: kernel.shape={shape}")
-    _, _, depth, filters = shape
-    if channels % depth or filters % (channels // depth):
-        raise ValueError(
-            "`kernel` must have shape (kh, kw, C / groups, filters) with groups dividing both the channels C "
-            f"of `inputs` ({channels}) and the filters. Received: kernel.shape={shape}"
-        )
-    return channels // depth
+        shape, dtype = make_plan(self.settings, inputs, kernel, offsets, mask, bias).output
+        return KerasTensor(shape, dtype=dtype)

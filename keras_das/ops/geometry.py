@@ -1,62 +1,11 @@
-"""Window arithmetic: validation of arguments, and positions of the kernel's taps."""
+"""Window arithmetic: sizes of outputs, and positions of the kernel's taps."""
 
-import operator
-from collections.abc import Sequence
+import functools
 from typing import Any, NamedTuple, cast
 
-import keras
-import numpy as np
 from keras import ops
 
 Padding = str | tuple[tuple[int, int], tuple[int, int]]
-
-
-def as_integer(value: Any) -> int | None:
-    """Returns `value` as a Python integer if it is an integer, including NumPy's; otherwise `None`."""
-    if isinstance(value, bool):
-        return None
-    try:
-        return operator.index(value)
-    except TypeError:
-        return None
-
-
-def standardize_pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
-    """Returns `value` as a pair of positive integers, or raises an error that names the argument."""
-    single = as_integer(value)
-    values = value if isinstance(value, Sequence | np.ndarray) else ()
-    pair = (single, single) if single is not None else tuple(as_integer(v) for v in values)
-    if len(pair) != 2 or any(v is None or v < 1 for v in pair):
-        raise ValueError(f"`{name}` must be a positive integer or a pair of them. Received: {name}={value!r}")
-    return cast(tuple[int, int], pair)
-
-
-def standardize_padding(padding: Any) -> Padding:
-    """Returns "valid", "same" or a pair of pairs of non-negative integers, or raises a ValueError."""
-    if isinstance(padding, str) and padding.lower() in ("valid", "same"):
-        return padding.lower()
-    try:
-        (top, bottom), (left, right) = padding
-        pads = [as_integer(p) for p in (top, bottom, left, right)]
-        if not isinstance(padding, str) and all(p is not None and p >= 0 for p in pads):
-            return cast(Padding, (tuple(pads[:2]), tuple(pads[2:])))
-    except (TypeError, ValueError):
-        pass  # Not a pair of pairs; the error below describes what is expected.
-    raise ValueError(
-        '`padding` must be "valid", "same" or ((top, bottom), (left, right)) with non-negative integers. '
-        f"Received: padding={padding!r}"
-    )
-
-
-def standardize_data_format(data_format: str | None) -> str:
-    """Returns "channels_last" or "channels_first"; `None` selects Keras' default."""
-    value = keras.config.image_data_format() if data_format is None else str(data_format).lower()
-    if value not in ("channels_last", "channels_first"):
-        raise ValueError(
-            '`data_format` must be "channels_last", "channels_first" or None. '
-            f"Received: data_format={data_format!r}"
-        )
-    return value
 
 
 class Window(NamedTuple):
@@ -105,6 +54,7 @@ class Geometry(NamedTuple):
         return self.rows.kernel * self.columns.kernel
 
 
+@functools.lru_cache
 def make_windows(
     kernel_size: tuple[int, int],
     strides: tuple[int, int],

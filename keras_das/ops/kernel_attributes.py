@@ -1,5 +1,6 @@
 """Settings of a convolution as attributes of the kernels' ops, for TensorFlow and JAX."""
 
+import functools
 from typing import Any, NamedTuple
 
 from keras_das.ops.geometry import Geometry, Padding, make_windows
@@ -17,6 +18,7 @@ class Attributes(NamedTuple):
     has_bias: bool
 
 
+@functools.lru_cache
 def make_attributes(geometry: Geometry, has_mask: bool, has_bias: bool) -> Attributes:
     """Returns the attributes of a call. The kernels derive the number of groups themselves."""
     rows, columns = geometry.rows, geometry.columns

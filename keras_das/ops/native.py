@@ -6,6 +6,7 @@ first used, and so is the kernel library.
 
 import contextlib
 import contextvars
+import functools
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 import keras
 
+from keras_das._keras_internals import EXPORT_MODULES
 from keras_das.kernels import library
 from keras_das.ops.geometry import Geometry
 from keras_das.ops.kernel_attributes import make_attributes
@@ -21,7 +23,7 @@ Tensor = Any
 
 CONTEXTS = ("eager", "graph", "XLA")
 # Modules that trace a model or a function in order to write it.
-_EXPORTERS = ("keras.src.export.", "tensorflow.python.saved_model.", "tensorflow.lite.python.", "tf2onnx.")
+_EXPORTERS = (EXPORT_MODULES, "tensorflow.python.saved_model.", "tensorflow.lite.python.", "tf2onnx.")
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 _UNDECIDED = "CPU or GPU"  # the kind of device if the graph does not specify it
 _portable = contextvars.ContextVar("keras_das_portable", default=False)
@@ -79,9 +81,14 @@ def why_not(context: str | None = None, tensors: Sequence[Tensor | None] = (), d
         return f"there are no kernels for Keras' {backend} backend"
     if dtype not in _DTYPES:
         return f"there is no kernel for {dtype}"
-    present = [tensor for tensor in tensors if tensor is not None]
-    places = _PLACES[backend](context, present)
-    return _why_not_on(backend, places) or library.why_not(backend)
+    places = _PLACES[backend](context, [tensor for tensor in tensors if tensor is not None])
+    others = {kind: where for kind, where in places.items() if kind != "CPU"}
+    for kind, where in others.items():
+        if kind not in ("GPU", _UNDECIDED):
+            return f"the kernels run on CPUs and NVIDIA GPUs only, and {where}"
+    if reason := library.why_not(backend):
+        return reason
+    return _why_not_cuda(backend, next(iter(others.values()))) if others else ""
 
 
 def deformable_conv2d(
@@ -213,19 +220,11 @@ def _is_tracing(tensors: Sequence[Tensor | None]) -> bool:
     return False
 
 
-def _why_not_on(framework: str, places: dict[str, str]) -> str:
-    """Why the kernels cannot run on these kinds of devices, or "". `places` describes each kind."""
-    others = {kind: where for kind, where in places.items() if kind != "CPU"}
-    for kind, where in others.items():
-        if kind not in ("GPU", _UNDECIDED):
-            return f"the kernels run on CPUs and NVIDIA GPUs only, and {where}"
-    if not others:
-        return ""
-    if reason := library.why_not(framework):
-        return reason
+def _why_not_cuda(framework: str, where: str) -> str:
+    """Why a loaded library cannot run on a GPU, or "". `where` describes the GPU for the message."""
     if not library.cuda_architectures(framework):
         return (
-            f"the kernels run on the CPU only, and {next(iter(others.values()))}; "
+            f"the kernels run on the CPU only, and {where}; "
             '"keras-das build --cuda" adds kernels for NVIDIA GPUs'
         )
     if problem := library.cuda_problem(framework):
@@ -238,20 +237,23 @@ def _tensorflow_places(context: str | None, tensors: Sequence[Tensor]) -> dict[s
     """The kinds of devices that a call runs on, with a description of each for messages."""
     import tensorflow as tf
 
-    if all(device.device_type == "CPU" for device in tf.config.list_logical_devices()):
-        return {"CPU": ""}
     if tensors and context in (None, "eager") and tf.executing_eagerly():
-        # `keras.ops.convert_to_tensor` does not convert Keras variables, which do not report their device.
-        asked = [tensor.value if isinstance(tensor, keras.Variable) else tensor for tensor in tensors]
-        devices = [tensor.device for tensor in asked]
+        devices = {tensor.device for tensor in tensors}
+    elif all(device.device_type == "CPU" for device in tf.config.list_logical_devices()):
+        return {"CPU": ""}
     else:
-        devices = [tf.constant(0.0).device]  # the default device at this place in the program
-    places = {}
-    for device in devices:
-        kind = tf.DeviceSpec.from_string(device).device_type or _UNDECIDED
-        undecided = "there is a GPU, and no device scope asks for the CPU"
-        places[kind] = undecided if kind == _UNDECIDED else f"this would run on {device}"
-    return places
+        devices = {tf.constant(0.0).device}  # the default device at this place in the program
+    return dict(map(_tensorflow_place, sorted(devices)))
+
+
+@functools.cache
+def _tensorflow_place(device: str) -> tuple[str, str]:
+    import tensorflow as tf
+
+    kind = tf.DeviceSpec.from_string(device).device_type
+    if kind is None:
+        return _UNDECIDED, "there is a GPU, and no device scope asks for the CPU"
+    return kind, f"this would run on {device}"
 
 
 def _jax_places(context: str | None, tensors: Sequence[Tensor]) -> dict[str, str]:

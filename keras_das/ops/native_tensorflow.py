@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from keras_das.kernels import library
@@ -9,6 +10,8 @@ from keras_das.ops import reference
 from keras_das.ops.kernel_attributes import Attributes, make_geometry
 
 Tensor = Any
+
+_EMPTY = {dtype: np.zeros(0, dtype) for dtype in ("float32", "float64")}  # for tensors that are `None`
 
 
 def deformable_conv2d(
@@ -26,9 +29,14 @@ def deformable_conv2d(
     Returns:
         The output.
     """
-    given = [tf.zeros([0], sums) if other is None else tf.cast(other, sums) for other in others]
+    given = [_EMPTY[sums] if other is None else _cast(other, sums) for other in others]
     ops = library.tensorflow_ops()
-    return ops.keras_das_deformable_conv2d(tf.cast(inputs, dtype), *given, **attributes._asdict())
+    return ops.keras_das_deformable_conv2d(_cast(inputs, dtype), *given, **attributes._asdict())
+
+
+def _cast(tensor: Tensor, dtype: str) -> Tensor:
+    """`tf.cast`, which takes as long as a small convolution even if there is nothing to do."""
+    return tensor if tensor.dtype.name == dtype else tf.cast(tensor, dtype)
 
 
 @tf.RegisterGradient("KerasDas>DeformableConv2D")

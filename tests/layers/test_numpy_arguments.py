@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import keras_das
-from keras_das.ops.geometry import standardize_padding
+from keras_das.ops.arguments import standardize_padding
 
 COUNT = np.int64(2)
 

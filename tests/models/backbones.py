@@ -4,6 +4,8 @@ import keras
 import numpy as np
 
 from keras_das import DASLayer
+from keras_das._keras_internals import node_of
+from keras_das.models.graph import sort_nodes
 
 # One tap instead of nine: a gate that TensorFlow traces in a fraction of the time.
 SMALL_GATE = {"kernel_size": 1}
@@ -75,6 +77,21 @@ def randomize(model, rng):
         # Variances and the like must stay positive.
         positive = "variance" in weight.path
         weight.assign(weight + keras.ops.cast(np.abs(noise) if positive else noise, weight.dtype))
+
+
+def assert_no_way_around_gates(tensors):
+    """Only its gate reads a gated layer, and none of these outputs and taps is one.
+
+    Keras' `clone_model` and the libraries connect the layers of a gated model: none of them may lead around a
+    gate, whose layer is still in the model under its name.
+    """
+    nodes = sort_nodes(tensors)
+    gates = {node.parent_nodes[0]: node for node in nodes if isinstance(node.operation, DASLayer)}
+    assert gates
+    for node in nodes:
+        for parent in node.parent_nodes:
+            assert gates.get(parent, node) is node, f"{node.operation.name} reads {parent.operation.name}"
+    assert not {node_of(tensor) for tensor in tensors} & set(gates)
 
 
 def open_gates(layers, rng):

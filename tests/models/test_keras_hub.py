@@ -10,6 +10,7 @@ from keras_das import DASLayer
 from keras_das.models import attach_das
 from tests.models.backbones import (
     SMALL_GATE,
+    assert_no_way_around_gates,
     assert_same,
     gates,
     hub_resnet,
@@ -71,6 +72,7 @@ def test_each_tap_sees_its_gate_and_those_before(rng):
     base, x = hub_resnet(), images(rng)
     expected = features(base, x)
     gated = attach_das(base, **SMALL_GATE)
+    assert_no_way_around_gates([*gated.outputs, *gated.pyramid_outputs.values()])
     for i, name in enumerate(GATES):
         gate = gated.get_layer(name)
         closed = gate.get_weights()

@@ -5,7 +5,7 @@ import functools
 import keras
 import pytest
 
-from keras_das.models.graph import node_of
+from keras_das._keras_internals import node_of
 from keras_das.models.stages import find_stages
 from tests.models.backbones import plain_cnn
 

@@ -11,7 +11,7 @@ import tensorflow as tf
 import keras_das
 from keras_das.exporters import saved_model
 from keras_das.kernels import library
-from keras_das.ops import native, reference
+from keras_das.ops import deformable, native, reference
 from tests import processes
 from tests.ops import random_cases
 from tests.ops.op_cases import DTYPES, Case, assert_as_expected, call, draw, each_once_fast, split_upstream
@@ -114,6 +114,17 @@ def test_auto_takes_the_kernels(rng, mode, data_format, no_reference):
     tensors = draw(DEPTHWISE, rng)
     results = run(DEPTHWISE, tensors, mode, data_format, implementation="auto")
     assert_as_expected(DEPTHWISE, tensors, "float32", *results)
+
+
+def test_an_eager_call_decides_once(rng, monkeypatch):
+    """No operation is created for it, no devices are listed, and the library is asked once."""
+    asked = []
+    monkeypatch.setattr(library, "why_not", lambda framework: asked.append(framework) or "")
+    monkeypatch.setattr(deformable, "DeformableConv2DOperation", None)
+    monkeypatch.setattr(tf.config, "list_logical_devices", None)
+    arguments, _ = split_upstream(draw(DEPTHWISE, rng))
+    assert call(arguments, DEPTHWISE, implementation="native").shape == DEPTHWISE.shapes["outputs"]
+    assert asked == ["tensorflow"]
 
 
 def test_reference_does_not(rng, monkeypatch):
@@ -240,10 +251,12 @@ def test_other_backends_have_none(monkeypatch):
     assert native.why_not() == "there are no kernels for Keras' torch backend"
 
 
-def test_where_variables_lie(with_cuda):
-    value = np.ones((2, 2), "float32")
-    for tensor in (keras.Variable(value), tf.Variable(value), tf.constant(value)):
-        assert native.why_not("eager", [tensor]) == ""
+@pytest.mark.parametrize("variable", [keras.Variable, tf.Variable, tf.constant])
+def test_where_variables_lie(rng, with_cuda, variable):
+    arguments, _ = split_upstream(draw(DEPTHWISE, rng))
+    placed = {name: variable(value) for name, value in arguments.items()}
+    outputs = call(placed, DEPTHWISE, implementation="native")
+    np.testing.assert_array_equal(outputs, call(arguments, DEPTHWISE, implementation="native"))
 
 
 @pytest.mark.parametrize("mode", ["graph", "xla"])

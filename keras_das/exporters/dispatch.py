@@ -1,4 +1,4 @@
-"""`export`: writes models to files that run without Keras and without this package."""
+"""`export`: validates the arguments, calls the writer of the format and moves its files into place."""
 
 import os
 import shutil

@@ -1,0 +1,61 @@
+"""Layers of a model by name or class, its data format, and the size of its images."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_das._keras_internals import layers_inside
+from keras_das._requirements import check_keras_3
+from keras_das.layers import DASLayer
+
+Tensor = Any
+
+
+def check_built(model: keras.Model) -> None:
+    """Raises a ValueError for anything except a built Keras 3 model."""
+    check_keras_3("model", model)
+    if not isinstance(model, keras.Model) or not model.built:
+        raise ValueError(f"`model` must be a Keras model that has been built. Received: model={model!r}")
+
+
+def layers_of_kind(model: keras.Model, kinds: tuple[type, ...]) -> list[Any]:
+    """Returns the layers of these classes, including those of nested models but not the parts of gates."""
+    check_built(model)
+    layers = layers_inside(model)
+    parts = {id(part) for layer in layers if isinstance(layer, DASLayer) for part in layers_inside(layer)}
+    return [layer for layer in layers if isinstance(layer, kinds) and id(layer) not in parts]
+
+
+def find_layer(model: keras.Model, layer: str | keras.layers.Layer, kinds: tuple[type, ...]) -> Any:
+    """Returns the layer of one of these classes that is given itself or by name, or raises a ValueError."""
+    known = layers_of_kind(model, kinds)
+    found = [of for of in known if of is layer or of.name == layer]
+    if len(found) == 1:
+        return found[0]
+    wanted = " or ".join(kind.__name__ for kind in kinds)
+    names = [of.name for of in known]
+    problem = f"{len(found)} have this name" if found else f"the model has {names}"
+    raise ValueError(
+        f"`layer` must be a {wanted} of the model, or its name. Received: layer={layer!r}; {problem}"
+    )
+
+
+def data_format_of(model: keras.Model) -> str:
+    """Returns the model's data format: that of its first layer that has one."""
+    for layer in layers_inside(model):
+        if data_format := getattr(layer, "data_format", None):
+            return data_format
+    return keras.config.image_data_format()
+
+
+def image_size(shape: Sequence[int], data_format: str) -> tuple[int, int]:
+    """Returns rows and columns of an image of this shape, which has no batch axis."""
+    return (shape[0], shape[1]) if data_format == "channels_last" else (shape[1], shape[2])
+
+
+def to_numpy(x: Tensor) -> np.ndarray:
+    """Returns a tensor of any floating dtype as a float32 array."""
+    return ops.convert_to_numpy(ops.cast(x, "float32"))
