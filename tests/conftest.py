@@ -1,11 +1,11 @@
-"""What every test shares: quiet logs, and a fresh but repeatable seed."""
+"""Settings for all tests: minimal logging and reproducible random seeds."""
 
 import gc
 import os
 import secrets
 import zlib
 
-# Before anything imports Keras or TensorFlow.
+# Must be set before Keras or TensorFlow is imported.
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 SEED_VARIABLE = "KERAS_DAS_TEST_SEED"
-# In the environment, so that the processes which share the tests' work have the same.
+# Stored in the environment, so that all worker processes use the same seed.
 SESSION_SEED = int(os.environ.setdefault(SEED_VARIABLE, str(secrets.randbits(32))))
 
 
 def pytest_collection_finish():
-    """What is imported stays: the garbage collector need not look through it again and again."""
+    """Excludes imported modules from garbage collection, since they are never freed."""
     gc.collect()
     gc.freeze()
 
@@ -29,14 +29,20 @@ def pytest_report_header():
 
 @pytest.fixture
 def rng(request):
-    """NumPy's generator for one test: new numbers each session, the same ones for the same session seed."""
-    print(f"to repeat: {SEED_VARIABLE}={SESSION_SEED}")  # shown by pytest when the test fails
+    """A NumPy generator for one test, seeded by the session.
+
+    Each session draws a new seed by default. The same session seed yields the same numbers.
+    """
+    print(f"to repeat: {SEED_VARIABLE}={SESSION_SEED}")  # pytest shows this if the test fails
     return np.random.default_rng([SESSION_SEED, zlib.crc32(request.node.nodeid.encode())])
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _without_tf32():
-    """Matrix products in TF32, which TensorFlow takes for float32 on GPUs, are beyond the oracles' bounds."""
+    """Disables TF32.
+
+    TensorFlow uses it for float32 matrix products on GPUs. Its rounding errors exceed the tests' tolerances.
+    """
     import keras
 
     if keras.backend.backend() == "tensorflow":
@@ -47,7 +53,7 @@ def _without_tf32():
 
 @pytest.fixture(autouse=True)
 def _seed_keras(request):
-    """Initializers and dropout draw the same numbers whichever tests ran before."""
+    """Makes initializers and dropout independent of the order of the tests."""
     import keras
 
     keras.utils.set_random_seed(zlib.crc32(request.node.nodeid.encode()) % 2**31)

@@ -1,4 +1,4 @@
-"""What the documents say holds: their code runs, their commands exist, their links lead somewhere."""
+"""Tests of the documentation: code blocks run, commands exist, and links resolve."""
 
 import argparse
 import importlib.util
@@ -28,12 +28,12 @@ DOCUMENTS = [
 _BLOCK = re.compile(
     r"^(?:<!-- no-run: (?P<reason>\S[^\n]*) -->\n)?```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
 )
-# Their code trains, exports to several formats, or builds whole networks.
+# These pages train models, export to several formats, or build full-size networks.
 _SLOW = {
     "README.md",
     *(f"docs/{name}.md" for name in ("attach", "detection", "export", "fine-tune", "index", "visualize")),
 }
-_WITHOUT_PARSER = ("benchmarks/report.py",)  # takes names of files, and no options
+_WITHOUT_PARSER = ("benchmarks/report.py",)  # accepts file names and no options
 
 
 def read(document):
@@ -44,7 +44,7 @@ def read(document):
 
 
 def blocks(document):
-    """(code, why it cannot run or None) of each block of Python."""
+    """Returns a pair for each Python block: the code, and the reason why it cannot run or None."""
     return [(found["code"], found["reason"]) for found in _BLOCK.finditer(read(document))]
 
 
@@ -57,7 +57,7 @@ def blocks(document):
     ],
 )
 def test_code_runs(document, tmp_path, monkeypatch):
-    """From the top of a page to its end, in one namespace, in an empty folder."""
+    """Runs all blocks of a page in order, in one namespace and an empty working directory."""
     found = blocks(document)
     assert len(found) == read(document).count("```py"), "a fence or a marker is not as CONTRIBUTING.md has it"
     monkeypatch.chdir(tmp_path)
@@ -76,7 +76,7 @@ def test_most_code_runs():
 
 
 def commands(text):
-    """The words of each command that a document names, in blocks and within lines."""
+    """Yields each command in a document, from code blocks and inline code."""
     fenced = "\n".join(re.findall(r"^```(?:bash|console)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
     text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
     indented = "\n".join(re.findall(r"^    (.*)$", text, re.MULTILINE))
@@ -95,12 +95,12 @@ COMMANDS = sorted({command for document in DOCUMENTS for command in commands(rea
 
 
 class Parsed(BaseException):
-    """The arguments of a program are right, and nothing has begun."""
+    """Raised after the arguments are parsed successfully, before the program does anything else."""
 
 
 @pytest.fixture
 def parse_only(monkeypatch):
-    """Ends a program once it has parsed its arguments."""
+    """Stops programs once their arguments are parsed."""
     parse_args = argparse.ArgumentParser.parse_args
 
     def parse(self, args=None, namespace=None):
@@ -140,7 +140,7 @@ def check_script(arguments, monkeypatch):
 def check_arguments(run):
     with pytest.raises((Parsed, SystemExit)) as ended:
         run()
-    # 0 is the status of --help.
+    # `--help` exits with status 0.
     assert ended.type is Parsed or ended.value.code == 0, "the program does not know these arguments"
 
 
@@ -153,7 +153,7 @@ def test_both_first_commands_are_named():
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_lead_somewhere(document):
-    """In the repository; the strict build of the site checks its own."""
+    """Checks links within the repository. The strict build of the site checks links between its pages."""
     for link in re.findall(r"\]\(([^)\s]+)\)", read(document)):
         if not re.match(r"https?:|#", link):
             assert (ROOT / document).parent.joinpath(link.partition("#")[0]).exists(), link
@@ -161,13 +161,13 @@ def test_links_lead_somewhere(document):
 
 def test_reference_has_every_public_name():
     described = set(re.findall(r"^::: (\S+)", "\n".join(map(read, DOCS)), re.MULTILINE))
-    assert {"keras_das.ops", "keras_das.visualize"} <= described  # whole
+    assert {"keras_das.ops", "keras_das.visualize"} <= described  # documented as whole modules
     names = set(keras_das.__all__) - {"ops", "visualize", "__version__"}
     assert {f"keras_das.{name}" for name in names} <= described
 
 
 def test_visualize_page_shows_what_there_is():
-    """Each figure that the module draws is on the page."""
+    """The page shows each figure that the module draws."""
     drawn = [name for name in dir(visualize) if name.startswith("plot_")]
     assert len(drawn) == 4
     assert all(f"visualize.{name}(" in read("docs/visualize.md") for name in drawn)

@@ -1,4 +1,4 @@
-"""Exports: standard operations only, the same numbers without Keras, and nothing lost when it goes wrong."""
+"""Tests of `keras_das.export`: standard operations only, outputs without Keras, no data loss on errors."""
 
 import errno
 import itertools
@@ -17,7 +17,7 @@ from keras_das.exporters import litert, openvino, saved_model
 from keras_das.exporters.saved_model import custom_operations
 from tests.models.backbones import randomize
 
-# Runs where neither package can be imported, as a server does.
+# Runs where neither package can be imported, as on a server.
 SERVE = textwrap.dedent(
     """
     import sys
@@ -44,7 +44,7 @@ def model():
         [
             keras.Input((None, None, 3)),
             keras.layers.Conv2D(8, 3, strides=2, padding="same"),
-            # Of few taps, which TensorFlow traces in less time.
+            # With one tap, TensorFlow traces the layer faster.
             keras_das.DASLayer(identity_init=True, kernel_size=1),
             keras_das.DeformableConv2D(6, (2, 1), offset_initializer="random_normal"),
             keras.layers.GlobalAveragePooling2D(),
@@ -65,7 +65,7 @@ def images(rng):
 
 
 def test_serves_without_keras(model, images, tmp_path):
-    """What `keras_das.export` writes, and what Keras' own `model.export` does, after the kernels have run."""
+    """`keras_das.export` and Keras' `model.export` both work after the kernels have run."""
     expected = model.predict(images, verbose=0)
     folders = [tmp_path / "of_keras_das", tmp_path / "of_keras"]
     keras_das.export(model, folders[0])
@@ -81,7 +81,8 @@ def test_serves_without_keras(model, images, tmp_path):
 
 @pytest.mark.slow
 def test_a_model_trained_with_jit_exports_too(images, tmp_path):
-    # A norm over the images' three channels, nearly equal here and there, would magnify how XLA rounds.
+    # A norm over the images' three channels would amplify XLA's rounding errors where their values are nearly
+    # equal.
     layers = [keras.layers.Conv2D(16, 3, padding="same"), keras_das.DASLayer()]
     model = keras.Sequential([keras.Input((None, None, 3)), *layers])
     model.compile("sgd", "mse", jit_compile=True)
@@ -94,7 +95,7 @@ def test_a_model_trained_with_jit_exports_too(images, tmp_path):
 
 
 def test_a_custom_operation_would_be_seen(tmp_path):
-    """The check of the export can fail: TensorFlow's own namespaced operations stand in for ours."""
+    """Verifies that the check for custom operations detects one."""
     from tensorflow.core.protobuf import saved_model_pb2
 
     proto = saved_model_pb2.SavedModel()
@@ -145,7 +146,7 @@ def test_keeps_what_is_not_a_saved_model(small, tmp_path):
 
 
 def writer(content, error=None):
-    """Stands in for what writes a file."""
+    """A fake for functions that write a file."""
 
     def write(model, path, *arguments):
         path.write_text(content)
@@ -193,7 +194,7 @@ FOLDERS = {"saved_model": "saved_model.pb", "openvino": "model.xml"}
 
 
 def folder_writer(content):
-    """Stands in for what writes a folder."""
+    """A fake for functions that write a folder."""
 
     def write(model, path, *arguments):
         path.mkdir()
@@ -210,7 +211,7 @@ def stand_in_writers(monkeypatch):
 
 
 def failing_replace(fails):
-    """`os.replace` that fails where `fails(its number)`, counted from 1."""
+    """A fake `os.replace` that fails if `fails` returns true for the number of the call, counted from 1."""
     replace, calls = os.replace, itertools.count(1)
 
     def fail(source, target):
@@ -227,7 +228,7 @@ def failing_replace(fails):
 def test_a_failing_rename_leaves_what_stood_there(
     format, first_to_fail, content, small, tmp_path, stand_in_writers, monkeypatch
 ):
-    """An export, or an empty folder, is put back if the new one cannot be put there."""
+    """An existing export, or an empty folder, is restored if the new export cannot be moved into place."""
     folder = tmp_path / "exported"
     folder.mkdir()
     if content:

@@ -1,4 +1,4 @@
-"""Keras 2 models (tf_keras): every public function says what they are and what to do."""
+"""Tests with Keras 2 (tf_keras) objects: every public function raises an error that says how to proceed."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ IMAGE = np.zeros((8, 8, 3), "float32")
 
 
 def legacy(name):
-    """An object of a class that derives from one of tf_keras, which need not be installed."""
+    """An instance of a class that appears to derive from a tf_keras class. tf_keras need not be installed."""
     base = type("Base", (), {"__module__": "tf_keras.src.engine.base_layer", "dtype": "float32"})
     return type(name, (base,), {})()
 
@@ -37,7 +37,7 @@ def test_models(function):
 
 @pytest.mark.parametrize("layer", [keras_das.DASLayer(), keras_das.DeformableConv2D(4, 3)])
 def test_symbolic_tensors(layer):
-    """Else the call would be recorded as a plain function, whose weights Keras 2 does not train."""
+    """Without an error, Keras 2 records the call as a plain function and does not train its weights."""
     with pytest.raises(ValueError, match=MESSAGE.format("KerasTensor")):
         layer(legacy("KerasTensor"))
     with pytest.raises(ValueError, match=MESSAGE.format("KerasTensor")):

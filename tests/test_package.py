@@ -1,4 +1,4 @@
-"""The package as a whole: its names, what importing it touches, its command, and what its gates cost."""
+"""Tests of the package as a whole: public names, import side effects, command line, and cost of the gates."""
 
 import inspect
 import json
@@ -34,7 +34,7 @@ def test_public_names():
 
 
 def test_a_name_is_a_module_or_something_in_one():
-    """`from keras_das.x import x` would make `keras_das.x` ambiguous."""
+    """`keras_das.x` would be ambiguous after `from keras_das.x import x`."""
     modules = {module.name for module in pkgutil.iter_modules(keras_das.__path__)}
     for name in keras_das.__all__:
         assert (name in modules) == inspect.ismodule(getattr(keras_das, name)), name
@@ -42,7 +42,7 @@ def test_a_name_is_a_module_or_something_in_one():
 
 @pytest.mark.parametrize("package", [keras_das, keras_das.ops, keras_das.visualize])
 def test_nothing_leaks(package):
-    """Besides its public names, a package holds modules of this package only."""
+    """Apart from its public names, a package exposes only its own modules."""
     names = {name for name in vars(package) if not name.startswith("_")} - set(package.__all__)
     foreign = [
         name
@@ -53,7 +53,7 @@ def test_nothing_leaks(package):
 
 
 def test_import_brings_nothing_heavy_along():
-    """Beyond Keras itself no optional library; and no kernels, neither to load nor to build."""
+    """The import adds no third-party packages to those of Keras, and neither loads nor builds the kernels."""
     result = _run(
         """
         import sys
@@ -74,7 +74,7 @@ def test_import_brings_nothing_heavy_along():
 
 
 def test_missing_tensorflow_is_one_clear_error():
-    # A finder, and not None in sys.modules, so that the error is the one of a missing package.
+    # A finder rather than `None` in `sys.modules`, so that the error is that of a missing package.
     result = _run(
         """
         import sys
@@ -131,8 +131,8 @@ def test_info_as_json(capsys):
 
 @pytest.mark.parametrize("backend", ["tensorflow", "numpy"])
 def test_info_says_why_the_reference_runs(backend, tmp_path):
-    """With nothing built, and under a backend that has no kernels."""
-    run = {"tensorflow": processes.python, "numpy": _run}[backend]  # those processes have imported TensorFlow
+    """Covers a missing library, and a backend without kernels."""
+    run = {"tensorflow": processes.python, "numpy": _run}[backend]  # `python` preloads TensorFlow
     result = run(
         """
         import pathlib, sys
@@ -177,13 +177,13 @@ def test_unknown_command_exits_with_2(capsys):
 
 
 def _multiply_adds(layer, size, interpolation=True):
-    """Multiply-adds of one layer on an output of `size` (height, width), counted from its weights."""
+    """Multiply-adds of a layer for an output of `size` (height, width), derived from its weights."""
     pixels = int(np.prod(size))
     if isinstance(layer, keras_das.DASLayer):
         inner = layer._flatten_layers(include_self=False, recursive=False)
         return sum(_multiply_adds(part, size, interpolation) for part in inner)
     if isinstance(layer, keras_das.DeformableConv2D):
-        # Each sampled value is four corners by four weights, and one product with the mask.
+        # Each sampled value requires four products for its corners and one for the mask.
         channels = layer.offset_kernel.shape[2]
         sampled = layer.taps * channels * 5 if interpolation else 0
         return pixels * (int(np.prod(layer.kernel.shape)) + int(np.prod(layer.offset_kernel.shape)) + sampled)
@@ -199,7 +199,7 @@ def _cost(model):
 
 @pytest.mark.slow
 def test_four_gates_fit_the_budget(capsys):
-    """ResNet-50 at 224x224 with a gate after each stage: +2.6 M weights, +11 % multiply-adds at most."""
+    """Gates after all four stages of ResNet-50 at 224x224 add at most 2.6 M weights and 11% multiply-adds."""
     from keras_hub.models import ResNetBackbone
 
     plain = ResNetBackbone(
@@ -220,6 +220,6 @@ def test_four_gates_fit_the_budget(capsys):
             f"\nResNet-50 at 224x224: {weights / 1e6:.2f} M weights, {cost / 1e9:.2f} G multiply-adds; "
             f"four gates: +{more / 1e6:.2f} M weights, +{100 * dearer / cost:.1f} % multiply-adds"
         )
-    assert 4.0e9 < cost < 4.2e9  # the counting itself: the literature's 4.1 G
+    assert 4.0e9 < cost < 4.2e9  # validates the count: 4.1 G in the literature
     assert 0 < more <= 2.6e6
     assert 0 < dearer <= 0.11 * cost

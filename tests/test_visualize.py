@@ -1,4 +1,4 @@
-"""What `visualize` says of where layers read is where they read: rows before columns, to the pixel."""
+"""Tests of `visualize`: sampling points, receptive fields, gate maps, Grad-CAM, figures, and errors."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ TAPS = 9
 
 
 def box(size, strides, padding, data_format="channels_last"):
-    """A mean over a window: of coordinates it makes those of the window's middle."""
+    """A mean filter. Applied to a coordinate image, it returns the coordinates of each window's center."""
     return keras.layers.DepthwiseConv2D(
         size,
         strides,
@@ -51,19 +51,19 @@ STEMS = {
 
 
 def coordinates(height, width, data_format="channels_last"):
-    """An image whose value is where it is: y in the first channel, x in the second."""
+    """An image of coordinates: each pixel holds its own y in the first channel and x in the second."""
     image = np.stack(np.indices((height, width)), axis=-1).astype("float32")
     return image if data_format == "channels_last" else np.moveaxis(image, -1, 0)
 
 
 def set_offsets(layer, offsets, logits=None):
-    """The same offsets (taps, 2) and masks at all positions."""
+    """Sets the same offsets, of shape (taps, 2), and mask logits at all positions."""
     parts = [np.ravel(offsets)] + ([] if logits is None else [np.ravel(logits)])
     layer.offset_bias.assign(np.concatenate(parts).astype("float32"))
 
 
 def reader(rng, strides=1, dilation_rate=1, data_format="channels_last"):
-    """A deformable convolution that outputs each tap's sample of both channels, times its mask."""
+    """A deformable convolution that outputs each tap's sample of both channels, multiplied by its mask."""
     layer = keras_das.DeformableConv2D(
         2 * TAPS,
         3,
@@ -80,14 +80,14 @@ def reader(rng, strides=1, dilation_rate=1, data_format="channels_last"):
 
 
 def check_reads_there(model, image, point, data_format="channels_last"):
-    """The coordinates that the layer outputs are those that `sampling_points` gives."""
+    """Checks that the coordinates that the layer outputs equal those that `sampling_points` returns."""
     found = visualize.sampling_points(model, image, "reader", point)
     row, column = found.position
     output = np.asarray(model(image[None]))[0]
     read = output[row, column] if data_format == "channels_last" else output[:, row, column]
     expected = read.reshape(TAPS, 2) / found.mask[0, :, None]
     np.testing.assert_allclose(found.points[0], expected, rtol=1e-4, atol=1e-3)
-    assert np.abs(found.points[0, :, ::-1] - expected).max() > 1  # (x, y) would not pass
+    assert np.abs(found.points[0, :, ::-1] - expected).max() > 1  # fails if x and y are swapped
     return found
 
 
@@ -123,17 +123,17 @@ def test_the_drawn_points_are_the_coordinates(rng):
     axes = visualize.plot_sampling_points(model, image, "reader", (30, 55)).axes[0]
     off, on = axes.collections
     assert len(off.get_offsets()) == 0
-    x, y = np.asarray(on.get_offsets()).T  # matplotlib draws x, y
+    x, y = np.asarray(on.get_offsets()).T  # matplotlib uses (x, y)
     np.testing.assert_allclose(np.stack([y, x], -1), found.points[0])
     np.testing.assert_allclose(on.get_array(), found.mask[0])
     (cross,) = axes.lines
     np.testing.assert_allclose([cross.get_ydata()[0], cross.get_xdata()[0]], found.center)
     assert axes.get_xlim() == (-0.5, 95.5)
-    assert axes.get_ylim() == (63.5, -0.5)  # row 0 on top
+    assert axes.get_ylim() == (63.5, -0.5)  # row 0 is on top
 
 
 def test_borders():
-    """At the corner five of nine taps at rest lie on zeros; the masks at rest are 1/2."""
+    """At the corner, five of the nine taps without offsets are out of bounds. Initial masks are 1/2."""
     model = keras.Sequential([keras.Input((16, 24, 3)), keras_das.DASLayer(name="gate")])
     found = visualize.sampling_points(model, np.zeros((16, 24, 3)), "gate", (-0.5, 23.5))
     assert found.position == (0, 23)
@@ -147,7 +147,7 @@ def test_a_gate_reads_where_its_offsets_say():
     gate = model.get_layer("das_relu_0")
     image = np.zeros((1, 32, 32, 3))
     at_rest = visualize.sampling_points(model, image, gate, (17, 13))
-    np.testing.assert_allclose(at_rest.center, [17, 13])  # 4 (4, 3) + 1: the kernel of 3 pads at the end only
+    np.testing.assert_allclose(at_rest.center, [17, 13])  # 4 * (4, 3) + 1: `same` pads only at the end
     np.testing.assert_allclose(at_rest.points[0, 4], at_rest.center)
     np.testing.assert_allclose(at_rest.points[0, 1], [13, 13])
     offsets = np.zeros((TAPS, 2))
@@ -161,7 +161,7 @@ def test_a_gate_reads_where_its_offsets_say():
 def test_offset_groups_and_no_mask():
     gate = keras_das.DASLayer(reduction=1, offset_groups=2, kernel_size=(1, 3), modulated=False)
     model = keras.Sequential([keras.Input((8, 8, 4)), gate])
-    gate.deform.offset_bias.assign([0, 0, 0, 0, 0, 0, 1, 0, 1, 0, 1, 0])  # the second group: a row down
+    gate.deform.offset_bias.assign([0, 0, 0, 0, 0, 0, 1, 0, 1, 0, 1, 0])  # second group: one row down
     found = visualize.sampling_points(model, np.zeros((8, 8, 4)), gate, (4, 4))
     np.testing.assert_allclose(found.points, [[[4, 3], [4, 4], [4, 5]], [[5, 3], [5, 4], [5, 5]]])
     np.testing.assert_array_equal(found.mask, 1)
@@ -196,9 +196,13 @@ def test_stacked_layers(rng):
 
 
 def support(model, size, index):
-    """By the gradient: which pixels one pixel of the output depends on, if all weights are positive."""
+    """The range of input pixels that affect one output pixel, derived from the gradient.
 
-    # A graph, for the kernels' gradients are pruned from it: they crash for odd sizes (TensorFlow 2.21).
+    All weights of the model must be positive.
+    """
+
+    # Compiled, because a graph omits the unused kernel gradients, which crash for odd sizes (TensorFlow
+    # 2.21).
     @tf.function
     def gradient(image):
         return tf.gradients(model(image)[0, index[0], index[1]], image)[0]
@@ -214,7 +218,7 @@ def ones(filters, size, strides, padding, rate=1):
 
 
 def branches(x):
-    """A residual sum and a concatenation, whose branches see different pixels."""
+    """A residual sum and a concatenation whose branches have different receptive fields."""
     x = keras.layers.Add()([ones(4, 3, 2, "same")(x), ones(4, 1, 2, "same")(x)])
     scale = keras.layers.GlobalAveragePooling2D(keepdims=True)(x)
     y = keras.layers.Concatenate()([ones(2, (5, 1), 1, "same")(x), ones(2, (1, 3), 1, "same", 2)(x)])
@@ -223,7 +227,7 @@ def branches(x):
 
 @pytest.mark.parametrize("size", [(60, 72), (63, 71)])
 def test_receptive_fields_by_the_gradient(size):
-    """On maps deep inside, for even and odd sizes, nested, with padding by an operation."""
+    """Covers inner feature maps, even and odd sizes, nested models, and padding by `keras.ops.pad`."""
     inputs = keras.Input((None, None, 2))
     x = keras.ops.pad(inputs, ((0, 0), (2, 0), (1, 3), (0, 0)))
     stem = keras.Sequential([keras.Input((None, None, 2)), ones(3, (7, 4), 2, "valid"), mean(2, 1, "same")])
@@ -241,7 +245,7 @@ def test_receptive_fields_by_the_gradient(size):
 
 
 def centers(model, image, layers):
-    """Where the pixel (0, 0) of each layer's input lies."""
+    """The image position of pixel (0, 0) of each layer's input."""
     return [visualize.sampling_points(model, image, of, (-0.5, -0.5)).center.tolist() for of in layers]
 
 
@@ -250,7 +254,7 @@ IMAGE = np.random.default_rng(0).uniform(0, 255, (64, 64, 3)).astype("float32")
 
 
 def test_inside_keras_hub():
-    """Paddings as in torch: every feature map's first pixel lies on the image's first."""
+    """With PyTorch-style padding, the first pixel of every feature map is at the first pixel of the image."""
     keras_hub = pytest.importorskip("keras_hub")
     backbone = attach_das(hub_resnet(), **SMALL_GATE)
     model = keras_hub.models.ImageClassifier(backbone, num_classes=3)
@@ -261,7 +265,10 @@ def test_inside_keras_hub():
 
 
 def test_inside_keras_cv():
-    """Paddings as in TensorFlow: each stride of 2 moves the first pixel. In a subclass, too: a detector."""
+    """With TensorFlow-style padding, each stride of 2 shifts the first pixel.
+
+    The detector is a subclassed model.
+    """
     keras_cv = pytest.importorskip("keras_cv")
     backbone = attach_das(
         cv_resnet(block_type="basic_block", stackwise_filters=[64, 16, 16, 16]), **SMALL_GATE
@@ -279,7 +286,7 @@ def test_inside_a_sequential_model():
     pixels = keras.Sequential([keras.Input((64, 64, 3)), keras.layers.Resizing(32, 32), backbone])
     alone = centers(backbone, IMAGE[:32, :32], ["das_p2"])
     assert alone == [[1, 1]]
-    # The pixel 1 of 32 covers 2 and 3 of 64.
+    # Pixel 1 of the 32x32 image covers pixels 2 and 3 of the 64x64 image.
     assert centers(pixels, IMAGE, ["das_p2"]) == [[2.5, 2.5]]
     assert visualize.gate_map(pixels, IMAGE, "das_p3").shape == (4, 4)
 
@@ -289,7 +296,7 @@ def test_inside_a_sequential_model():
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 def test_gate_map(data_format, rng):
-    # A pooling, for Conv2D for channels first is there on some CPUs only.
+    # Pooling, because channels-first Conv2D is available only on some CPUs.
     pooling = keras.layers.AveragePooling2D(8, data_format=data_format, name="pooled")
     gate = keras_das.DASLayer(reduction=1, data_format=data_format, name="gate")
     shape = (32, 40, 3) if data_format == "channels_last" else (3, 32, 40)
@@ -305,7 +312,7 @@ def test_gate_map(data_format, rng):
     np.testing.assert_allclose(values * before, after, rtol=1e-5, atol=1e-6)
     mean = visualize.gate_map(model, image, "gate", reduce="mean")
     np.testing.assert_allclose(mean, values.mean(-1), rtol=1e-5)
-    # The share of what there is; where there is nothing, the mean.
+    # The share of the input that the gate keeps, or the mean where the input is 0.
     before[0, 0], before[1, 1] = 0, 1
     total, kept = np.abs(before).sum(-1), np.abs(values * before).sum(-1)
     share = np.where(total > 0, kept / np.maximum(total, 1e-9), mean)
@@ -328,7 +335,7 @@ def test_gate_inputs(rng):
 
 
 def classifier(data_format="channels_last"):
-    """Scores that are a matrix times the means of the image's channels."""
+    """A model whose scores are a matrix times the mean of each channel of the image."""
     shape = (6, 5, 3) if data_format == "channels_last" else (3, 6, 5)
     layers = keras.layers
     model = keras.Sequential(
@@ -359,12 +366,12 @@ def test_grad_cam(data_format, rng):
     np.testing.assert_array_equal(
         visualize.grad_cam(model, given, "features"), visualize.grad_cam(model, given, "features", best)
     )
-    # Nothing of the measurement stays behind.
+    # The temporarily replaced `call` is restored.
     assert "call" not in vars(model.get_layer("features"))
 
 
 def test_grad_cam_of_gradients_that_differ_by_place(rng):
-    """A channel's weight is the mean of them."""
+    """The weight of a channel is the mean of its gradients over all positions."""
     image = rng.normal(size=(6, 5, 3)).astype("float32")
     layers = [
         keras.layers.AveragePooling2D(1, name="features"),
@@ -379,7 +386,7 @@ def test_grad_cam_of_gradients_that_differ_by_place(rng):
 
 
 def test_grad_cam_of_nothing():
-    """No pixel speaks for the class: zeros, not 0/0."""
+    """Returns zeros instead of 0/0 if no pixel supports the class."""
     image = np.zeros((6, 5, 3), "float32") + [0, 0, 1]
     assert (visualize.grad_cam(classifier(), image, "features", 0) == 0).all()
 
@@ -393,7 +400,7 @@ def test_grad_cam_reaches_into_nested_models(rng):
 
 
 def plain_like(gated):
-    """The model without gates, of the same weights; gates that start at 1 change nothing."""
+    """The model without gates and with the same weights. Gates with value 1 do not change the outputs."""
     plain = plain_cnn(size=None)
     for layer in plain.layers:
         layer.set_weights(gated.get_layer(layer.name).get_weights())
@@ -402,7 +409,7 @@ def plain_like(gated):
 
 @pytest.mark.slow
 def test_on_jax(tmp_path, rng):
-    """The same points, gates and Grad-CAM as on TensorFlow."""
+    """Sampling points, gate maps, and Grad-CAM agree with TensorFlow's."""
     gate = {"kernel_size": (1, 2), "offset_initializer": "random_normal"}
     model = attach_das(plain_cnn(), at="relu_1", identity_init=False, **gate)
     image = rng.normal(size=(32, 32, 3)).astype("float32")
@@ -436,7 +443,7 @@ from keras_das.visualize.gates import reduce_channels
 
 
 def gated_by(values):
-    """A model of one gate with the values (h, w, channels), between 0 and 2."""
+    """A model with one gate with the given values, of shape (h, w, channels), between 0 and 2."""
     model = keras.Sequential([keras.Input(values.shape), keras_das.DASLayer(identity_init=True, name="gate")])
     gate = model.layers[0]
     gate.gate = lambda x: keras.ops.convert_to_tensor(np.broadcast_to(values, x.shape).astype("float32"))
@@ -502,10 +509,11 @@ def test_plot_grad_cam(rng, tmp_path):
     figure = visualize.plot_grad_cam(models, image, class_index=1)
     first, plain, das, _ = figure.axes
     shown = first.images[0].get_array()
-    assert (shown.min(), shown.max()) == (0, 1)  # negative values: the image's range is stretched
+    assert (shown.min(), shown.max()) == (0, 1)  # images with negative values are stretched to the full range
     assert plain.get_title() == "without\nrelu_1"
     cam = visualize.grad_cam(gated, image, "das_relu_1", 1)
-    # A pixel of the map lies at 8 (row, column) + 5; beyond the outermost ones it stays as it is.
+    # Map pixel (row, column) is at image position 8 * (row, column) + 5. Values beyond the outermost map
+    # pixels are constant.
     spread = np.asarray(das.images[1].get_array())
     np.testing.assert_allclose(spread[5::8, 5::8], cam, atol=1e-6)
     np.testing.assert_allclose(spread[9, 13], (cam[0, 1] + cam[1, 1]) / 2, atol=1e-6)
@@ -515,7 +523,7 @@ def test_plot_grad_cam(rng, tmp_path):
 
 
 def test_picture_of_something_else_than_pixels(rng):
-    """What the model takes is not always what is to be seen."""
+    """`picture` replaces the model's input in figures."""
     model = keras.Sequential([keras.Input((8, 8, 4)), keras_das.DASLayer(name="gate")])
     image = rng.normal(size=(8, 8, 4))
     picture = rng.integers(0, 255, (8, 8, 3)).astype("uint8")
@@ -560,7 +568,7 @@ def test_tensorboard(tmp_path, rng):
                 seen.setdefault(value.tag, {})[event.step] = value.tensor.string_val
     assert set(seen) == {"gates", "sampling_points/das_p2", "sampling_points/das_p3"}
     for steps in seen.values():
-        assert sorted(steps) == [1, 3]  # after the second epoch and the fourth
+        assert sorted(steps) == [1, 3]  # after the second and the fourth epoch
         width, height, png = steps[1]
         assert tf.io.decode_png(png).shape[:2] == (int(height), int(width))
     bare = keras.callbacks.CallbackList([figures], model=plain_cnn())
@@ -570,7 +578,7 @@ def test_tensorboard(tmp_path, rng):
         visualize.TensorBoardFigures(tmp_path, images, every=0)
 
 
-# Mistakes
+# Errors
 
 
 def test_bad_arguments():
@@ -585,7 +593,7 @@ def test_bad_arguments():
     ):
         points(layer="relu_0")
     with pytest.raises(ValueError, match="Received: layer='deform'"):
-        points(layer="deform")  # a part of the gate
+        points(layer="deform")  # a sublayer of the gate
     for wrong in [(1, 2, 3), (-1, 0), (0, 31.6), (float("nan"), 0)]:
         with pytest.raises(ValueError, match=r"`point` must be \(y, x\) .*Received: point="):
             points(point=wrong)

@@ -1,4 +1,4 @@
-"""`visualize` on models of several inputs: which of them is the image that a gate sees."""
+"""Tests of `visualize` with multi-input models: the image that a gate depends on is selected."""
 
 import keras
 import numpy as np
@@ -9,7 +9,7 @@ from keras_das import visualize
 
 
 def gated(image, name, strides=2):
-    """A gate on a convolution, not at its identity."""
+    """A convolution followed by a gate that is not at its identity initialization."""
     x = keras.layers.Conv2D(4, 3, strides, padding="same")(image)
     return keras_das.DASLayer(reduction=0.5, offset_initializer="random_normal", name=name)(x)
 
@@ -26,7 +26,7 @@ def image_and_metadata(in_a_dict=False):
 
 
 def two_images():
-    """A large and a small image, each with a gate, and a gate that sees both."""
+    """A model with a large and a small image: one gate for each, and one gate that depends on both."""
     large, small = keras.Input((16, 16, 3), name="large"), keras.Input((8, 8, 1), name="small")
     left, right = gated(large, "left"), gated(small, "right", 1)
     both = keras_das.DASLayer(name="both")(keras.layers.Concatenate()([left, right]))
@@ -34,7 +34,7 @@ def two_images():
 
 
 def alone(model, image, layer):
-    """The part of a model from one image to a layer."""
+    """The submodel from one image to a layer."""
     return keras.Model(model.get_layer(image).output, model.get_layer(layer).output)
 
 

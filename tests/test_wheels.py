@@ -1,4 +1,4 @@
-"""The wheels: what they hold, and that an installed platform wheel's library is found."""
+"""Tests of the wheels: their contents, and the library of an installed platform wheel."""
 
 import os
 import pathlib
@@ -25,7 +25,7 @@ def run(command, **options):
 
 
 def make_wheel(folder, prebuilt=None):
-    """Builds a wheel from a copy of the sources; returns its path."""
+    """Builds a wheel from a copy of the sources and returns its path."""
     sources = folder / "sources"
     sources.mkdir()
     ignore = shutil.ignore_patterns("__pycache__", "_lib")
@@ -49,7 +49,7 @@ def install(wheel, folder):
 
 
 def run_installed(folder, code):
-    """Runs Python code against the package installed in a folder, with an empty cache."""
+    """Runs Python code with the package installed in `folder` and an empty cache."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(folder), str(REPOSITORY)]),
@@ -72,7 +72,7 @@ def test_pure_wheel_brings_the_kernels_sources(tmp_path):
 
 
 def test_platform_wheel_brings_a_library_that_is_found(tmp_path):
-    """A forged library, which passes every check ahead of opening it."""
+    """Uses a fake library, which passes all checks that precede loading."""
     target = targets.target("tensorflow")
     forge(target, tmp_path / "prebuilt")
     wheel = make_wheel(tmp_path, tmp_path / "prebuilt")
@@ -89,7 +89,7 @@ def test_platform_wheel_brings_a_library_that_is_found(tmp_path):
 
 
 def test_platform_wheel_s_library_runs(tmp_path):
-    """The real one."""
+    """Uses the library built for this machine."""
     reason = library.why_not("tensorflow")
     if any(why in reason for why in ("is not built", "for Linux only", "comes without its header")):
         pytest.skip(reason)
