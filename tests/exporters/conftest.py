@@ -1,4 +1,4 @@
-"""Models to export, and images of several sizes with what Keras makes of them."""
+"""Models to export, test images of several sizes, and comparison helpers."""
 
 import keras
 import numpy as np
@@ -12,10 +12,10 @@ SHAPES = [(1, 64, 64, 3), (2, 96, 96, 3), (3, 64, 80, 3)]
 
 @pytest.fixture(scope="session")
 def resnet18():
-    """Takes batches and images of any size."""
+    """A gated ResNet-18 that accepts any batch and image size."""
     keras.utils.set_random_seed(3)
     base = backbones.resnet18(None)
-    offsets = keras.initializers.RandomNormal(stddev=0.05)  # of several pixels, some of which leave the map
+    offsets = keras.initializers.RandomNormal(stddev=0.05)  # several pixels; some samples are out of bounds
     stages = [f"stage{number}" for number in range(1, 5)]
     gated = keras_das.attach_das(base, stages, identity_init=False, offset_initializer=offsets)
     head = [keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(10, "softmax")]
@@ -24,17 +24,20 @@ def resnet18():
 
 @pytest.fixture(scope="session")
 def expected(resnet18):
-    """Pairs of images and Keras' outputs."""
+    """Pairs of images and Keras' outputs for them."""
     rng = np.random.default_rng(0)
     batches = [rng.normal(size=shape).astype("float32") for shape in SHAPES]
     return [(images, resnet18.predict(images, verbose=0)) for images in batches]
 
 
 def many_convolutions():
-    """Deformable convolutions of every kind and a gate, on images of any size; how many there are."""
+    """Returns a model with a gate and various deformable convolutions, and their total number.
+
+    The model accepts any image size.
+    """
     uniform = keras.initializers.RandomUniform(-0.5, 0.5)
     kinds = [
-        {"strides": 2, "padding": "same"},  # how it pads depends on the size
+        {"strides": 2, "padding": "same"},  # the padding depends on the size
         {"dilation_rate": (2, 1), "padding": ((2, 0), (1, 3)), "use_bias": False},
         {"groups": 2, "offset_groups": 4, "padding": "same", "kernel_size": (3, 2)},
         {"modulated": False, "strides": (1, 2), "bias_initializer": uniform},
@@ -49,6 +52,6 @@ def many_convolutions():
 
 
 def assert_close(found, wanted):
-    """1e-4 of the largest value."""
+    """Checks that the error is at most 1e-4 of the largest value."""
     assert found.shape == wanted.shape
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())

@@ -1,9 +1,9 @@
-// What TensorFlow Serving does with a SavedModel: loads it, and runs its signatures.
+// Loads a SavedModel and runs a signature, like TensorFlow Serving.
 //
 //   serve FOLDER SIGNATURE FILE...
 //
-// Each file is one element of the batch: its bytes as they are for an input of strings, else float32 numbers.
-// Prints the names of the best classes, a line for each file.
+// Each file contains one element of the batch: its bytes for a string input, or float32 values otherwise.
+// Prints the names of the best classes, one line per file.
 
 #include <cstring>
 #include <fstream>

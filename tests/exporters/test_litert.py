@@ -1,4 +1,4 @@
-"""LiteRT: operations of the runtime alone, and its numbers are Keras'."""
+"""Tests of the LiteRT exporter: built-in operations only, numerical agreement with Keras, and errors."""
 
 import keras
 import pytest
@@ -9,7 +9,7 @@ from tests.exporters.conftest import assert_close, many_convolutions
 
 
 def run(path, images):
-    """By the runtime alone, which would refuse TensorFlow's operations."""
+    """Runs the model with the LiteRT runtime alone, which does not support TensorFlow operations."""
     interpreter = Interpreter(str(path))
     (source,), (target,) = interpreter.get_input_details(), interpreter.get_output_details()
     interpreter.resize_tensor_input(source["index"], images.shape)
@@ -33,7 +33,7 @@ def test_every_kind_of_convolution(tmp_path, rng):
 
 
 def test_one_convolution(tmp_path, rng):
-    """Of few taps: each is a part of the graph, which takes its time to trace and convert."""
+    """Uses two taps, because tracing and conversion time grows with the number of taps."""
     offsets = keras.initializers.RandomUniform(-0.5, 0.5)
     arguments = {"strides": 2, "padding": "same", "offset_initializer": offsets}
     layer = keras_das.DeformableConv2D(4, (1, 2), **arguments)

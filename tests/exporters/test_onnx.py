@@ -1,4 +1,4 @@
-"""ONNX: one `DeformConv` for each deformable convolution, and onnxruntime's numbers are Keras'."""
+"""Tests of the ONNX exporter: node types, numerical agreement with Keras, and errors."""
 
 import contextlib
 import logging
@@ -25,14 +25,14 @@ def run(path, **inputs):
 
 
 def run_only(path, images):
-    """Runs a model of one input, whatever its name."""
+    """Runs a model with a single input of any name."""
     (name,) = (value.name for value in onnx.load(path).graph.input)
     return run(path, **{name: images})
 
 
 @pytest.fixture(scope="module")
 def exported_operation(tmp_path_factory):
-    """A model that is one operation, its ONNX file, and the shapes of its inputs."""
+    """A model that consists of one operation, its ONNX file, and the shapes of its inputs."""
     rng = np.random.default_rng(4)
     shapes = {"x": (1, 6, 7, 4), "offsets": (1, 6, 7, 18), "mask": (1, 6, 7, 9)}
     x, offsets, mask = (keras.Input(shape[1:], name=name) for name, shape in shapes.items())
@@ -45,13 +45,16 @@ def exported_operation(tmp_path_factory):
 
 @pytest.fixture
 def operation(exported_operation, rng):
-    """Model and file, and values for the inputs."""
+    """The model, its ONNX file, and input values."""
     model, path, shapes = exported_operation
     return model, path, {name: rng.normal(size=shape).astype("float32") for name, shape in shapes.items()}
 
 
 def deform_convs(path):
-    """The nodes, of a file that holds ONNX's own operations only, none of them a loop over taps."""
+    """Returns the `DeformConv` nodes.
+
+    Checks that the file contains only standard ONNX operations and no loops over taps.
+    """
     model = onnx.load(path)
     assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 19)]
     assert {node.domain for node in model.graph.node} == {""}
@@ -80,7 +83,7 @@ def test_every_kind_of_convolution(tmp_path, rng):
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 def test_borders(data_format, tmp_path, rng):
-    """Samples between the pixels, on them, on the border and off the image, by the oracle."""
+    """Compares with the oracle for samples between pixels, at pixels, on the border, and out of bounds."""
     shapes = {"x": (2, 6, 7, 4), "offsets": (2, 6, 7, 36), "mask": (2, 6, 7, 18)}
     values = {name: rng.normal(size=shape).astype("float32") for name, shape in shapes.items()}
     values["offsets"] *= 4
@@ -112,13 +115,13 @@ def test_bad_values_stay_where_they_are_read(name, bad, operation):
     np.testing.assert_array_equal(np.isfinite(found), finite)
     np.testing.assert_allclose(found[finite], wanted[finite], rtol=1e-4, atol=1e-4)
     if not np.isinf(values["mask"]).any():
-        # An infinite mask times a sample is infinite, times a corner that is 0 it is NaN: which of the two
-        # comes of it is up to who multiplies with what first.
+        # With an infinite mask, the result depends on the order of multiplication: mask times sample is
+        # infinite, but mask times a corner that is 0 is NaN.
         np.testing.assert_array_equal(np.isnan(found), np.isnan(wanted))
 
 
 def test_infinite_offsets_read_zero_and_nan_ones_are_lost(operation):
-    """The latter is onnxruntime's doing, and `keras_das.export` says so."""
+    """onnxruntime ignores NaN offsets, as documented in `keras_das.export`."""
     model, path, values = operation
     values["offsets"][0, 1, 1, 0] = np.inf
     values["offsets"][0, 4, 4, 1] = -np.inf
@@ -130,7 +133,7 @@ def test_infinite_offsets_read_zero_and_nan_ones_are_lost(operation):
 
 
 def test_nan_pixels_are_seen_through_a_layer(tmp_path, rng):
-    """They make the mask NaN as well as the offsets."""
+    """NaN pixels cause NaN masks as well as NaN offsets."""
     model = keras.Sequential([keras.Input((9, 8, 3)), keras_das.DeformableConv2D(4, 3, padding="same")])
     path = tmp_path / "model.onnx"
     keras_das.export(model, path, format="onnx")
@@ -160,7 +163,7 @@ def test_missing_packages(package, tmp_path, monkeypatch):
 
 
 class Scaled(keras.layers.Layer):
-    """Keeps a constant tensor that is no variable."""
+    """A layer with a constant tensor that is not a variable."""
 
     def __init__(self, scale):
         super().__init__()
@@ -208,7 +211,7 @@ def test_constant_tensors_are_no_inputs(tmp_path, rng):
     ],
 )
 def test_first_stages_of_an_application(name, last, tmp_path, rng):
-    """Their own normalization holds constants, and ConvNeXt's convolutions are grouped."""
+    """Covers constants in built-in normalization layers, and ConvNeXt's grouped convolutions."""
     whole = getattr(keras.applications, name)(weights=None, include_top=False, input_shape=(64, 64, 3))
     model = keras.Model(whole.input, whole.get_layer(last).output)
     model, path = keras_das.attach_das(model, identity_init=False), tmp_path / "model.onnx"
@@ -241,7 +244,7 @@ def test_a_graph_of_other_inputs_or_outputs_is_not_written(kind, name, tmp_path,
 
 
 def images_and_depth(outputs):
-    """A model of two inputs that are not in the alphabet's order."""
+    """A model with two inputs that are not in alphabetical order."""
     rgb, depth = keras.Input((6, 6, 3), name="rgb"), keras.Input((6, 6, 1), name="depth")
     features = keras.layers.Concatenate()([keras.layers.Rescaling(2.0)(rgb), depth])
     return keras.Model([rgb, depth], outputs(keras_das.DeformableConv2D(2, 1)(features)))
@@ -272,7 +275,7 @@ def test_inputs_and_outputs_have_keras_order(kind, tmp_path, rng):
 
 
 class TwoImages(keras.Model):
-    """A subclassed model of a dictionary, whose inputs TensorFlow names."""
+    """A subclassed model with a dictionary as input. TensorFlow names its inputs."""
 
     def call(self, inputs):
         return [inputs["small"] * 2, inputs["large"] + 1]
@@ -286,14 +289,14 @@ def test_a_subclassed_model_has_keras_order(tmp_path, rng):
     wanted = model(values)
     keras_das.export(model, path, format="onnx")
     session = onnxruntime.InferenceSession(path)
-    names = [value.name for value in session.get_inputs()]  # of a dictionary's values sorted by key
+    names = [value.name for value in session.get_inputs()]  # in the order of the sorted keys
     found = session.run(None, dict(zip(names, [values["large"], values["small"]], strict=True)))
     for one, other in zip(found, wanted, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
 def test_in_a_strategy_s_scope(tmp_path, rng):
-    """The model is built there or elsewhere, and its variables are mirrored or not."""
+    """Covers models built inside and outside the scope, with and without mirrored variables."""
     images = rng.normal(size=(2, 4, 4, 3)).astype("float32")
 
     def build():
@@ -315,7 +318,7 @@ def test_in_a_strategy_s_scope(tmp_path, rng):
 
 
 class Compiled(keras.layers.Layer):
-    """Has XLA compile a part of it, in which there is a deformable convolution."""
+    """A layer with an XLA-compiled `call` that contains a deformable convolution."""
 
     def __init__(self):
         super().__init__()
@@ -330,7 +333,7 @@ class Compiled(keras.layers.Layer):
 
 
 def test_what_xla_compiles(tmp_path, rng):
-    """Keras has TensorFlow compile grouped convolutions, which run on GPUs alone without it."""
+    """Keras compiles grouped convolutions with XLA, because without it they are available only on GPUs."""
     depthwise = keras.layers.Conv2D(8, 3, groups=8, padding="same")
     layers = [
         keras.layers.Conv2D(8, 1),
@@ -347,7 +350,7 @@ def test_what_xla_compiles(tmp_path, rng):
 
 @pytest.mark.parametrize("succeeds", [True, False])
 def test_tf2onnx_keeps_quiet(succeeds, tmp_path, caplog, capfd):
-    """It warns of each deformable convolution, and writes tracebacks ahead of an error of ours."""
+    """tf2onnx warns about each deformable convolution and logs tracebacks before our own errors."""
     layer = keras_das.DeformableConv2D(2, 1) if succeeds else keras.layers.Lambda(keras.ops.erfinv)
     model = keras.Sequential([keras.Input((4, 4, 3)), layer])
     expected = contextlib.nullcontext() if succeeds else pytest.raises(ValueError, match="Erfinv")

@@ -1,4 +1,4 @@
-"""OpenVINO: one `DeformableConvolution` for each, and its numbers are Keras'."""
+"""Tests of the OpenVINO exporter: node types, numerical agreement with Keras, and errors."""
 
 import sys
 
@@ -13,7 +13,7 @@ from tests.exporters.conftest import assert_close, many_convolutions
 
 
 def compiled(folder):
-    options = {"INFERENCE_PRECISION_HINT": "f32"}  # some processors would take bfloat16
+    options = {"INFERENCE_PRECISION_HINT": "f32"}  # some processors default to bfloat16
     return openvino.compile_model(str(folder / "model.xml"), "CPU", options)
 
 
@@ -52,7 +52,7 @@ def test_missing_package(tmp_path, monkeypatch):
 
 
 def test_inputs_and_outputs_are_the_model_s(tmp_path, rng):
-    """In Keras' order, by which values are given and read here, and without the constants of a layer."""
+    """Inputs and outputs are accessed by position, in Keras' order. Constants of layers are not inputs."""
     rgb, depth = keras.Input((4, 4, 3), name="rgb"), keras.Input((4, 4, 3), name="depth")
     normalization = keras.layers.Normalization(mean=[1.0, 2.0, 3.0], variance=[4.0, 5.0, 6.0])
     features = keras_das.DeformableConv2D(2, 1)(keras.layers.Subtract()([normalization(rgb), depth]))

@@ -1,4 +1,4 @@
-"""Graphs that TensorFlow and tf2onnx write: without the kernels, or with them once they are registered."""
+"""Tests of models converted by TensorFlow and tf2onnx directly, with and without `keras_das.portable`."""
 
 import keras
 import numpy as np
@@ -21,7 +21,7 @@ SPEC = tf.TensorSpec((None, 4, 4, 3), name="image")
 
 @pytest.fixture
 def model():
-    """One that has been traced with the kernels, if there are any."""
+    """A model that has already been traced with the kernels, if they are available."""
     image = keras.Input((4, 4, 3), name="image")
     outputs = keras_das.DeformableConv2D(2, 2, offset_initializer="random_normal", name="features")(image)
     model = keras.Model(image, outputs)
@@ -83,7 +83,7 @@ def test_a_function_by_tf2onnx(model, images):
     assert_close(run_onnx(proto, images), model(images).numpy())
 
 
-# What has been traced is not traced anew
+# Functions that have already been traced
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_a_traced_function_in_an_archive(model, images, tmp_path):
 
 @pytest.mark.slow
 def test_a_concrete_function_by_the_litert_converter(traced, model, images):
-    # TensorFlow would write weights that are not initialized for a Keras model as `trackable_obj`.
+    # No `trackable_obj`: given a Keras model, TensorFlow would write uninitialized weights.
     content = tf.lite.TFLiteConverter.from_concrete_functions([traced]).convert()
     assert_close(run_litert(content, images), model(images).numpy())
 

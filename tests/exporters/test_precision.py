@@ -1,4 +1,4 @@
-"""Half precision, and models quantized by Keras: exports that run, or errors that name the precision."""
+"""Tests of exports of half-precision and quantized models: they run, or the error names the precision."""
 
 import keras
 import numpy as np
@@ -8,7 +8,7 @@ import keras_das
 from tests.exporters.test_litert import run as run_litert
 from tests.exporters.test_onnx import run_only as run_onnx
 
-# Of bfloat16's 8 bits and float16's 11; the export computes in float32.
+# bfloat16 has 8 significant bits and float16 has 11. The exported model computes in float32.
 TOLERANCES = {"float16": 4e-3, "bfloat16": 3e-2, "float64": 1e-6}
 RUN = {"onnx": run_onnx, "litert": run_litert}
 
@@ -51,7 +51,7 @@ def test_onnx_keeps_float16(tmp_path, rng):
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".onnx", ".tflite"])
 def test_gates_in_bfloat16(suffix, tmp_path, rng):
-    """Layers in layers."""
+    """Covers nested layers."""
     keras.utils.set_random_seed(0)
     model = build("mixed_bfloat16", keras_das.DASLayer(reduction=0.5, dtype="mixed_bfloat16"))
     export_and_compare(model, (tmp_path / "model").with_suffix(suffix), rng, 5e-2)
@@ -95,7 +95,7 @@ def test_the_error_names_the_precision(mode, format, names, tmp_path):
 
 
 def test_a_cast_that_the_model_makes_is_named(tmp_path):
-    """A layer's own cast is not changed."""
+    """The exporter changes the dtype policies of layers, but not casts inside them."""
 
     def square(x):
         half = keras.ops.cast(x, "bfloat16")

@@ -1,4 +1,4 @@
-"""What a SavedModel holds beside the model: labels, a signature for image files, warm-up requests."""
+"""Tests of SavedModel extras: labels, a signature for encoded images, and warmup requests."""
 
 import io
 
@@ -18,11 +18,11 @@ NAMES = ["ant", "bee", "cat", "dog", "elk", "fox", "gnu"]
 
 def classifier(classes=7, size=(24, 32), data_format="channels_last"):
     shape = (*size, 3) if data_format == "channels_last" else (3, *size)
-    # Of Conv2D with channels first TensorFlow has one on some CPUs only.
+    # Channels-first Conv2D is available only on some CPUs.
     convolution = keras.layers.Conv2D if data_format == "channels_last" else keras_das.DeformableConv2D
     layers = [
         convolution(4, 3, 2, data_format=data_format),
-        keras_das.DASLayer(kernel_size=1, data_format=data_format),  # one tap, traced in less time
+        keras_das.DASLayer(kernel_size=1, data_format=data_format),  # one tap traces faster
         keras.layers.GlobalAveragePooling2D(data_format=data_format),
         keras.layers.Dense(classes, "softmax"),
     ]
@@ -30,7 +30,7 @@ def classifier(classes=7, size=(24, 32), data_format="channels_last"):
 
 
 def simple(classes=7, size=(24, 32)):
-    """Without a gate: for what does not depend on the layers."""
+    """A model without a gate, for tests that do not depend on the layers."""
     layers = [keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(classes, "softmax")]
     return keras.Sequential([keras.Input((*size, 3), name="image"), *layers])
 
@@ -44,14 +44,14 @@ def model():
 
 @pytest.fixture(scope="module")
 def exported(model, tmp_path_factory):
-    """The folder of the model with all that can lie beside it, and what is loaded from there."""
+    """The folder of the model exported with all extras, and the loaded SavedModel."""
     folder = tmp_path_factory.mktemp("animals") / "1"
     keras_das.export(model, folder, labels=NAMES, serving_bytes=True, warmup=(1, 3))
     return folder, tf.saved_model.load(folder)
 
 
 def photograph(rng, size=(24, 32)):
-    """Pixels of 0..255 with large features, which a resize and a JPEG keep."""
+    """Pixels from 0 to 255 with large features, which survive resizing and JPEG compression."""
     coarse = rng.integers(0, 255, (4, 4, 3)).astype("uint8")
     return np.array(Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BICUBIC))
 
@@ -68,7 +68,7 @@ def preprocessing(images):
 
 
 def top(scores, count):
-    """Indices of the best classes, the best one first."""
+    """The indices of the best classes, best first."""
     return np.argsort(-scores, axis=1)[:, :count]
 
 
@@ -87,7 +87,7 @@ def test_labels(model, exported, rng):
 
 
 def test_labels_of_two_classes(tmp_path, rng):
-    """And nothing else beside the model."""
+    """Exports labels without the other extras."""
     model = simple(2)
     keras_das.export(model, tmp_path / "1", labels=["no", "yes"])
     loaded = tf.saved_model.load(tmp_path / "1")
@@ -97,7 +97,7 @@ def test_labels_of_two_classes(tmp_path, rng):
 
 
 def check_png_files(model, signature, rng):
-    """PNG files of the model's size are the pixels themselves."""
+    """Checks the outputs for PNG files of the model's input size, which need no resizing."""
     pictures = [photograph(rng) for _ in range(2)]
     images = np.stack(pictures).astype("float32")
     if model.input_shape[1] == 3:
@@ -123,9 +123,9 @@ def test_image_files_of_channels_first(tmp_path, rng):
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 def test_large_jpeg_files(data_format, tmp_path, rng):
-    """Reduced to the model's size they are the picture again, to a few of 255 levels."""
+    """JPEG files, resized to the model's input size, match the pictures within a few of 255 levels."""
     shape = (24, 32, 3) if data_format == "channels_last" else (3, 24, 32)
-    model = keras.Sequential([keras.Input(shape), keras.layers.Rescaling(1.0)])  # what it is handed
+    model = keras.Sequential([keras.Input(shape), keras.layers.Rescaling(1.0)])  # returns its inputs
     keras_das.export(model, tmp_path / "1", serving_bytes=True)
     pictures = [photograph(rng) for _ in range(3)]
     large = [np.kron(pixels, np.ones((2, 2, 1), "uint8")) for pixels in pictures]
@@ -154,7 +154,7 @@ def test_preprocessing_and_a_size_for_a_model_of_any(tmp_path, rng):
 
 
 def test_warmup_requests(exported):
-    """As tensorflow-serving-api reads them, and as the signatures take them."""
+    """The requests can be parsed by tensorflow-serving-api, and the signatures accept them."""
     folder, loaded = exported
     records = tf.data.TFRecordDataset(str(folder / "assets.extra" / "tf_serving_warmup_requests"))
     seen = []

@@ -1,4 +1,4 @@
-"""A SavedModel served: by TensorFlow's C++ loader, as a server does, and over gRPC by its protocol."""
+"""Tests of serving SavedModels: with TensorFlow's C++ loader, and with TensorFlow Serving's gRPC protocol."""
 
 import subprocess
 from concurrent import futures
@@ -27,26 +27,26 @@ SIZE = (96, 128)
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """The folder of a SavedModel, three photographs, and their best classes by Keras."""
+    """The folder of a SavedModel, three photographs, and the best classes that Keras predicts for them."""
     folder = tmp_path_factory.mktemp("serving") / "1"
-    keras.utils.set_random_seed(40)  # one that tells the photographs apart
+    keras.utils.set_random_seed(40)  # a seed with distinct predictions
     model = classifier(size=SIZE)
     randomize(model, np.random.default_rng(40))
-    model.layers[0].kernel.assign(model.layers[0].kernel / 50)  # for pixels of 0..255
+    model.layers[0].kernel.assign(model.layers[0].kernel / 50)  # for pixels from 0 to 255
     photographs = [skimage.data.astronaut(), skimage.data.chelsea(), skimage.data.coffee()]
     pictures = [np.array(Image.fromarray(pixels).resize(SIZE[::-1])) for pixels in photographs]
     scores = model.predict(np.stack(pictures).astype("float32"), verbose=0)
     in_order = np.sort(scores)[:, ::-1]
-    assert (in_order[:, :NAMED] > 1.01 * in_order[:, 1 : NAMED + 1]).all(), scores  # by more than rounding
+    assert (in_order[:, :NAMED] > 1.01 * in_order[:, 1 : NAMED + 1]).all(), scores  # exceeds rounding errors
     keras_das.export(model, folder, labels=NAMES, serving_bytes=True, warmup=(1,))
     names = [[NAMES[index] for index in row] for row in top(scores, NAMED)]
-    assert len({tuple(row) for row in names}) == 3  # or the pictures could be mixed up
+    assert len({tuple(row) for row in names}) == 3  # otherwise, swapped images go unnoticed
     return folder, pictures, names
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    """The C++ program, of TensorFlow's libraries alone."""
+    """The compiled serve.cc, which links only to TensorFlow's libraries."""
     path = tmp_path_factory.mktemp("program") / "serve"
     library = tf.sysconfig.get_lib()
     command = [
@@ -78,7 +78,7 @@ def test_loaded_by_cpp(signature, served, program, tmp_path):
 
 
 class Service(prediction_service_pb2_grpc.PredictionServiceServicer):
-    """Answers as TensorFlow Serving does, in TensorFlow's own types."""
+    """Answers prediction requests like TensorFlow Serving, with its message types."""
 
     def __init__(self, folder):
         self.model = tf.saved_model.load(folder)

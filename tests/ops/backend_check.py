@@ -1,8 +1,8 @@
-"""The op on whichever Keras backend is chosen, through that backend's own autodiff.
+"""Tests of the op with any Keras backend and its autodiff.
 
     KERAS_BACKEND=jax python -m pytest tests/ops/backend_check.py
 
-pytest does not collect this file by itself; `test_backends.py` runs it for JAX.
+pytest does not collect this file automatically. `test_backends.py` runs it with JAX.
 """
 
 import functools
@@ -36,7 +36,7 @@ BACKEND = keras.backend.backend()
 
 
 class Jax:
-    """Gradients by `jax.vjp`, compiled or not; compiled is the quicker of the two for a single call."""
+    """Gradients by `jax.vjp`, with or without `jax.jit`. For a single call, `jax.jit` is faster."""
 
     modes = ("jit", "eager")
 
@@ -86,7 +86,7 @@ class Torch:
 
 
 class TensorFlow:
-    """Gradients by `tf.GradientTape`; the other test modules go further."""
+    """Gradients by `tf.GradientTape`. The other test modules cover TensorFlow in more detail."""
 
     modes = ("eager",)
 
@@ -107,13 +107,13 @@ class TensorFlow:
         return tape.gradient(gradients, arguments, directions)
 
 
-# Keras' result type of float64 is float32, but under TensorFlow.
+# With backends other than TensorFlow, Keras' result type of float64 is float32.
 PRECISIONS = [dtype for dtype in DTYPES if keras.backend.result_type(dtype, dtype) == dtype]
 AUTODIFF = {"jax": Jax, "torch": Torch, "tensorflow": TensorFlow}[BACKEND]()
 
 
 def to_numpy(tensor):
-    """Any backend's tensor; NumPy has no bfloat16 of torch's."""
+    """Converts a tensor of any backend. NumPy cannot convert torch's bfloat16."""
     if BACKEND == "torch" and "bfloat16" in str(tensor.dtype):
         return tensor.float().numpy()
     return np.asarray(tensor)
@@ -124,7 +124,7 @@ def to_tensors(arrays, data_format="channels_last"):
 
 
 def to_tensor(array):
-    """A tensor of the array's dtype, by way of float32: torch reads no bfloat16 of NumPy's."""
+    """Converts an array to a tensor of its dtype via float32, since torch cannot read NumPy's bfloat16."""
     if array.dtype.itemsize == 2:
         return keras.ops.cast(keras.ops.convert_to_tensor(array.astype("float32")), array.dtype.name)
     return keras.ops.convert_to_tensor(array, array.dtype.name)
@@ -175,7 +175,7 @@ def test_dtypes(rng, dtype, data_format, mode, implementation):
 
 @pytest.mark.slow
 def test_second_order_gradients(rng, implementation):
-    """Against finite differences of the oracle's gradients, in the direction of `directions`."""
+    """Compares with finite differences of the oracle's gradients in the direction of `directions`."""
     case = Case("", batch=1, image=(4, 5), kernel_size=(1, 2), groups=2, offset_groups=2, padding="same")
     arrays, _ = split_upstream(draw(case, rng, generic=True))
     directions = {
@@ -192,12 +192,12 @@ def test_second_order_gradients(rng, implementation):
     ahead, behind = first_order(1e-5), first_order(-1e-5)
     for name, second in seconds.items():
         wanted = (ahead[name] - behind[name]) / 2e-5
-        if second is not None:  # TensorFlow's way to say zero
+        if second is not None:  # TensorFlow uses None for zero
             assert relative_error(to_numpy(second), wanted) < 1e-5, name
 
 
 def test_borders_and_bad_numbers(rng, implementation):
-    """Whole pixels, both edges, far away and NaN, in one image."""
+    """Covers whole pixels, both borders, positions far out of bounds, and NaN in one image."""
     case = Case("", kernel_size=(1, 1), image=(8, 8))
     arrays = draw(case, rng)
     special = [-1, 0, 1, 7, 8, -1e9, 1e30, np.inf, 0.5, -0.25]
@@ -223,7 +223,7 @@ def test_functional_model_round_trip(rng, tmp_path):
 
 
 def test_dtypes_of_arrays():
-    """What a result's dtype follows from."""
+    """The dtype of the result depends on the dtypes of `inputs` and `kernel`."""
     case = Case("", kernel_size=(1, 1), modulated=False, use_bias=False)
     shapes = case.shapes
     arguments = {name: np.zeros(shapes[name], "float32") for name in ("inputs", "kernel", "offsets")}
@@ -265,7 +265,7 @@ def test_compiled_or_not_gives_the_same_bits(rng, dtype, kernels):
 @jax_only
 @pytest.mark.parametrize("mode", ["jit", pytest.param("eager", marks=pytest.mark.slow)])
 def test_vectorized(rng, mode, kernels):
-    """`vmap` over feature maps, offsets and masks, with one kernel for all."""
+    """`vmap` over inputs, offsets, and masks with a shared kernel."""
     import jax
 
     case = Case("", padding="same", use_bias=False)
@@ -290,7 +290,7 @@ def test_vectorized(rng, mode, kernels):
 @jax_only
 @pytest.mark.slow
 def test_full_precision(kernels):
-    """float64 needs JAX's x64, which a process has from its start or not at all."""
+    """float64 requires JAX's x64 mode, which must be enabled when the process starts."""
     script = """
 import keras, numpy as np
 from tests.ops.op_cases import Case, assert_as_expected, call, draw, split_upstream
@@ -312,7 +312,7 @@ assert_as_expected(case, tensors, "float64", outputs, pull_back(upstream)[0])
 
 
 def test_depthwise_by_shifts():
-    """Each backend can run it, though only XLA on a CPU is better off with it."""
+    """All backends support it, although it is faster only with XLA on CPUs."""
     rng = np.random.default_rng(0)
     shapes = {"inputs": (2, 7, 5, 3), "kernel": (3, 2, 3), "upstream": (2, 7, 5, 3)}
     tensors = {name: to_tensor(rng.normal(size=shape).astype("float32")) for name, shape in shapes.items()}
@@ -334,7 +334,7 @@ def test_depthwise_by_shifts():
 
 @jax_only
 def test_handlers_refuse_by_name(kernels):
-    """The handlers check for themselves: whoever calls them by name gets an error, not a wild read."""
+    """Direct calls of the handlers with invalid arguments raise errors instead of reading out of bounds."""
     import jax
     from jax import numpy as jnp
 

@@ -1,4 +1,4 @@
-"""Fixtures of the op's tests."""
+"""Fixtures for the tests of the op."""
 
 import pathlib
 
@@ -8,7 +8,7 @@ import pytest
 from keras_das.kernels import library, targets
 from tests.ops.op_cases import IMPLEMENTATIONS
 
-# The test modules here drive TensorFlow, but for the one that runs `backend_check.py` on another backend.
+# The test modules require TensorFlow, except the one that runs `backend_check.py` with another backend.
 if keras.backend.backend() != "tensorflow":
     modules = pathlib.Path(__file__).parent.glob("test_*.py")
     collect_ignore = [module.name for module in modules if module.name != "test_backends.py"]
@@ -16,7 +16,10 @@ if keras.backend.backend() != "tensorflow":
 
 @pytest.fixture(scope="session")
 def kernels():
-    """Skips a test of the kernels where none are built; `make test` builds them. Broken ones are an error."""
+    """Skips tests of the kernels if they are not built. `make test` builds them.
+
+    A broken library is an error.
+    """
     backend = keras.backend.backend()
     if backend not in targets.FRAMEWORKS:
         pytest.skip(f"there are no kernels for Keras' {backend} backend")
@@ -28,7 +31,7 @@ def kernels():
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request):
-    """Each implementation in turn."""
+    """Parametrizes a test with each implementation."""
     if request.param == "native":
         request.getfixturevalue("kernels")
     return request.param

@@ -1,6 +1,6 @@
-"""Compiles and links the CUDA kernels, and looks at what came out on a machine without a GPU: `make cuda`.
+"""Compiles and links the CUDA kernels, and checks the result on a machine without a GPU: `make cuda`.
 
-What is built stays in the folder that is named, for the next time.
+The given folder keeps the libraries for later runs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from keras_das.kernels import builder, compilers, library, targets
 from tests.ops import cuda_on_gpu
 
-OLDEST, NEWEST = "sm_75", "sm_90"  # of those that are supported, the two between which code differs
+OLDEST, NEWEST = "sm_75", "sm_90"  # supported architectures between which the code differs
 LOADED = """
 import sys
 from tensorflow.python.framework import kernels

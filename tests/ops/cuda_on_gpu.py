@@ -1,10 +1,10 @@
-"""The CUDA kernels on a GPU without any framework: quick to start, also under compute-sanitizer.
+"""Tests the CUDA kernels on a GPU without a framework. It starts quickly, also under compute-sanitizer.
 
     python -m tests.ops.cuda_on_gpu build LIBRARY
     python -m tests.ops.cuda_on_gpu run LIBRARY [--count 500] [--seed 0]
 
-Every problem is held against the oracle; by lot with atomic sums or repeatable ones, with much working memory
-or little, in many blocks or few, aligned or not.
+Compares each problem with the oracle. The settings are random: atomic or deterministic sums, the size of the
+working memory, the number of blocks, and the alignment of the tensors.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SETTINGS = {
 
 
 def build(path: pathlib.Path, nvcc: compilers.Nvcc, architectures: tuple[str, ...]) -> None:
-    """Builds the library at `path`: the CUDA kernels, what plain_kernels.py calls, and cuda_on_gpu.cc."""
+    """Builds a library with the CUDA kernels, the functions for plain_kernels.py, and cuda_on_gpu.cc."""
     common = [nvcc.command, "-std=c++17", "-O3", "-Xcompiler=-fPIC", *INCLUDES]
     cuda = ["-x", "cu", f'-DKERAS_DAS_CUDA="{",".join(architectures)}"']
     units = {
@@ -51,7 +51,7 @@ def build(path: pathlib.Path, nvcc: compilers.Nvcc, architectures: tuple[str, ..
 
 
 class CudaKernelsOnGpu(CudaKernelsOnHost):
-    """The kernels of a library that `build` has made."""
+    """The kernels of a library built by `build`."""
 
     def run(self, direction, dtype, geometry, buffers, threads):
         blocks, sizes, starts = zip(*(self._block_of(pointer) for pointer in buffers), strict=True)
@@ -76,7 +76,7 @@ class CudaKernelsOnGpu(CudaKernelsOnHost):
             raise KernelError(message.value.decode())
 
     def _block_of(self, pointer):
-        """The address and bytes of the block that a tensor was placed in, and where in it that begins."""
+        """Returns the address and size in bytes of the block of a tensor, and the tensor's position in it."""
         if pointer is None:
             return None, 0, 0
         for whole, start, _ in self._placed:
@@ -86,12 +86,12 @@ class CudaKernelsOnGpu(CudaKernelsOnHost):
 
 
 def pick(rng, choices):
-    """One of them."""
+    """Returns a random element."""
     return choices[rng.integers(len(choices))]
 
 
 def wide_case(rng):
-    """A geometry with enough channels for several to be loaded at once, and for several tiles of results."""
+    """A geometry with enough channels for vectorized loads and for several tiles of results."""
     offset_groups = pick(rng, (1, 1, 2, 4))
     channels = offset_groups * pick(rng, (8, 16, 24, 51, 64, 65))
     groups = pick(rng, (1, 1, 2)) if channels % 2 == 0 else 1
@@ -114,7 +114,7 @@ def wide_case(rng):
 
 
 def run(path: pathlib.Path, count: int, seed: int) -> None:
-    """Named cases, and `count` random ones, a quarter of them wide."""
+    """Runs the named cases and `count` random ones, a quarter of which are wide."""
     kernels, rng = CudaKernelsOnGpu(path), np.random.default_rng(seed)
     named = [case for case in CASES if case.batch]
     drawn = [wide_case(rng) if number % 4 == 0 else random_case(rng) for number in range(count)]

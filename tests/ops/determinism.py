@@ -1,6 +1,8 @@
-"""Whether the kernels give the same bits at every run under TensorFlow's op determinism.
+"""Checks that the kernels are bitwise reproducible under TensorFlow's op determinism.
 
-python -m tests.ops.determinism     # prints the hashes of what was found; two processes' must be the same
+    python -m tests.ops.determinism
+
+Prints hashes of the results, which must be the same in every process.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from tests.ops.tf_harness import runner
 
 
 def hashes(size: int = 32, repetitions: int = 10) -> dict[str, set[str]]:
-    """Hashes of outputs and gradients, by problem and mode: one each, where runs repeat to the bit."""
+    """Hashes of outputs and gradients by problem and mode. A reproducible problem has exactly one."""
     keras.utils.set_random_seed(0)
     tf.config.experimental.enable_op_determinism()
     found = {}
@@ -24,7 +26,7 @@ def hashes(size: int = 32, repetitions: int = 10) -> dict[str, set[str]]:
         case = Case("", batch=8, image=(size, size), channels=64, filters=64, groups=groups, padding="same")
         tensors = draw(case, np.random.default_rng(0))
         shift = np.arange(size)[:, None, None] / 2
-        tensors["offsets"][:] = np.round(tensors["offsets"] - shift)  # many meet
+        tensors["offsets"][:] = np.round(tensors["offsets"] - shift)  # many samples coincide
         for mode in ("eager", "xla"):
             compute = runner(case, mode, implementation="native")
             found[f"{groups} {mode}"] = {_hash(*compute(tensors)) for _ in range(repetitions)}

@@ -1,9 +1,9 @@
-"""Prints how much memory one forward pass takes, or one forward and backward pass.
+"""Measures the peak memory of one forward pass, or of one forward and backward pass.
 
     python -m tests.ops.memory_probe IMPLEMENTATION MODE,KERNEL_SIDE,forward|both ...
 
-A process of its own, with nothing else that could raise the peak. The answer is one line of JSON with an
-entry for each measurement, in bytes.
+Runs as a separate process, so that nothing else affects the peak. Prints one line of JSON with an entry for
+each measurement, in bytes.
 """
 
 import ctypes
@@ -19,25 +19,25 @@ from tests.ops.tf_harness import MODES, value_and_gradients
 
 
 def resident(field):
-    """VmRSS or VmHWM of this process, in bytes."""
+    """VmRSS or VmHWM of this process in bytes."""
     with open("/proc/self/status") as status:
         line = next(line for line in status if line.startswith(field + ":"))
     return int(line.split()[1]) * 1024
 
 
 def peak_above_rest(function):
-    """How far the resident memory rises while `function` runs."""
+    """The increase of the resident memory while `function` runs."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as clear:
-        clear.write("5")  # the high-water mark starts again from here
+        clear.write("5")  # resets the peak
     rest = resident("VmRSS")
     function()
     return resident("VmHWM") - rest
 
 
 def measure(implementation, mode, side, passes):
-    """Bytes of the peak and of each tensor, for a kernel of side x side taps."""
+    """Returns the size in bytes of the peak and each tensor, for a square kernel with `side` rows."""
     # The gate of ResNet-50's first stage: 0.2 * 256 channels at 56x56.
     case = Case(
         "",
@@ -60,7 +60,7 @@ def measure(implementation, mode, side, passes):
         compute = MODES[mode](lambda arguments, upstream: call(arguments, **options))
     else:
         compute = MODES[mode](lambda arguments, upstream: value_and_gradients(arguments, upstream, **options))
-    compute(given, upstream)  # compiles, and takes what is kept for good
+    compute(given, upstream)  # compiles and allocates permanent memory
     return {"peak": max(peak_above_rest(lambda: compute(given, upstream)) for _ in range(3)), **bytes_of}
 
 

@@ -1,4 +1,4 @@
-"""Geometries to try the op on, their random tensors, and how far results may stray. For every backend."""
+"""Test cases of the op for all backends: geometries, random tensors, and tolerances."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ IMPLEMENTATIONS = ["reference", "native"]
 
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
 DATA_FORMATS = ["channels_last", "channels_first"]
-IMAGES = {"inputs", "offsets", "mask", "outputs"}  # the tensors that have a data format
+IMAGES = {"inputs", "offsets", "mask", "outputs"}  # tensors that have a data format
 
-# Worst error allowed, relative to the largest exact value. The half types compute in float32, so only the
-# rounding of the result is left: one unit in the last place.
+# Maximum error relative to the largest exact value. Half-precision ops compute in float32, so that only the
+# result is rounded: one unit in the last place.
 HALF_ULP = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
 VALUE_BOUND = {"float32": 1e-5, "float64": 1e-12, **HALF_ULP}
 GRADIENT_BOUND = {"float32": 2e-5, "float64": 1e-12, **HALF_ULP}
@@ -25,7 +25,7 @@ GRADIENT_BOUND = {"float32": 2e-5, "float64": 1e-12, **HALF_ULP}
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One geometry."""
+    """A geometry of the op."""
 
     name: str
     batch: int = 2
@@ -52,7 +52,7 @@ class Case:
 
     @property
     def shapes(self):
-        """The tensors' shapes, channels last."""
+        """The shapes of the tensors in the channels-last format."""
         inputs = (self.batch, *self.image, self.channels)
         kernel = (*self.kernel_size, self.channels // self.groups, self.filters)
         geometry = oracle.Geometry(inputs, kernel, **self.options)
@@ -104,7 +104,7 @@ CASES = [
     Case("empty_batch", batch=0, padding="same"),
 ]
 
-# What graphs and XLA are tried on: few taps each, for compiling takes longer with every tap.
+# Cases for graphs and XLA. They have few taps, because the compilation time grows with the number of taps.
 COMPILED_CASES = [
     Case("same_3x3", padding="same"),
     Case("valid", kernel_size=(1, 2)),
@@ -121,13 +121,16 @@ COMPILED_CASES = [
 
 
 def in_turns(cases):
-    """(case, dtype, data format) with each case once: dtypes and data formats take turns."""
+    """Returns (case, dtype, data format) for each case, cycling through dtypes and data formats."""
     return [(case, DTYPES[number % 4], DATA_FORMATS[number // 4 % 2]) for number, case in enumerate(cases)]
 
 
 def each_once_fast(cases, dtypes):
-    """Parameters (case, dtype), all of them: dtypes take turns in the fast tier, and the others are slow."""
-    import pytest  # here, for what needs cases without it
+    """Returns parameters for all pairs (case, dtype), with one fast pair per case.
+
+    The dtypes of the fast pairs rotate. The other pairs are marked as slow.
+    """
+    import pytest  # not needed to run cases outside of pytest
 
     return [
         pytest.param(case, dtype, marks=() if turn == number % len(dtypes) else pytest.mark.slow)
@@ -141,11 +144,11 @@ def numpy_dtype(name):
 
 
 def draw(case, rng, dtype="float32", generic=False):
-    """Random tensors of `dtype` for a case, channels last, with the upstream gradient under "outputs".
+    """Returns random channels-last tensors of `dtype` for a case, with the upstream gradient as "outputs".
 
-    Offsets reach past the borders and lie on a grid that float32 positions hold exactly: an error is then
-    an error in the arithmetic, not a sample that rounding moved into the next cell. `generic` keeps them
-    off the integers, where the gradient jumps.
+    Offsets extend beyond the borders and lie on a grid that float32 positions represent exactly, so that
+    errors are due to the arithmetic and not to samples that rounding moves to the next cell. `generic` keeps
+    them off the integers, where the gradient is discontinuous.
     """
     tensors = {name: rng.normal(size=shape) for name, shape in case.shapes.items()}
     tensors["offsets"] = (np.round(tensors["offsets"] * 2 * 512) + (0.5 if generic else 0)) / 512
@@ -155,20 +158,20 @@ def draw(case, rng, dtype="float32", generic=False):
 
 
 def split_upstream(tensors):
-    """(the op's arguments, the upstream gradient)."""
+    """Returns the op's arguments and the upstream gradient."""
     arguments = dict(tensors)
     return arguments, arguments.pop("outputs")
 
 
 def to_layout(name, tensor, data_format):
-    """A channels-last tensor in another data format."""
+    """Converts a channels-last tensor to another data format."""
     if name in IMAGES and data_format == "channels_first":
         return np.ascontiguousarray(np.moveaxis(tensor, -1, 1))
     return tensor
 
 
 def from_layout(name, tensor, data_format):
-    """The inverse of `to_layout`, for anything NumPy can read."""
+    """The inverse of `to_layout`, for anything that NumPy can convert."""
     tensor = np.asarray(tensor)
     if name in IMAGES and data_format == "channels_first":
         return np.moveaxis(tensor, 1, -1)
@@ -176,7 +179,7 @@ def from_layout(name, tensor, data_format):
 
 
 def expected(case, tensors):
-    """The oracle's outputs and gradients, by name."""
+    """Returns the oracle's outputs and gradients by name."""
     arguments, upstream = split_upstream(tensors)
     outputs = oracle.deformable_conv2d(**arguments, **case.options)
     arguments.pop("bias", None)
@@ -185,10 +188,11 @@ def expected(case, tensors):
 
 
 def relative_error(actual, wanted):
-    """Largest absolute error over the largest wanted value; an infinite one where NaN or infinity differ.
+    """The largest absolute error relative to the largest wanted value.
 
-    Below its least normal number a dtype is no longer precise to so many digits: errors are relative to
-    that number at least. For float16 it is 6e-5, which gradients meet.
+    It is infinite if NaN or infinite values differ. Below its smallest normal number, a dtype has fewer
+    significant digits, so errors are relative to at least that number. For float16 it is 6e-5, which is
+    within the range of gradients.
     """
     actual = np.asarray(actual)
     least = float(ml_dtypes.finfo(actual.dtype).smallest_normal)
@@ -203,7 +207,10 @@ def relative_error(actual, wanted):
 
 
 def assert_as_expected(case, tensors, dtype, outputs, gradients, oracles=None):
-    """Hold outputs and gradients, channels last and by name, against the oracle's, which takes its time."""
+    """Compares outputs and gradients with the oracle's, which are slow to compute.
+
+    All tensors are channels last. Gradients are given by name.
+    """
     wanted, wanted_gradients = oracles or expected(case, tensors)
     errors = {"outputs": relative_error(outputs, wanted) / VALUE_BOUND[dtype]}
     assert gradients.keys() == wanted_gradients.keys()
@@ -214,8 +221,8 @@ def assert_as_expected(case, tensors, dtype, outputs, gradients, oracles=None):
 
 
 def call(arguments, case, data_format="channels_last", implementation="reference"):
-    """The op on tensors that already have the layout of `data_format`."""
-    from keras_das import ops  # here, for what needs cases without a framework
+    """Calls the op with tensors that are already in `data_format`."""
+    from keras_das import ops  # not needed to run cases without a framework
 
     return ops.deformable_conv2d(
         **arguments, **case.options, data_format=data_format, implementation=implementation

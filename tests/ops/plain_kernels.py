@@ -1,4 +1,4 @@
-"""The C++ kernels without any framework, through tests/csrc/c_api.cc: NumPy arrays in, NumPy arrays out."""
+"""Calls the C++ kernels on NumPy arrays without a framework, through tests/csrc/c_api.cc."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ INCLUDES = (f"-I{targets.SOURCES}", f"-I{CSRC}")
 
 
 class KernelError(ValueError):
-    """What the kernels' own check of the arguments found."""
+    """Raised if the kernels reject the arguments."""
 
 
 class PlainKernels:
-    """A library that contains c_api.cc."""
+    """The kernels of a library that contains c_api.cc."""
 
     def __init__(self, path):
         self.library = ctypes.CDLL(str(path))
         self.library.keras_das_geometry_size.restype = ctypes.c_int64
 
     def geometry(self, inputs_shape, kernel_shape, strides, padding, dilation_rate, offset_groups):
-        """(the C++ structure, output height, output width)"""
+        """Returns the C++ structure, the output height, and the output width."""
         same = isinstance(padding, str) and padding.lower() == "same"
         sides = ((0, 0), (0, 0)) if isinstance(padding, str) else padding
         settings = [
@@ -47,7 +47,10 @@ class PlainKernels:
         return geometry, *sizes
 
     def value_and_gradients(self, arguments, upstream, threads=1, **options):
-        """Outputs, and gradients of sum(upstream * outputs) by argument, each in its argument's dtype."""
+        """Returns outputs and gradients of sum(upstream * outputs) by argument.
+
+        Each gradient has the dtype of its argument.
+        """
         dtype = str(arguments["inputs"].dtype)
         sums = np.float64 if dtype == "float64" else np.float32
         wide = {name: self.place(a.astype(sums)) for name, a in arguments.items()}
@@ -66,7 +69,7 @@ class PlainKernels:
         return output, {name: g.astype(arguments[name].dtype) for name, g in gradients.items()}
 
     def place(self, array):
-        """The array as the kernels get it."""
+        """Returns the array in the form that is passed to the kernels."""
         return np.ascontiguousarray(array)
 
     def run(self, direction, dtype, geometry, buffers, threads):
@@ -75,9 +78,9 @@ class PlainKernels:
 
 
 class CudaKernelsOnHost(PlainKernels):
-    """The CUDA kernels of a library that a C++ compiler has made of them, with c_api.cc.
+    """CUDA kernels compiled for the host by a C++ compiler, in a library that contains c_api.cc.
 
-    Every tensor lies between NaN, which what is read beyond it brings in and what is written beyond it ends.
+    Every tensor is surrounded by NaN, which reveals reads and writes out of bounds.
     """
 
     GUARD = 64  # elements
@@ -86,7 +89,7 @@ class CudaKernelsOnHost(PlainKernels):
         super().__init__(path)
         self.deterministic = self.backwards = False
         self.workspace_bytes, self.most_blocks, self.memory = 1 << 20, 1 << 20, 1 << 40
-        self.shift = 0  # elements by which tensors miss an address that is a multiple of 64
+        self.shift = 0  # offset in elements from an address that is a multiple of 64
         self.taken = {}  # bytes of working memory in the last call of each function
         self._placed = []
 

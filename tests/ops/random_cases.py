@@ -1,10 +1,10 @@
-"""Random geometries, to try many.
+"""Compares the kernels with the oracle for many random geometries.
 
     python -m tests.ops.random_cases [BINDING] [--count 5000] [--seed 0]
 
-runs them through one of the bindings of the kernels: TensorFlow's op ("eager", "graph"), XLA's custom calls
-("xla" in TensorFlow, "jax"), or the plain functions of a library that contains tests/csrc/c_api.cc (its path;
-`sanitize.py` builds one).
+BINDING selects how the kernels are called: TensorFlow's op ("eager", "graph"), XLA's custom calls ("xla" in
+TensorFlow, "jax"), or the plain functions of a library that contains tests/csrc/c_api.cc (its path).
+`sanitize.py` builds such a library.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.ops.op_cases import DTYPES, Case, assert_as_expected, draw, split_ups
 
 
 def random_case(rng):
-    """A geometry that stays small, and often odd: one channel, one pixel, strides beyond the kernel."""
+    """A small geometry, often an edge case: one channel, one pixel, or strides larger than the kernel."""
 
     def pick(*choices):
         return choices[rng.integers(len(choices))]
@@ -58,7 +58,10 @@ def random_case(rng):
 
 
 def check(value_and_gradients, count, rng, dtypes=DTYPES):
-    """Hold `value_and_gradients(arguments, upstream, threads=, **options)` to the oracle `count` times."""
+    """Compares `value_and_gradients(arguments, upstream, threads=, **options)` with the oracle.
+
+    Runs `count` random cases.
+    """
     for number in range(count):
         case, dtype = random_case(rng), dtypes[number % len(dtypes)]
         tensors = draw(case, rng, dtype)
@@ -72,7 +75,7 @@ def check(value_and_gradients, count, rng, dtypes=DTYPES):
 
 
 def function_of(binding):
-    """What `check` holds to the oracle, for a name that the command line accepts."""
+    """Returns the function that `check` compares with the oracle, for a binding named on the command line."""
     if binding in ("eager", "graph", "xla"):
         from tests.ops.tf_harness import kernels_value_and_gradients
 
@@ -108,7 +111,7 @@ def main():
     parser.add_argument("--count", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    if options.binding == "jax":  # before anything imports them
+    if options.binding == "jax":  # before JAX and Keras are imported
         os.environ |= {"KERAS_BACKEND": "jax", "JAX_ENABLE_X64": "1"}
     check(function_of(options.binding), options.count, np.random.default_rng(options.seed))
     print(f"{options.count} random cases agree with the oracle")

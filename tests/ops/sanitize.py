@@ -1,7 +1,8 @@
-"""Builds the kernels with sanitizers and holds them against the oracle: `make sanitize`.
+"""Builds the kernels with sanitizers and compares them with the oracle: `make sanitize`.
 
-Each build runs random cases on every instruction set that the machine has, in a process that has no framework
-in it, so that what a sanitizer finds is ours: accesses out of bounds, undefined behaviour, data races.
+Each build runs random cases with every instruction set that the machine supports. The process loads no
+framework, so that all reports concern the kernels: accesses out of bounds, undefined behavior, and data
+races.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ _FLAGS = (
     *targets.architecture_flags(),
 )
 BUILDS = {
-    # name: compiler flags, runtime library to load first, options of the sanitizer
+    # name: compiler flags, runtime library to preload, sanitizer options
     "address,undefined": (
         ("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
         "libasan.so",
-        {"ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc"},  # Python keeps what it allocates
+        {"ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc"},  # Python never frees some memory
     ),
     "thread": (("-fsanitize=thread",), "libtsan.so", {"TSAN_OPTIONS": "halt_on_error=1"}),
 }
 
 
 def compile_kernels(folder, compiler, flags=()):
-    """The path of a library with c_api.cc in it, built with `flags`."""
+    """Builds a library that contains c_api.cc with `flags` and returns its path."""
     objects = []
     for unit in (*targets.kernel_units(), targets.Unit(str(CSRC / "c_api.cc"))):
         to = pathlib.Path(folder) / f"{unit}.o".replace(" ", "_")
@@ -52,7 +53,7 @@ def compile_kernels(folder, compiler, flags=()):
 
 
 def run_cases(path, isa, count, seed, environment=None):
-    """Runs random cases on the library at `path` in a process of its own; returns its exit status."""
+    """Runs random cases with the library at `path` in a subprocess and returns the exit status."""
     command = [
         sys.executable,
         "-m",

@@ -1,4 +1,7 @@
-"""The op on Keras' other backends, each in a process of its own: a backend is chosen once, at import."""
+"""Tests of the op with other Keras backends.
+
+Each backend runs in a subprocess, because Keras selects its backend at import.
+"""
 
 import importlib.util
 import os
@@ -12,7 +15,7 @@ import pytest
 SCRIPT = pathlib.Path(__file__).with_name("backend_check.py")
 
 
-# Under TensorFlow, where the other modules test, JAX is the second backend; else the one that was chosen.
+# The other modules test TensorFlow, so this one tests JAX unless another backend is selected.
 BACKEND = "jax" if keras.backend.backend() == "tensorflow" else keras.backend.backend()
 
 

@@ -1,4 +1,4 @@
-"""Where samples meet the edge of the image, whole pixels, and numbers that are not finite."""
+"""Tests of the op at image borders, at whole pixels, and with non-finite numbers."""
 
 import functools
 
@@ -17,17 +17,17 @@ from tests.ops.op_cases import (
 )
 from tests.ops.tf_harness import run, runner
 
-STEP = 1e-4  # shorter than the way from any coordinate below to the next kink
+STEP = 1e-4  # less than the distance from any coordinate below to the next discontinuity
 SIZE = 13
 COORDINATES = np.array(
     [-2, -1.01, -1, -0.99, -0.01, 0, 0.01, 5.5, SIZE - 1.01, SIZE - 1, SIZE - 0.5, SIZE, SIZE + 0.01]
 )
-# One 1x1 read per output pixel: row i at COORDINATES[i], column j at COORDINATES[j].
+# Each output pixel samples one position: row i at COORDINATES[i], column j at COORDINATES[j].
 GRID = Case("", batch=1, image=(SIZE, SIZE), channels=2, filters=2, kernel_size=(1, 1))
 
 
 def grid_tensors(rng):
-    """Tensors whose offsets move output pixel (i, j) to (COORDINATES[i], COORDINATES[j])."""
+    """Random tensors with offsets that move output pixel (i, j) to (COORDINATES[i], COORDINATES[j])."""
     tensors = draw(GRID, rng, "float64")
     to = COORDINATES - np.arange(SIZE)
     tensors["offsets"] = np.stack(np.meshgrid(to, to, indexing="ij"), axis=-1)[None]
@@ -35,7 +35,7 @@ def grid_tensors(rng):
 
 
 def off_image():
-    """(SIZE, SIZE), true where the sample of an output pixel is off the image."""
+    """A mask of shape (SIZE, SIZE) that is true where the sample of an output pixel is out of bounds."""
     off = (COORDINATES <= -1) | (COORDINATES >= SIZE)
     return off[:, None] | off[None, :]
 
@@ -56,7 +56,7 @@ def test_off_image_is_exactly_zero(rng, implementation):
 
 
 def test_offset_gradients_are_right_hand_slopes(rng, implementation):
-    """At whole pixels too, on either edge; off the image they are zero, at -1 itself as well."""
+    """Covers whole pixels and both borders. The gradients are zero out of bounds, including at -1 itself."""
     tensors = grid_tensors(rng)
     _, gradients = run(GRID, tensors, implementation=implementation)
     start = forward(tensors, implementation)
@@ -82,7 +82,7 @@ DEPTHWISE, DENSE = Case("depthwise", groups=4, **SMALL), Case("dense", **SMALL)
 everywhere = pytest.mark.parametrize(
     ("case", "mode"), [(DEPTHWISE, "eager"), (DENSE, "eager"), (DEPTHWISE, "xla")], ids=str
 )
-compiled_once = functools.cache(runner)  # for all tests, whose cases are few
+compiled_once = functools.cache(runner)  # shared by all tests
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_far_away_is_zero(rng, case, mode, dtype, implementation):
 
 @everywhere
 def test_nan_offsets_give_nan_there_and_nowhere_else(rng, case, mode, implementation):
-    """The filters that read the offset group become NaN, even where the other coordinate is far away."""
+    """The filters of the offset group become NaN, even if the other coordinate is far out of bounds."""
     tensors = draw(case, rng, "float64")
     for index in ((0, 0, 0, 0), (0, 2, 3, 1), (1, 1, 1, 7), (1, 4, 2, 4)):
         tensors["offsets"][index] = np.nan
@@ -121,7 +121,7 @@ def test_nan_offsets_give_nan_there_and_nowhere_else(rng, case, mode, implementa
     wanted, _ = expected(case, tensors)
     assert np.isnan(wanted).sum() == (8 if case is DEPTHWISE else 16)
     compare_where_finite(outputs, wanted, "outputs")
-    # The other offset group's channels saw no NaN in the second image's pixel (1, 1), nor anyone else's.
+    # The NaN in pixel (1, 1) of the second image affects no channels of the other offset group.
     assert np.all(np.isfinite(gradients["bias"]))
     hurt = np.isnan(wanted).any(-1)
     assert np.all(np.isfinite(gradients["offsets"][~hurt]))
@@ -130,7 +130,7 @@ def test_nan_offsets_give_nan_there_and_nowhere_else(rng, case, mode, implementa
 
 @everywhere
 def test_bad_pixels_stay_where_they_are_read(rng, case, mode, implementation):
-    """Corners of the image are what clipped indices read: they must not reach samples off the image."""
+    """Values at the corners, where clipped indices point, must not affect samples out of bounds."""
     tensors = draw(case, rng, "float64", generic=True)
     for bad in (np.nan, np.inf, -np.inf):
         for row, column in ((0, 0), (0, 5), (4, 0), (4, 5), (2, 2)):

@@ -1,4 +1,4 @@
-"""What the op promises about its arguments: which it refuses, unknown sizes, symbolic use."""
+"""Tests of the op's arguments: errors, unknown sizes, and symbolic calls."""
 
 import re
 
@@ -30,7 +30,7 @@ def zeros(*shape, dtype="float32"):
 
 
 def good_arguments():
-    """A call that works: 3x3 over (2, 7, 8, 4) with six filters."""
+    """Valid arguments: a 3x3 kernel, (2, 7, 8, 4) inputs, and six filters."""
     return {
         "inputs": zeros(2, 7, 8, 4),
         "kernel": zeros(3, 3, 4, 6),
@@ -40,7 +40,7 @@ def good_arguments():
     }
 
 
-# What is wrong, the argument that the message must name, and what it must say was received.
+# The invalid arguments, the argument that the error must name, and the value that it must report.
 ERRORS = {
     "inputs_rank": ({"inputs": zeros(7, 8, 4)}, "inputs", "(7, 8, 4)"),
     "kernel_rank": ({"kernel": zeros(3, 3, 4)}, "kernel", "(3, 3, 4)"),
@@ -92,7 +92,7 @@ def test_refuses(wrong, name, received):
     assert_refused({**good_arguments(), **wrong}, name, received)
 
 
-# One of each kind: a rank, a shape, a setting, a dtype.
+# One of each kind: rank, shape, option, and dtype.
 @pytest.mark.parametrize("which", ["offsets_rank", "mask_space", "kernel_larger", "integer_inputs"])
 def test_refuses_symbols(which):
     wrong, name, received = ERRORS[which]
@@ -119,7 +119,7 @@ def test_refuses_channels_last_offsets_in_channels_first():
 
 @pytest.mark.parametrize("jit_compile", [False, True], ids=["graph", "xla"])
 def test_unknown_sizes_are_checked_when_they_are_known(jit_compile, implementation):
-    """Offsets of another image must not be read past their end."""
+    """Offsets of another image size must not be read out of bounds."""
     case = Case("", padding="same")
     tensors = tensors_of({name: np.zeros(s, "float32") for name, s in case.shapes.items()})
     arguments, _ = split_upstream(tensors)
@@ -171,7 +171,7 @@ def test_default_data_format_is_keras_own(rng):
 
 
 def unknown_size(name, shape, data_format):
-    """A shape whose batch and spatial sizes are unknown."""
+    """The shape with unknown batch and spatial sizes."""
     if name in ("kernel", "bias"):
         return shape
     return (None, None, None, shape[-1]) if data_format == "channels_last" else (None, shape[-1], None, None)

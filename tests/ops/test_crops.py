@@ -1,4 +1,4 @@
-"""Sampling by `crop_and_resize`, which SavedModels use, against the oracle."""
+"""Tests of sampling by `crop_and_resize`, which SavedModels use: agreement with the oracle."""
 
 import keras
 import numpy as np
@@ -69,7 +69,7 @@ def test_graphs_of_unknown_sizes(rng, case):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
 def test_offsets_that_are_not_in_the_image(rng, bad):
-    """Samples outside the image are 0, and those of a NaN are NaN, whatever the pixels are."""
+    """Samples out of bounds are 0 and samples at NaN positions are NaN, regardless of the pixels."""
     tensors = draw(IMAGE, rng)
     tensors["offsets"][0, 1, 2, 3] = bad
     tensors["offsets"][1, 0, 0] = bad
@@ -84,7 +84,7 @@ def test_offsets_that_are_not_in_the_image(rng, bad):
 
 
 def test_borders(rng):
-    """Samples within a pixel of the image fade to 0; none on the border is lost to rounding."""
+    """Samples fade to 0 within one pixel of the image, and rounding does not remove samples on the border."""
     tensors = draw(IMAGE, rng)
     steps = np.array([-1, -0.999, -0.5, -1e-7, 0, 1e-7, 0.5, 0.999, 1], "float32")
     tensors["offsets"][:] = rng.choice(steps, size=tensors["offsets"].shape)

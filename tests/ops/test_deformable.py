@@ -1,4 +1,4 @@
-"""The op against the oracle, and against ordinary convolutions where its offsets are zero."""
+"""Tests of the op: agreement with the oracle, and with ordinary convolutions for zero offsets."""
 
 import itertools
 
@@ -39,18 +39,18 @@ def test_values_and_gradients(rng, case, dtype, data_format, implementation):
 
 @pytest.mark.parametrize("count", [4, pytest.param(24, marks=pytest.mark.slow)])
 def test_random_choices(rng, count, implementation):
-    """Cases with another dtype and data format than above."""
+    """Covers other combinations of case, dtype, and data format than the test above."""
     for _ in range(count):
         of = (CASES, DTYPES, DATA_FORMATS)
         case, dtype, data_format = (choices[rng.integers(len(choices))] for choices in of)
         tensors = draw(case, rng, dtype)
-        print(case, dtype, data_format)  # shown by pytest when the test fails
+        print(case, dtype, data_format)  # pytest shows this if the test fails
         results = run(case, tensors, data_format=data_format, implementation=implementation)
         assert_as_expected(case, tensors, dtype, *results)
 
 
 def compiled_choices():
-    """Modes take turns as well, so that each dtype and data format is seen in both."""
+    """Cycles through the modes too, so that both modes cover every dtype and data format."""
     for number, choice in enumerate(in_turns(COMPILED_CASES)):
         mode = ("graph", "xla")[(number + number // 4) % 2]
         for implementation in IMPLEMENTATIONS:
@@ -76,7 +76,7 @@ def test_compiled(rng, case, dtype, data_format, mode, implementation):
     "case", [case for case in CASES if case.name in ("same", "depthwise", "groups2")], ids=str
 )
 def test_half_types(rng, case, dtype, implementation):
-    """No more than twice as far off as computing in the half type throughout."""
+    """The error is at most twice that of computing entirely in half precision."""
     tensors = draw(case, rng, dtype)
     arguments, _ = split_upstream(tensors)
     outputs = call(tensors_of(arguments), case, implementation=implementation)
@@ -87,7 +87,7 @@ def test_half_types(rng, case, dtype, implementation):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_full_precision_offsets_keep_their_precision(rng, dtype, implementation):
-    """Positions are float32 whatever the pixels are: float32 offsets are not rounded to a half type."""
+    """Positions are float32 for any input dtype: float32 offsets are not rounded to half precision."""
     case = Case("", image=(2, 40), kernel_size=(1, 3), padding="same")
     tensors = draw(case, rng, "float32")
     half = {name: tensors[name].astype(numpy_dtype(dtype)) for name in ("inputs", "kernel", "outputs")}
@@ -112,7 +112,7 @@ def test_result_dtype(implementation):
 
 
 def grouped_conv(inputs, kernel, case):
-    """`keras.ops.conv` group by group: TensorFlow has no gradient of a grouped convolution on the CPU."""
+    """`keras.ops.conv` for each group, because TensorFlow has no gradient of grouped convolutions on CPUs."""
     parts = zip(tf.split(inputs, case.groups, axis=-1), tf.split(kernel, case.groups, axis=-1), strict=True)
     options = {"strides": case.strides, "padding": case.padding, "dilation_rate": case.dilation_rate}
     return tf.concat(
@@ -136,7 +136,7 @@ AT_REST = {"image": (9, 8), "kernel_size": (2, 3), "padding": "same", "modulated
     [
         Case("same", **AT_REST),
         Case("valid", **{**AT_REST, "padding": "valid"}),
-        # TensorFlow's convolution takes strides or dilation, not both.
+        # TensorFlow's convolution supports either strides or dilation, not both.
         Case("strides", strides=2, **AT_REST),
         Case("strides_2_1", strides=(2, 1), **{**AT_REST, "padding": "valid"}),
         Case("dilation", dilation_rate=2, **AT_REST),
@@ -169,7 +169,10 @@ def test_at_rest_it_is_a_convolution(rng, case, implementation):
     ids=str,
 )
 def test_batch_chunks_change_no_bit(rng, case, dtype, implementation):
-    """But for TensorFlow's matrix product, whose last bits depend on the row on CPUs without AVX-512."""
+    """Results are bitwise equal, except for TensorFlow's matrix product on CPUs without AVX-512.
+
+    There, its last bits depend on the row.
+    """
     is_product = implementation == "reference" and case.groups == 1
     last_bit = {"float32": 1e-6, "bfloat16": 2.0**-7}[dtype] if is_product else 0.0
     tensors = draw(case, rng, dtype)

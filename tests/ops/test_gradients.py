@@ -1,4 +1,4 @@
-"""First- and second-order gradients against finite differences."""
+"""Tests of first- and second-order gradients: agreement with finite differences."""
 
 import functools
 
@@ -11,7 +11,7 @@ from tests.ops.tf_harness import MODES, run, tensors_of
 
 
 def test_random_directions_match_finite_differences(rng, implementation):
-    """Every argument moved at once, away from kinks, in float64."""
+    """Moves all arguments at once in float64, away from discontinuities."""
     case = Case("", offset_groups=2, groups=2, padding="same", strides=2)
     tensors = draw(case, rng, "float64", generic=True)
     _, gradients = run(case, tensors, implementation=implementation)
@@ -41,7 +41,7 @@ def first_order(arguments, upstream, case, implementation):
 
 
 def hessian_times(arguments, upstream, directions, **how):
-    """Gradients of the first gradients' inner product with `directions`."""
+    """The gradients of the inner product of the first-order gradients and `directions`."""
     with tf.GradientTape() as tape:
         tape.watch((arguments, upstream))
         gradients = first_order(arguments, upstream, **how)
@@ -62,7 +62,7 @@ def hessian_times(arguments, upstream, directions, **how):
     indirect=["implementation"],
 )
 def test_second_order_gradients(rng, case, mode, implementation):
-    """The kernels' own go through the reference."""
+    """Second-order gradients of the kernels are computed by the reference."""
     arguments, upstream = split_upstream(tensors_of(draw(case, rng, "float64", generic=True)))
     directions = {name: tf.constant(rng.uniform(-1, 1, size=a.shape)) for name, a in arguments.items()}
     how = {"case": case, "implementation": implementation}
@@ -70,7 +70,7 @@ def test_second_order_gradients(rng, case, mode, implementation):
     step = 1e-5
     moved = [{name: a + way * step * directions[name] for name, a in arguments.items()} for way in (1, -1)]
     ahead, behind = (first_order(to, upstream, **how) for to in moved)
-    # How the outputs change in that direction is what the upstream gradient is multiplied with.
+    # The second-order gradient of `upstream` is the change of the outputs in that direction.
     ahead["upstream"], behind["upstream"] = (call(to, **how) for to in moved)
     for name, second in seconds.items():
         np.testing.assert_allclose(

@@ -1,4 +1,4 @@
-"""Peak memory of one forward and backward pass, measured in processes of their own."""
+"""Tests of the peak memory of forward and backward passes, measured in subprocesses."""
 
 import itertools
 import json
@@ -17,13 +17,13 @@ pytestmark = [
 ]
 
 ENVIRONMENT = {
-    "MALLOC_MMAP_THRESHOLD_": "65536",  # freed tensors go back to the system at once
-    "TF_ENABLE_ONEDNN_OPTS": "0",  # its allocator would keep them
+    "MALLOC_MMAP_THRESHOLD_": "65536",  # freed tensors are returned to the system immediately
+    "TF_ENABLE_ONEDNN_OPTS": "0",  # its allocator keeps freed memory
 }
 
 
 def measure(implementation, *measurements):
-    """Bytes of the peak and of each tensor, for each (mode, side of the kernel, passes)."""
+    """Returns the size in bytes of the peak and each tensor, for each (mode, side of the kernel, passes)."""
     words = [",".join(map(str, each)) for each in measurements]
     result = subprocess.run(
         [sys.executable, "-m", "tests.ops.memory_probe", implementation, *words],
@@ -56,7 +56,7 @@ def test_peak_is_a_small_multiple_of_the_tensors(of_reference, mode):
 
 @pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
 def test_peak_does_not_grow_with_the_taps(of_reference, mode):
-    """But for offsets and mask themselves, their gradients and one working copy."""
+    """The peak grows only by the offsets, the mask, their gradients, and one working copy."""
     small, large = of_reference[mode, 3, "both"], of_reference[mode, 5, "both"]
     more = sum(large[name] - small[name] for name in ("offsets", "mask"))
     growth = (large["peak"] - 3 * more) / small["peak"]
@@ -65,7 +65,7 @@ def test_peak_does_not_grow_with_the_taps(of_reference, mode):
 
 @pytest.mark.parametrize("mode", ["eager", "xla"])
 def test_kernels_store_no_columns(of_kernels, mode):
-    """Beyond its result a forward pass takes less than 8 MiB; nine samples a pixel would be 46 MB."""
+    """A forward pass uses less than 8 MiB besides its result. Nine samples per pixel would use 46 MB."""
     sizes = of_kernels[mode, 3, "forward"]
     assert sizes["outputs"] <= sizes["peak"] < sizes["outputs"] + 8 * 2**20
 

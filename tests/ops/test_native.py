@@ -1,4 +1,4 @@
-"""The bindings of the kernels to TensorFlow: supported calls, errors, and agreement between them."""
+"""Tests of the kernels' TensorFlow bindings: supported calls, errors, and agreement between bindings."""
 
 import re
 import threading
@@ -44,17 +44,17 @@ def run_script(script, *arguments):
     return result.stdout
 
 
-# The numbers, beyond what test_deformable.py asks of every implementation
+# Numerical tests in addition to those of all implementations in test_deformable.py
 
 
-# The kernels work by blocks: of 512 rows of a matrix, 240 pixels, 32 channels, and as many as a vector has.
+# The kernels process blocks of 512 matrix rows, 240 pixels, 32 channels, or one vector.
 BLOCKS = [
     Case("rows", image=(5, 4), channels=130, filters=33, padding="same"),
     Case("filters", image=(4, 4), channels=9, filters=530, kernel_size=(1, 2)),
     Case("pixels", image=(26, 25), channels=3, filters=4, kernel_size=(2, 1), padding="same"),
     Case("slices", image=(6, 5), channels=140, groups=140, filters=140, padding="same", offset_groups=2),
     Case("slices_of_groups", image=(6, 5), channels=90, groups=2, filters=6, padding="same", offset_groups=6),
-    # Too large for working copies of whole images.
+    # Too large for working copies of entire images.
     Case("large_image", batch=1, image=(200, 200), channels=51, groups=51, filters=51, strides=23),
     Case("large_image_dense", batch=1, image=(200, 200), channels=51, filters=5, strides=23),
 ]
@@ -68,13 +68,13 @@ def test_more_than_a_block(rng, case, dtype):
 
 @pytest.mark.parametrize("count", [120, pytest.param(600, marks=pytest.mark.slow)])
 def test_random_cases(rng, count):
-    """Some of the thousands that `python -m tests.ops.random_cases` tries."""
+    """A sample of the cases that `python -m tests.ops.random_cases` runs by the thousands."""
     random_cases.check(kernels_value_and_gradients, count, rng)
 
 
 @pytest.mark.slow
 def test_no_memory_is_an_error_of_the_call():
-    """Working copies here take about twenty times what the tensors do."""
+    """The working copies require about twenty times the memory of the tensors."""
     found = run_script(
         """
         import resource
@@ -103,7 +103,7 @@ def test_no_memory_is_an_error_of_the_call():
     assert "out of memory: there is none for the kernels' working copies" in found
 
 
-# Which calls take the kernels
+# Calls that use the kernels
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_auto_takes_the_kernels(rng, mode, data_format, no_reference):
 
 
 def test_an_eager_call_decides_once(rng, monkeypatch):
-    """No operation is created for it, no devices are listed, and the library is asked once."""
+    """The call creates no operation, lists no devices, and queries the library once."""
     asked = []
     monkeypatch.setattr(library, "why_not", lambda framework: asked.append(framework) or "")
     monkeypatch.setattr(deformable, "DeformableConv2DOperation", None)
@@ -146,7 +146,7 @@ def test_compiled_programs_hold_the_calls(rng):
 
 
 def test_compiled_although_the_runtime_started_without_the_library():
-    """TensorFlow collects XLA's kernels when its runtime starts, which is before the first call here."""
+    """TensorFlow collects XLA kernels when its runtime starts, in this case before the library is loaded."""
     found = run_script(
         """
         import tensorflow as tf
@@ -163,7 +163,7 @@ def test_compiled_although_the_runtime_started_without_the_library():
 
 @pytest.fixture
 def model(request):
-    """Both layers, of the policy that is asked for."""
+    """A model with both layers and the requested dtype policy."""
     layers = [
         keras_das.DASLayer(reduction=0.5, dtype=request.param),
         keras_das.DeformableConv2D(3, 3, offset_initializer="random_normal", dtype=request.param),
@@ -204,11 +204,11 @@ def test_mixed_precision_is_as_near_as_the_reference(rng, policy):
     np.testing.assert_allclose(outputs["native"], outputs["reference"], rtol=ulp, atol=ulp)
 
 
-# Why not
+# Reasons for not using the kernels
 
 
 class Device:
-    """As much of a `tf.config.LogicalDevice` as is looked at."""
+    """A fake `tf.config.LogicalDevice` with the attributes that are used."""
 
     def __init__(self, device_type):
         self.device_type = device_type
@@ -216,14 +216,14 @@ class Device:
 
 @pytest.fixture
 def with_gpu(monkeypatch):
-    """As if a GPU were there, and no CUDA kernels."""
+    """Simulates a machine with a GPU and a library without CUDA kernels."""
     monkeypatch.setattr(tf.config, "list_logical_devices", lambda: [Device("CPU"), Device("GPU")])
     monkeypatch.setattr(library, "cuda_architectures", lambda framework: "")
 
 
 @pytest.fixture
 def with_cuda(monkeypatch, with_gpu):
-    """As if both were there."""
+    """Simulates a machine with a GPU and a library with CUDA kernels."""
     monkeypatch.setattr(library, "cuda_architectures", lambda framework: "sm_90")
     monkeypatch.setattr(library, "cuda_problem", lambda framework: "")
 
@@ -276,7 +276,7 @@ def test_graphs_go_where_the_gpu_is(rng, mode, with_gpu):
 
 
 class Placed:
-    """A tensor somewhere, as far as a placement check sees."""
+    """A fake tensor for checks of the device placement."""
 
     def __init__(self, device):
         self.device = f"/job:localhost/replica:0/task:0/device:{device}"
@@ -317,7 +317,7 @@ def test_a_missing_library_is_the_reason_on_a_gpu(with_gpu, monkeypatch):
     assert native.why_not(tensors=[Placed("GPU:0")]) == "it is Sunday"
 
 
-# All bindings give the same bits
+# All bindings are bitwise equal
 
 
 @pytest.mark.parametrize(
@@ -360,13 +360,13 @@ def test_any_number_of_threads_gives_the_same_bits(rng):
     seed = rng.integers(2**31)
     alone = run_script(THREADS, 1, seed)
     hashes = [line.split()[-1] for line in alone.splitlines()]
-    assert len(hashes) == 24  # of two cases, two modes, and six arrays, of which the modes agree
+    assert len(hashes) == 24  # 2 cases, 2 modes, and 6 arrays; the modes agree
     assert len(set(hashes)) == 12
     assert run_script(THREADS, 5, seed) == alone
 
 
 def test_unaligned_tensors(rng):
-    """Slices of a tensor share its memory, and begin anywhere."""
+    """Slices of a tensor share its memory and start at any address."""
     case = Case("", batch=1, image=(5, 7), channels=3, filters=3, kernel_size=(1, 1), groups=3)
     tensors = draw(case, rng)
     padded = {name: np.concatenate([array[:1], array]) for name, array in tensors.items()}
@@ -440,7 +440,7 @@ def test_gradients_through_a_loop(rng, jit_compile):
 
 @pytest.mark.parametrize("batch", [0, 2])
 def test_second_order_of_half_types(rng, batch):
-    """Each second gradient has its argument's dtype, an empty batch's too."""
+    """Each second-order gradient has the dtype of its argument, even for an empty batch."""
     case = Case("", batch=batch, image=(4, 5), kernel_size=(1, 2))
     arguments, upstream = split_upstream(tensors_of(draw(case, rng, "bfloat16")))
     with tf.GradientTape() as tape:
@@ -489,7 +489,7 @@ def test_replicas_train_as_with_the_reference():
     assert run_script(REPLICAS).strip().endswith("the same")
 
 
-# The ops themselves, as anyone may call them
+# Direct calls of the ops
 
 
 def zeros(*shape, dtype="float32"):
@@ -497,7 +497,7 @@ def zeros(*shape, dtype="float32"):
 
 
 def op_arguments(gradient):
-    """A call of the forward or the gradient op that works: 3x3 over (2, 7, 8, 4) with six filters."""
+    """Valid arguments of the forward or gradient op: a 3x3 kernel, (2, 7, 8, 4) inputs, and six filters."""
     given = {
         "inputs": zeros(2, 7, 8, 4),
         "kernel": zeros(3, 3, 4, 6),
@@ -518,7 +518,7 @@ def op_arguments(gradient):
 
 
 def call_op(given, attributes, gradient, mode):
-    """`mode` "graph" and "xla" hide every shape from the graph, so that only the kernel can see them."""
+    """Calls an op. With `mode` "graph" or "xla", all shapes are unknown until the kernel runs."""
     ops = library.tensorflow_ops()
     op = ops.keras_das_deformable_conv2d_grad if gradient else ops.keras_das_deformable_conv2d
     if mode == "eager":
@@ -576,7 +576,7 @@ WRONG = [
     *((f"forward-{name}", False, *wrong) for name, wrong in {**BOTH, **FORWARD_ONLY}.items()),
     *((f"gradient-{name}", True, *wrong) for name, wrong in {**BOTH, **GRADIENT_ONLY}.items()),
 ]
-# Everything eagerly, and in graphs an eighth.
+# All cases run eagerly, and an eighth of them in each graph mode.
 WRONG_BY_MODE = {"eager": WRONG, "graph": WRONG[::8], "xla": WRONG[4::8]}
 
 
@@ -592,7 +592,7 @@ def test_ops_refuse_by_name(gradient, wrong, message, mode):
     given, attributes = op_arguments(gradient)
     given.update({name: value for name, value in wrong.items() if name in given})
     attributes.update({name: value for name, value in wrong.items() if name in attributes})
-    # What a graph sees of it while it is built is a ValueError.
+    # Errors that are detected while the graph is built are ValueErrors.
     early = () if mode == "eager" else (ValueError,)
     with pytest.raises((tf.errors.InvalidArgumentError, *early)) as caught:
         call_op(given, attributes, gradient, mode)
@@ -676,7 +676,7 @@ def test_graphs_refuse_what_they_can_see(hidden, message):
     ("how", "implementation"), [("keras_das.export", "native"), ("model.export", "auto")]
 )
 def test_exports_hold_no_kernel(rng, tmp_path, how, implementation, monkeypatch):
-    if how == "keras_das.export":  # needs not be recognised
+    if how == "keras_das.export":  # does not depend on recognizing the exporter
         monkeypatch.setattr(native, "_EXPORTERS", ("nothing of this name",))
     layer = keras_das.DeformableConv2D(
         3, (1, 2), offset_initializer="random_normal", implementation=implementation
@@ -691,7 +691,7 @@ def test_exports_hold_no_kernel(rng, tmp_path, how, implementation, monkeypatch)
     assert custom_operations(tmp_path / "model") == []
     served = tf.saved_model.load(tmp_path / "model")
     np.testing.assert_allclose(served.serve(images), wanted, rtol=1e-5, atol=1e-6)
-    assert operations(lambda: call_layer(model, images)) >= {FORWARD}  # and the kernels are back
+    assert operations(lambda: call_layer(model, images)) >= {FORWARD}  # the kernels are used again
 
 
 def custom_operations(folder):
@@ -703,7 +703,7 @@ def call_layer(model, images):
 
 
 def operations(function):
-    """The operations in a graph of `function`."""
+    """The types of all operations in a graph of `function`."""
     graph = tf.function(function, autograph=False).get_concrete_function().graph
     definition = graph.as_graph_def()
     nodes = [*definition.node, *(n for f in definition.library.function for n in f.node_def)]
@@ -739,7 +739,7 @@ def test_portable_ends_with_an_error():
     assert not native.must_be_portable([])
 
 
-# Graphs that hold them, loaded by other processes
+# Graphs with kernels that other processes load
 
 
 LOAD_IN_ANOTHER_PROCESS = """

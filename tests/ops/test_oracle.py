@@ -1,4 +1,4 @@
-"""The oracle against arithmetic done by hand, ordinary convolutions and finite differences."""
+"""Tests of the oracle: manual calculations, ordinary convolutions, and finite differences."""
 
 import keras
 import ml_dtypes
@@ -10,7 +10,7 @@ from tests.ops.op_cases import CASES, Case, draw, expected, relative_error, spli
 
 
 def read_one(y, x, image=((1.0, 2.0), (3.0, 5.0))):
-    """A 1x1 kernel of weight 1 on a one-channel image, reading (y, x) from output pixel (0, 0)."""
+    """Reads (y, x) of a one-channel image at output pixel (0, 0), with a 1x1 kernel of weight 1."""
     image = np.reshape(image, (1, 2, 2, 1))
     offsets = np.full((1, 2, 2, 2), 100.0)
     offsets[0, 0, 0] = y, x
@@ -95,6 +95,6 @@ def test_das_gate_shapes_and_range(rng):
     np.testing.assert_allclose(outputs, inputs * gate)
     assert outputs.shape == inputs.shape
     assert np.all((gate > 0) & (gate < 1))
-    # With the layer norm's scale at zero, twice the sigmoid is exactly one: the gate lets everything through.
+    # With a layer norm scale of zero, twice the sigmoid is exactly one, and the gate is the identity.
     outputs, _ = oracle.das_gate(inputs, {**weights, "layer_scale": np.zeros(5)}, gate_scale=2.0)
     np.testing.assert_array_equal(outputs, inputs)

@@ -1,4 +1,4 @@
-"""Any geometry and any offsets, drawn by hypothesis, against the oracle."""
+"""Property-based tests of the op with Hypothesis: any geometry and offsets agree with the oracle."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ SIDES = st.tuples(st.integers(0, 2), st.integers(0, 2))
 
 @st.composite
 def geometries(draw_from):
-    """A case whose kernel fits into its padded image."""
+    """A case with a kernel that fits into the padded image."""
     groups, offset_groups = draw_from(st.integers(1, 3)), draw_from(st.integers(1, 3))
     channels = groups * offset_groups * draw_from(st.integers(1, 2))
     kernel_size = draw_from(st.tuples(st.integers(1, 3), st.integers(1, 3)))
@@ -37,7 +37,7 @@ def geometries(draw_from):
     )
 
 
-# Whole and half pixels and borders, which random numbers miss, and places far off.
+# Whole and half pixels and borders, which random numbers miss, and positions far out of bounds.
 OFFSETS = st.sampled_from([-1e9, -3.0, -1.0, -0.75, -0.5, 0.0, 0.25, 0.5, 1.0, 2.0, 4.5, 1e9])
 
 
@@ -50,7 +50,7 @@ GIVEN = {
 SETTINGS = {
     "deadline": None,
     "derandomize": True,
-    # The fixture is the name of an implementation, which examples may share.
+    # The fixture returns the name of an implementation, which all examples may share.
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 }
 

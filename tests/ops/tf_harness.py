@@ -1,4 +1,4 @@
-"""Running the op under TensorFlow: eagerly, in a graph, compiled by XLA."""
+"""Runs the op with TensorFlow: eagerly, in a graph, and compiled by XLA."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def tensors_of(arrays, data_format="channels_last"):
 
 
 def value_and_gradients(arguments, upstream, **call_options):
-    """Outputs and the gradients of sum(upstream * outputs), by argument."""
+    """Returns the outputs and the gradients of sum(upstream * outputs) by argument."""
     with tf.GradientTape() as tape:
         tape.watch(arguments)
         outputs = call(arguments, **call_options)
@@ -29,7 +29,10 @@ def value_and_gradients(arguments, upstream, **call_options):
 
 
 def runner(case, mode="eager", data_format="channels_last", implementation="reference"):
-    """A function of channels-last arrays that gives outputs and gradients as such; compiled at most once."""
+    """Returns a function that maps channels-last arrays to channels-last outputs and gradients.
+
+    It is compiled at most once.
+    """
     compute = MODES[mode](
         functools.partial(
             value_and_gradients, case=case, data_format=data_format, implementation=implementation
@@ -47,12 +50,15 @@ def runner(case, mode="eager", data_format="channels_last", implementation="refe
 
 
 def run(case, arrays, *how, **options):
-    """`runner` for a single use."""
+    """Creates a `runner` and calls it once."""
     return runner(case, *how, **options)(arrays)
 
 
 def kernels_value_and_gradients(arguments, upstream, threads=None, mode="eager", **options):
-    """The kernels behind TensorFlow's op, for `random_cases.check`; the threads are TensorFlow's."""
+    """Runs the kernels of TensorFlow's op, for `random_cases.check`.
+
+    The number of threads is TensorFlow's.
+    """
 
     def compute(tensors, upstream):
         with tf.GradientTape() as tape:
