@@ -147,7 +147,7 @@ def test_a_gate_reads_where_its_offsets_say():
     gate = model.get_layer("das_relu_0")
     image = np.zeros((1, 32, 32, 3))
     at_rest = visualize.sampling_points(model, image, gate, (17, 13))
-    np.testing.assert_allclose(at_rest.center, [17, 13])  # 4 * (4, 3) + 1: `same` pads only at the end
+    np.testing.assert_allclose(at_rest.center, [17, 13])  # 4 * (4, 3) + 1: the stem's window center
     np.testing.assert_allclose(at_rest.points[0, 4], at_rest.center)
     np.testing.assert_allclose(at_rest.points[0, 1], [13, 13])
     offsets = np.zeros((TAPS, 2))

@@ -1,4 +1,4 @@
-"""The comparison of attention modules: what it runs and skips, its tasks, statistics, and variants."""
+"""Tests of the comparison of attention modules: resuming, tasks, statistics, and variants."""
 
 import json
 
@@ -57,7 +57,7 @@ def test_a_worker_that_ends_badly_is_no_result(record, monkeypatch, tmp_path):
 def test_paired_interval():
     base = {0: 50.0, 1: 52.0, 2: 51.0, 3: 90.0}
     runs = {0: 51.0, 1: 54.0, 2: 54.0, 4: 0.0}
-    mean, low, high = accuracy_report.compare(runs, base)  # differences 1, 2, 3
+    mean, low, high = accuracy_report.compare(runs, base)  # the differences are 1, 2, and 3
     assert mean == 2
     assert (high - mean, mean - low) == pytest.approx((4.302653 / np.sqrt(3),) * 2)
     assert accuracy_report.compare({0: 1.0}, base) is None
@@ -88,7 +88,7 @@ def test_clutter_hides_a_digit_in_its_box():
 
 
 def test_area_under_the_curve():
-    boxes = np.array([[[0, 0, 4, 4]]])  # the upper left quarter of 8x8 pixels
+    boxes = np.array([[[0, 0, 4, 4]]])  # the upper left quarter of an 8x8 image
     found = np.zeros((1, 4, 4))
     found[0, :2, :2] = 1
     assert accuracy_gates.area_under_curve(found, boxes, (8, 8)) == 1
@@ -168,13 +168,13 @@ def test_bounded_offsets(rng):
     assert 1.5 < np.abs(offsets).max() <= 2
 
 
-# TensorFlow warns that functions of tf.data are graphs nevertheless.
+# TensorFlow warns that `tf.data` functions are compiled regardless.
 EAGERLY = pytest.mark.filterwarnings("ignore:Even though the `tf.config:UserWarning")
 
 
 @pytest.fixture
 def eagerly():
-    """Tracing graphs takes longer than running them on a few small images."""
+    """Runs functions eagerly, which is faster than tracing graphs for a few small images."""
     tf.config.run_functions_eagerly(True)
     yield
     tf.config.run_functions_eagerly(False)

@@ -1,4 +1,4 @@
-"""The modules that DAS is compared with, by NumPy after their papers' equations."""
+"""Tests of the attention modules compared with DAS: agreement with the papers' equations in NumPy."""
 
 import attention
 import keras
@@ -27,7 +27,7 @@ def built(layer, rng):
 
 
 def convolve(x, kernel):
-    """Same convolution of `(N, H, W, c)` with `(kh, kw, c)`."""
+    """"Same" convolution of `(N, H, W, c)` with `(kh, kw, c)`."""
     return np.stack(
         [
             sum(signal.correlate2d(x[n, ..., c], kernel[..., c], "same") for c in range(x.shape[3]))
@@ -70,7 +70,7 @@ def test_saves_and_learns(name, images, tmp_path):
     model = keras.Model(inputs, attention.LAYERS[name]()(inputs))
     model.compile("sgd", "mse", run_eagerly=True)
     before = [np.array(weight) for weight in model.trainable_weights]
-    model.fit(images, np.ones_like(images), epochs=2, verbose=0)  # the first moves what starts at 0 alone
+    model.fit(images, np.ones_like(images), epochs=2, verbose=0)  # the first epoch updates only zero weights
     after = model.trainable_weights
     assert all(np.any(old != np.array(new)) for old, new in zip(before, after, strict=True))
     model.save(tmp_path / "model.keras")

@@ -1,4 +1,4 @@
-"""bench_op.py's problems and contenders."""
+"""Tests of bench_op.py: problems and contenders."""
 
 import itertools
 import json
@@ -18,14 +18,14 @@ FOLDER = pathlib.Path(bench_op.__file__).parent
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["in turn", "alone"])
 def test_from_start_to_tables(tmp_path, how):
-    """A contender's results are held against the oracle before it is timed; one that is missing is named."""
+    """A contender is compared with the oracle before it is timed. A missing contender is reported."""
     output = tmp_path / "op.json"
     command = [
         *(sys.executable, str(FOLDER / "bench_op.py"), "--op", "aggregation", "--shapes", "2x5x6x8"),
         *("--contenders", "reference-graph,dcnv4,reference-eager", "--repetitions", "1", "--no-memory"),
         *("--output", str(output), *(["--alone"] if how == "alone" else [])),
     ]
-    # Without a compiler it does not measure what the machine can do, which takes its time.
+    # Without a compiler, the benchmark skips the slow measurement of the machine's peak performance.
     environment = {**os.environ, "CC": "no-compiler", "KERAS_DAS_BENCHMARK_ENVS": str(tmp_path)}
     printed = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
     found = json.loads(output.read_text())

@@ -1,4 +1,4 @@
-"""The comparison of detectors: what it runs and skips, and its table."""
+"""Tests of the comparison of detectors: resuming, and the table of results."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""The report about a GPU: its budget, what an interruption leaves, and a rehearsal on the CPU."""
+"""Tests of the GPU report: time budget, resuming after an interruption, and a dry run on the CPU."""
 
 import json
 import pathlib
@@ -14,7 +14,7 @@ FOLDER = pathlib.Path(gpu_report.__file__).parent
 
 
 class Machine:
-    """Checks that take as long as they say, on a clock of their own."""
+    """A fake machine that runs checks with given durations and has a fake clock."""
 
     def __init__(self, **seconds):
         self.seconds, self.now, self.started = seconds, 0.0, []
@@ -30,7 +30,10 @@ class Machine:
 
 
 def test_budget_and_resumption(tmp_path):
-    """A phase leaves its time to the next; a hang costs only itself; what has passed is not run again."""
+    """Unused time is passed to the next phase, and passed checks are not repeated.
+
+    A hanging check uses up only its own time.
+    """
     checks = [
         *(gpu_runner.Check("right", name, (), 10) for name in ("quick", "hangs", "late")),
         gpu_runner.Check("fast", "peer", (), 10, needs=("no_such_module",)),
@@ -44,7 +47,7 @@ def test_budget_and_resumption(tmp_path):
     assert machine.started == [("quick", 30), ("hangs", 30), ("long", 52)]
 
     with path.open("a") as file:
-        file.write('{"check": "right-la')  # the power went
+        file.write('{"check": "right-la')  # interrupted by a power failure
     journal = gpu_runner.Journal(path, about)
     found = {outcome["name"]: outcome["status"] for outcome in gpu_runner.summarize(checks, journal)}
     statuses = {"quick": "passed", "hangs": "timed out", "late": "not run", "peer": "absent"}
@@ -78,7 +81,7 @@ def test_a_crash_and_a_hang_are_outcomes(tmp_path):
 
 @pytest.mark.slow
 def test_rehearsal(tmp_path):
-    """Each phase runs, and the report is whole. The budget is what a busy machine may need."""
+    """Runs all phases and checks that the report is complete. The budget suffices for a busy machine."""
     command = [sys.executable, str(FOLDER / "gpu_report.py"), "--device", "cpu", "--budget", "3600"]
     done = subprocess.run([*command, "--output", str(tmp_path)], capture_output=True, text=True, check=False)
     report = json.loads((tmp_path / "report.json").read_text())

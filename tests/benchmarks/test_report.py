@@ -1,4 +1,4 @@
-"""RESULTS.md holds what the benchmarks wrote."""
+"""Tests that RESULTS.md contains the results of the benchmarks."""
 
 import json
 import pathlib
@@ -12,7 +12,7 @@ FOLDER = pathlib.Path(report.__file__).parent
 
 @pytest.mark.parametrize("name", sorted(report.WRITERS))
 def test_tables_are_those_of_the_measurements(name, tmp_path, monkeypatch):
-    """Writing them again changes nothing."""
+    """Rewriting the tables does not change the file."""
     results = shutil.copy(FOLDER / "RESULTS.md", tmp_path / "RESULTS.md")
     before = results.read_text()
     monkeypatch.setattr(report, "HERE", tmp_path)

@@ -1,4 +1,7 @@
-"""The kernels on an NVIDIA GPU: `make test-gpu`, which runs every implementation's tests there as well."""
+"""Tests of the kernels on an NVIDIA GPU.
+
+`make test-gpu` runs them and the tests of all implementations on the GPU.
+"""
 
 import os
 import pathlib
@@ -30,7 +33,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def cuda_kernels():
-    """The library is there, and with CUDA kernels."""
+    """Requires a library with CUDA kernels."""
     assert library.why_not("tensorflow") == ""
     assert library.cuda_architectures("tensorflow"), 'run "keras-das build --cuda"'
 
@@ -96,7 +99,7 @@ def test_models_train(rng, policy, jit_compile):
 
 
 def test_more_elements_than_32_bits_count():
-    side = 32_768 + 512  # of 2 channels: 2.2e9 elements
+    side = 32_768 + 512  # 2.2e9 elements with 2 channels
     if GPUS and _gpu_memory() < 24 << 30:
         pytest.skip("the GPU has less than 24 GiB of memory")
     corner = tf.reshape(tf.range(8, dtype="float32"), (1, 2, 2, 2))
@@ -105,7 +108,7 @@ def test_more_elements_than_32_bits_count():
     outputs = keras_das.ops.deformable_conv2d(
         inputs, tf.ones((1, 1, 1, 2)), tf.fill((1, 2, 2, 2), 0.5), strides=stride, implementation="native"
     )
-    # The last output pixel reads between the last four of the inputs.
+    # The last output pixel samples the center of the last four input pixels.
     np.testing.assert_array_equal(outputs[0, 1, 1], np.mean(np.arange(8).reshape(4, 2), axis=0))
     np.testing.assert_array_equal(outputs[0, 0], 0)
 

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of the kernel libraries."""
+"""Fixtures for the tests of the kernel libraries."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def root(tmp_path):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty cache folder, and nothing prebuilt."""
+    """An empty cache folder without a prebuilt library."""
     folder = tmp_path / "cache"
     monkeypatch.setenv(library.CACHE_VARIABLE, str(folder))
     monkeypatch.setattr(library, "_PREBUILT", tmp_path / "prebuilt")
@@ -27,6 +27,6 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def nvcc(tmp_path, monkeypatch):
-    """The stand-in, as the variable CUDA_HOME names it."""
+    """The fake nvcc. CUDA_HOME refers to its folder."""
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
     return make_nvcc(tmp_path / "cuda")

@@ -1,8 +1,9 @@
-"""A library of two small units in place of the kernels', which take minutes to compile; and forged ones.
+"""A fake kernel library with two small source files, because the real one takes minutes to compile.
 
     python -m tests.kernels.stand_in SOURCES ROOT
 
-builds the library of the units in one folder into another, for tests that need a process of its own.
+Builds the library from the sources in one folder into another, for tests that require a subprocess. This
+module also provides invalid and damaged libraries.
 """
 
 import hashlib
@@ -28,7 +29,10 @@ SOURCES = {
 
 
 def make_target(folder, **changes):
-    """The stand-in, its sources written to `folder`; `changes` are fields of Target."""
+    """Writes the sources of the fake library to `folder` and returns its target.
+
+    `changes` are fields of `Target`.
+    """
     (folder / "cuda").mkdir(parents=True, exist_ok=True)
     for name, text in SOURCES.items():
         (folder / name).write_text(text)
@@ -49,7 +53,7 @@ def target_of(folder, **changes):
 
 
 def forge(target, root):
-    """A file that passes every check ahead of opening it, and is no library."""
+    """Writes an invalid library that passes all checks that precede loading, and returns its path."""
     folder = root / target.folder_name
     folder.mkdir(parents=True)
     content = b"\x7fELF" + bytes(2000)
@@ -75,13 +79,16 @@ needs_compiler = pytest.mark.skipif(not has_compiler(), reason="there is no C++ 
 
 
 def build(target, root, **options):
-    """Builds the stand-in; returns its file and the lines of progress."""
+    """Builds the fake library. Returns its path and the progress messages."""
     lines = []
     return builder.build(target, root, report=lines.append, **options), lines
 
 
 def wrap_compiler(folder, monkeypatch, *commands):
-    """Puts a program in the compiler's place that notes each call, runs `commands`, and then compiles."""
+    """Replaces the compiler with a script that logs each call, runs `commands`, and then compiles.
+
+    Returns the path of the log.
+    """
     log, wrapper = folder / "calls", folder / "compiler"
     lines = ["#!/bin/sh", f'echo "$@" >> {log}', *commands, f'exec {compilers.find_compiler()[0]} "$@"']
     wrapper.write_text("\n".join(lines) + "\n")
@@ -91,7 +98,7 @@ def wrap_compiler(folder, monkeypatch, *commands):
 
 
 def make_nvcc(folder):
-    """A program that answers as nvcc does and has the C++ compiler do the work."""
+    """Writes a fake nvcc that answers queries like nvcc and calls the C++ compiler. Returns its path."""
     compiler = compilers.find_compiler()[0] if has_compiler() else "none"
     (folder / "bin").mkdir(parents=True)
     (folder / "lib").mkdir()
@@ -145,7 +152,7 @@ def forget_ingredients(file):
 
 
 def put_another_version_s(file):
-    """File and record are whole, and another version's."""
+    """Replaces the record with one of another version. The library and the record remain valid."""
     record = json.loads((file.parent / library.RECORD).read_text())
     record["ingredients"]["version"] = "0.9"
     (file.parent / library.RECORD).write_text(json.dumps(record))

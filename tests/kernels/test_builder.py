@@ -1,4 +1,4 @@
-"""`keras-das build`: building and removing libraries, here of the two small units of `stand_in.py`."""
+"""Tests of `keras-das build`: building and removing libraries, with the fake library of `stand_in.py`."""
 
 import ctypes
 import functools
@@ -181,13 +181,13 @@ def test_two_processes_at_once_build_once(target, root, tmp_path, monkeypatch):
     os.mkfifo(gate)
     log = wrap_compiler(tmp_path, monkeypatch, f'case "$*" in *half.cc*) read line < {gate};; esac')
     command = [sys.executable, "-m", "tests.kernels.stand_in", str(target.sources), str(root)]
-    environment = {**os.environ, "KERAS_BACKEND": "numpy"}  # the quickest to import
+    environment = {**os.environ, "KERAS_BACKEND": "numpy"}  # the fastest to import
     start = functools.partial(
         subprocess.Popen, command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True
     )
-    # What is written to a pipe is lost when its last user closes it: it stays open until all is done.
+    # Data in a pipe is lost when the last process closes it, so the pipe remains open until the end.
     with start() as first, start() as second, open(os.open(gate, os.O_RDWR), "w") as opened:
-        try:  # the first compiler comes to the gate, and the second process to the lock
+        try:  # the first compiler waits at the pipe, the second process for the lock
             line = first.stdout.readline()
             builds, waits = (second, first) if "at work" in line else (first, second)
             assert "Another process is at work" in (line if waits is first else waits.stdout.readline())

@@ -1,4 +1,4 @@
-"""Libraries with CUDA kernels, built with a program in place of nvcc, and the search for nvcc."""
+"""Tests of libraries with CUDA kernels, built with a fake nvcc, and of the search for nvcc."""
 
 import ctypes
 import importlib.util
@@ -25,7 +25,7 @@ def test_cuda_units_go_to_nvcc(target, root, nvcc):
     (call,) = (nvcc.parents[1] / "calls").read_text().splitlines()
     assert CUDA_UNIT in call
     assert "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=compute_90" in call
-    assert call.count("-I") == 1  # of our sources, and none of the framework
+    assert call.count("-I") == 1  # our sources, but no framework
 
 
 @needs_compiler
@@ -71,7 +71,7 @@ def test_cuda_library_fits_what_asks_for_none_but_not_for_others(cache, target):
 @pytest.mark.parametrize(
     ("asked", "here", "chosen"),
     [
-        (None, (), ("sm_75", "sm_80", "sm_90", "compute_90")),  # of the common ones those that it knows
+        (None, (), ("sm_75", "sm_80", "sm_90", "compute_90")),  # the supported common architectures
         (None, ("sm_80",), ("sm_80",)),
         ("sm_75,compute_80", ("sm_90",), ("sm_75", "compute_80")),
     ],

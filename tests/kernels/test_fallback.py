@@ -1,4 +1,4 @@
-"""The operation with a missing or broken library: correct results, and one line of log at most."""
+"""Tests of the op with a missing or broken library: correct results, and at most one log message."""
 
 import pytest
 
@@ -32,7 +32,10 @@ except RuntimeError as error:
 
 
 def run_operation(tmp_path, *modes, **environment):
-    """What a process of its own prints: one line on its warnings, one on `implementation="native"`."""
+    """Runs the op in a subprocess and returns its output.
+
+    The first line lists the warnings, and the second is the result of `implementation="native"`.
+    """
     code = (
         "import pathlib\nfrom keras_das.kernels import library\n"
         'library._PREBUILT = pathlib.Path("/no/such/folder")\n' + OPERATION
@@ -44,7 +47,7 @@ def run_operation(tmp_path, *modes, **environment):
 
 @pytest.mark.parametrize("modes", [["eager"], pytest.param(["graph", "xla"], marks=pytest.mark.slow)])
 def test_op_without_compiler_and_without_cache(tmp_path, modes):
-    """Nothing to compile with, nothing compiled: the reference gives the oracle's numbers, without a word."""
+    """Without a compiler and a library, the reference returns correct results and logs nothing."""
     nothing = {"PATH": "", "CXX": "", library.CACHE_VARIABLE: str(tmp_path / "empty")}
     warnings, native = run_operation(tmp_path, *modes, **nothing)
     assert warnings == "0 warnings:"
@@ -64,7 +67,7 @@ def test_op_without_compiler_and_without_cache(tmp_path, modes):
     ],
 )
 def test_op_with_a_broken_library(tmp_path, damage):
-    """`damage_nothing` leaves a file that passes every check and cannot be opened."""
+    """`damage_nothing` leaves a library that passes all checks but cannot be loaded."""
     cache = tmp_path / "cache"
     if damage == "folder":
         cache.touch()
@@ -79,7 +82,7 @@ def test_op_with_a_broken_library(tmp_path, damage):
 
 
 def test_tensorflow_without_the_header(monkeypatch, tmp_path):
-    """As TensorFlow 2.18 is."""
+    """TensorFlow 2.18 lacks the header."""
     import tensorflow as tf
 
     monkeypatch.setattr(tf.sysconfig, "get_include", lambda: str(tmp_path))

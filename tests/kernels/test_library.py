@@ -1,4 +1,4 @@
-"""Finding and loading a library, and what happens if it is missing or damaged."""
+"""Tests of finding and loading a library, and of missing and damaged libraries."""
 
 import os
 import pathlib
@@ -35,7 +35,7 @@ def test_cache_folder(monkeypatch):
 
 
 def test_library_in_the_cache_comes_before_the_prebuilt_one(cache, target):
-    """The user has built it, for example with CUDA kernels, which the prebuilt one does not have."""
+    """The user has built it, for example with CUDA kernels, which the prebuilt library lacks."""
     prebuilt = forge(target, library._PREBUILT)
     assert library.find(target) == prebuilt
     cached = forge(target.for_gpus(("sm_90",)), cache)
@@ -90,7 +90,7 @@ def test_file_that_is_no_library(cache, target, caplog):
 
 
 def test_second_library_in_a_process_is_refused(cache, monkeypatch, tmp_path):
-    """TensorFlow would take it, and then fail at every call."""
+    """TensorFlow would load the second library, but all calls would fail."""
     loaded = []
     monkeypatch.setattr(tf, "load_op_library", loaded.append)
     monkeypatch.setattr(tf, library._LOADED, str(tmp_path / "one"), raising=False)
@@ -134,7 +134,7 @@ def test_many_threads_load_once(cache, target):
 
     def load(file):
         loaded.append(file)
-        sum(range(1_000_000))  # long enough for the others to come
+        sum(range(1_000_000))  # takes long enough for the other threads to arrive
         return object()
 
     slot = library.Slot(lambda: target, load)

@@ -1,4 +1,4 @@
-"""The description of a library, and its key."""
+"""Tests of the description of a library and its key."""
 
 import pytest
 

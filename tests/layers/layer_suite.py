@@ -1,4 +1,4 @@
-"""What every layer of the package must stand: one check each, run over many configurations."""
+"""Checks that all layers of the package must pass, called with many configurations."""
 
 import inspect
 
@@ -12,7 +12,7 @@ def random_images(shape, dtype="float32", seed=7):
 
 
 def randomize_weights(layer, seed=11, scale=0.3):
-    """Weights away from their initial zeros and ones, so that every one of them shows in the output."""
+    """Moves weights away from their initial zeros and ones, so that each of them affects the output."""
     generator = np.random.default_rng(seed)
     layer.set_weights(
         [w + scale * generator.normal(size=w.shape).astype(w.dtype) for w in layer.get_weights()]
@@ -20,7 +20,7 @@ def randomize_weights(layer, seed=11, scale=0.3):
 
 
 def check_config_round_trip(layer):
-    """Every argument of the constructor arrives under its own name."""
+    """Checks that each constructor argument is restored under its own name."""
     rebuilt = type(layer).from_config(layer.get_config())
     assert rebuilt.get_config() == layer.get_config()
     for name in inspect.signature(type(layer)).parameters.keys() - {"kwargs"}:
@@ -32,7 +32,7 @@ def check_config_round_trip(layer):
 
 
 def check_regularizers_and_constraints(layer):
-    """Each weight has those of its kind, and no other has any."""
+    """Checks that each weight has the regularizer and the constraint of its kind, and no others."""
     kinds = {"kernel": "kernel", "offset_kernel": "offset", "bias": "bias"}
     for weight in layer.trainable_weights:
         for what in ("regularizer", "constraint"):
@@ -41,7 +41,7 @@ def check_regularizers_and_constraints(layer):
 
 
 def check_symbolic_call_agrees(layer, images):
-    """Shape and dtype as inferred, with sizes known and unknown, are those of a real call."""
+    """Checks that a symbolic call, with known or unknown sizes, infers the shape and dtype of a real call."""
     outputs = layer(images)
     for shape in (images.shape, (None, *images.shape[1:]), _open_sizes(images.shape, layer.data_format)):
         spec = layer(keras.KerasTensor(shape, dtype=images.dtype))
@@ -52,7 +52,7 @@ def check_symbolic_call_agrees(layer, images):
 
 
 def check_modes_agree(layer, images, tolerance):
-    """Eager, tf.function with open sizes, and XLA."""
+    """Compares an eager call with a `tf.function` with unknown sizes and with XLA."""
     expected = np.asarray(layer(images), "float64")
     signature = [tf.TensorSpec(_open_sizes(images.shape, layer.data_format), images.dtype)]
     open_graph = tf.function(layer, input_signature=signature)
@@ -74,7 +74,7 @@ def check_saves_and_loads(layer, images, folder):
 
 
 def check_every_weight_learns(layer, images):
-    """A gradient reaches every weight, and none is NaN."""
+    """Checks that all weights have finite and nonzero gradients."""
     with tf.GradientTape() as tape:
         outputs = tf.cast(layer(images, training=True), "float32")
         loss = tf.reduce_sum(outputs * random_images(outputs.shape, seed=3))
@@ -87,7 +87,7 @@ def check_every_weight_learns(layer, images):
 
 
 def check_fits(layer, images, jit_compile):
-    """`model.fit` lowers the loss."""
+    """Checks that `model.fit` reduces the loss."""
     model = keras.Sequential([keras.Input(images.shape[1:]), layer, keras.layers.GlobalAveragePooling2D()])
     model.compile(keras.optimizers.Adam(1e-2), "mse", jit_compile=jit_compile)
     targets = random_images((len(images), model.output_shape[-1]), seed=13)
@@ -121,7 +121,7 @@ def check_channels_first(make_layer, images):
     assert first.compute_output_shape(swapped.shape) == expected.shape
     np.testing.assert_allclose(np.asarray(first(swapped)), expected, rtol=1e-6, atol=1e-6)
     for mine, theirs in zip(first.predict_offsets(swapped), last.predict_offsets(images), strict=True):
-        assert (mine is None) == (theirs is None)  # the mask, where there is none
+        assert (mine is None) == (theirs is None)  # layers without a mask return None
         if mine is not None:
             np.testing.assert_allclose(np.asarray(mine), np.asarray(theirs), rtol=1e-5, atol=1e-6)
 
@@ -139,5 +139,5 @@ def check_empty_batch(layer, images):
 
 
 def _open_sizes(shape, data_format):
-    """The shape with all but the channels unknown."""
+    """Returns the shape with all dimensions except the channels unknown."""
     return (None, None, None, shape[3]) if data_format == "channels_last" else (None, shape[1], None, None)

@@ -1,4 +1,4 @@
-"""DASLayer: the suite over its arguments, the paper's equations by the oracle, and the identity start."""
+"""Tests of DASLayer: the layer suite, agreement with the paper's equations, and identity initialization."""
 
 import pathlib
 
@@ -100,7 +100,7 @@ def test_fit(jit_compile):
 
 
 def _oracle_weights(layer):
-    """The layer's weights under the oracle's names."""
+    """Returns the layer's weights under the names that the oracle uses."""
     deform = layer.deform
     count = deform.offset_groups * deform.taps * 2
     kernel, bias = deform.offset_kernel.numpy(), deform.offset_bias.numpy()
@@ -128,8 +128,8 @@ def _oracle_weights(layer):
     return weights
 
 
-# Layer norm divides rounding errors by what may be a small deviation. In float64 the largest of them is
-# that of `tf.nn.gelu`, whose square root of 2 has the digits of float32.
+# Layer norm divides rounding errors by a possibly small deviation. In float64, the largest error is due to
+# `tf.nn.gelu`, whose constant for the square root of 2 has float32 precision.
 @pytest.mark.parametrize(
     ("name", "dtype", "bound"),
     [*((name, "float64", 1e-6) for name in CONFIGURATIONS), ("default", "float32", 1e-4)],
@@ -157,12 +157,13 @@ def test_equations_by_the_oracle(name, dtype, bound, rng):
 @pytest.mark.parametrize("norm", ["image", "channels"])
 @pytest.mark.parametrize("form", [{}, {"reduction": 0.8}, {"deformable": "dense"}], ids=str)
 def test_a_large_common_offset_loses_no_digits(norm, form, rng):
-    """What all of the norm's inputs share is subtracted before they are squared."""
+    """The norm subtracts the common part of its inputs before squaring them."""
     layer = keras_das.DASLayer(norm=norm, **form)
     images = rng.normal(size=(2, 9, 8, 10)).astype("float32")
     layer.build(images.shape)
     suite.randomize_weights(layer)
-    # GELU is the identity up there: deviations of some 0.3 on top of 1000.
+    # GELU is the identity for such values, so the inputs of the norm have deviations of about 0.3 around
+    # 1000.
     layer.instance_norm.beta.assign(layer.instance_norm.beta + 1000)
     layer.deform.offset_kernel.assign(0 * layer.deform.offset_kernel)
     _, gate = oracle.das_gate(
@@ -172,7 +173,7 @@ def test_a_large_common_offset_loses_no_digits(norm, form, rng):
 
 
 def test_the_image_norm_weighs_places_against_each_other(rng):
-    """A gate under the image norm differs between places as a whole; under the channel norm it cannot."""
+    """With the image norm, a gate differs between positions as a whole. With the channel norm, it cannot."""
     images = rng.normal(size=(1, 9, 8, 10)) * np.linspace(0, 3, 8)[:, None]
     deviations = {}
     for norm in ("image", "channels"):
@@ -204,7 +205,7 @@ def test_configurations_of_earlier_versions_keep_their_meaning():
 
 
 def test_files_of_earlier_versions():
-    """A model that version 0.1.0 saved gives the outputs that it computed, to rounding."""
+    """A model saved by version 0.1.0 reproduces its original outputs, except for rounding."""
     expected = np.load(DATA / "expected_0_1.npz")
     model = keras.saving.load_model(DATA / "model_0_1.keras")
     np.testing.assert_allclose(model.predict(expected["images"], verbose=0), expected["outputs"], atol=1e-5)
@@ -234,7 +235,7 @@ def test_identity_start_changes_no_bit(dtype, jit_compile, rng):
 
 
 def test_identity_start_can_be_left(rng):
-    """The gate starts at 1, and yet training moves every part of it."""
+    """The gate starts at 1, but training updates all of its weights."""
     layer = keras_das.DASLayer(identity_init=True)
     images = rng.normal(size=(4, 6, 6, 10)).astype("float32")
     layer.build(images.shape)
@@ -306,7 +307,7 @@ def test_mask_of_the_input_passes_through():
 
 
 def test_half_precision_survives_large_values():
-    """The sums of the norms are float32: values near float16's largest do not become infinite."""
+    """The norms sum in float32, so values near float16's maximum do not overflow."""
     layer = keras_das.DASLayer(identity_init=True, dtype="mixed_float16")
     images = tf.cast(suite.random_images((2, 8, 8, 10)) * 1e4, "float16")
     assert np.isfinite(np.asarray(layer(images))).all()
@@ -315,7 +316,7 @@ def test_half_precision_survives_large_values():
 @pytest.mark.parametrize("dtype", ["mixed_float16", "float16"])
 @pytest.mark.parametrize("arguments", [{}, {"deformable": "dense"}, {"reduction": 1}, {"kernel_size": 5}])
 def test_identity_start_at_the_limit_of_float16(arguments, dtype, rng):
-    """Sums of the largest features, of either sign, are not infinite ahead of the norm."""
+    """Sums of features near float16's limits, with either sign, do not overflow before the norm."""
     layer = keras_das.DASLayer(identity_init=True, dtype=dtype, **arguments)
     shape, limit = (2, 6, 6, 4), 65504
     extremes = np.full(shape, limit), rng.choice([-limit, limit], shape), rng.uniform(3e4, 6e4, shape)
@@ -326,7 +327,7 @@ def test_identity_start_at_the_limit_of_float16(arguments, dtype, rng):
 
 
 def test_the_samples_follow_the_offsets():
-    """Moving a bright spot by what an offset says moves what the gate sees with it, rows before columns."""
+    """Shifting an image by the offsets shifts the gate's input accordingly, in (row, column) order."""
     layer = keras_das.DASLayer(reduction=1, kernel_size=1, modulated=False, norm="channels")
     layer.build((None, 9, 9, 2))
     bias = layer.deform.offset_bias
@@ -367,7 +368,7 @@ def test_offset_groups_that_do_not_divide():
 
 
 def test_one_channel_is_said():
-    """The norm over channels makes the gate of one channel the same number everywhere."""
+    """With the channel norm, the gate of a single channel is constant."""
     layer = keras_das.DASLayer(name="gate", norm="channels")
     with pytest.warns(UserWarning, match="'gate' is on a map of one channel"):
         layer.build((None, 8, 8, 1))

@@ -1,4 +1,4 @@
-"""DeformableConv2D: the suite over its arguments, the oracle, and what it is at the start of training."""
+"""Tests of DeformableConv2D: the layer suite, agreement with the oracle, and the initial state."""
 
 import keras
 import numpy as np
@@ -93,7 +93,7 @@ def test_channels_first(make_layer):
     padding = make_layer().padding
     if isinstance(padding, str):
         suite.check_channels_first(make_layer, IMAGES)
-    else:  # the pads are (rows, columns) in both formats
+    else:  # the pads are (rows, columns) in both data formats
         suite.check_channels_first(lambda **more: make_layer(padding=padding, **more), IMAGES)
 
 
@@ -106,7 +106,7 @@ def test_fit(jit_compile):
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_against_oracle(name, rng):
-    """The predictor is a plain convolution of the input; what follows is the operation."""
+    """Offsets and masks are an ordinary convolution of the inputs, followed by the op."""
     settings = CONFIGURATIONS[name]
     layer = keras_das.DeformableConv2D(**{**settings, "activation": None}, dtype="float64")
     images = rng.normal(size=(2, 8, 7, 6))
@@ -144,7 +144,7 @@ def test_against_oracle(name, rng):
 
 
 def test_starts_as_half_a_convolution():
-    """Offsets 0 and masks sigmoid(0): half of what Conv2D with the same kernel gives."""
+    """With zero offsets and masks of sigmoid(0), the outputs are half those of an equal Conv2D."""
     layer = keras_das.DeformableConv2D(5, 3, padding="same", use_bias=False)
     outputs = layer(IMAGES)
     offsets, mask = layer.predict_offsets(IMAGES)
@@ -212,7 +212,7 @@ def test_inputs_that_do_not_fit(arguments, shape, words):
 
 
 def test_native_is_refused_by_name(monkeypatch):
-    """Where there is no kernel library, asking for it says so."""
+    """Without a kernel library, `implementation="native"` raises an error."""
     monkeypatch.setattr(library, "why_not", lambda framework: "there is no library")
     layer = keras_das.DeformableConv2D(4, 3, implementation="native")
     with pytest.raises(RuntimeError, match=r'implementation="native" cannot be used: .*library'):

@@ -1,4 +1,4 @@
-"""The gate's depthwise convolution: in XLA programs, against TensorFlow's outside them; without images."""
+"""Tests of the gate's depthwise convolution: agreement of XLA with TensorFlow, and empty batches."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""Inputs that the layers cannot compute from: one error that names the dtype, ahead of anything else."""
+"""Tests of unsupported inputs: the layers raise an error that names the dtype before doing anything else."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""NumPy's numbers as arguments, which `keras.layers.Conv2D` accepts."""
+"""Tests of NumPy numbers as constructor arguments, which `keras.layers.Conv2D` also accepts."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Small models to attach gates to, and what a model's outputs and gates are."""
+"""Small models for attaching gates, and helpers for their outputs and gates."""
 
 import keras
 import numpy as np
@@ -7,7 +7,7 @@ from keras_das import DASLayer
 from keras_das._keras_internals import node_of
 from keras_das.models.graph import sort_nodes
 
-# One tap instead of nine: a gate that TensorFlow traces in a fraction of the time.
+# With one tap instead of nine, TensorFlow traces a gate much faster.
 SMALL_GATE = {"kernel_size": 1}
 
 
@@ -42,7 +42,7 @@ def mobilenet(**kwargs):
 
 
 def plain_cnn(data_format="channels_last", size=32, dtype=None, convolution=keras.layers.Conv2D):
-    """A residual network in two stages, at 1/4 and 1/8 of the image."""
+    """A residual network with two stages, at 1/4 and 1/8 of the image size."""
     common = {"padding": "same", "data_format": data_format, "dtype": dtype}
     shape = (size, size, 3) if data_format == "channels_last" else (3, size, size)
     image = keras.Input(shape, name="image")
@@ -71,19 +71,19 @@ def gates(model):
 
 
 def randomize(model, rng):
-    """Moves every weight off its initial value; the model then stands for a pretrained one."""
+    """Moves all weights away from their initial values, as in a pretrained model."""
     for weight in model.weights:
         noise = rng.normal(0, 0.1, weight.shape)
-        # Variances and the like must stay positive.
+        # Variances must remain positive.
         positive = "variance" in weight.path
         weight.assign(weight + keras.ops.cast(np.abs(noise) if positive else noise, weight.dtype))
 
 
 def assert_no_way_around_gates(tensors):
-    """Only its gate reads a gated layer, and none of these outputs and taps is one.
+    """Checks that the output of a gated layer is used only by its gate, and is not one of `tensors`.
 
-    Keras' `clone_model` and the libraries connect the layers of a gated model: none of them may lead around a
-    gate, whose layer is still in the model under its name.
+    Keras' `clone_model` and the model libraries reconnect the layers of a gated model. They must not bypass a
+    gate, although the gated layer is still in the model under its name.
     """
     nodes = sort_nodes(tensors)
     gates = {node.parent_nodes[0]: node for node in nodes if isinstance(node.operation, DASLayer)}
@@ -95,14 +95,14 @@ def assert_no_way_around_gates(tensors):
 
 
 def open_gates(layers, rng):
-    """Moves gates that start as the identity, as training would."""
+    """Moves gates away from the identity, as training would."""
     for layer in layers:
         if isinstance(layer, DASLayer):
             layer.layer_norm.gamma.assign(rng.normal(0, 1, layer.layer_norm.gamma.shape))
 
 
 def assert_same(a, b):
-    """Bit for bit the same nested outputs."""
+    """Checks that two nested outputs are bitwise equal."""
     keras.tree.assert_same_structure(a, b)
     for x, y in zip(keras.tree.flatten(a), keras.tree.flatten(b), strict=True):
         assert x.dtype == y.dtype

@@ -1,4 +1,4 @@
-"""State that layers keep outside their variables: the copy that `attach_das` makes has it too."""
+"""Tests of layer state outside of variables: `attach_das` copies it."""
 
 import keras
 import numpy as np
@@ -12,7 +12,7 @@ WORDS = tf.constant([["a b"], ["c a"]])
 
 
 class Scaled(keras.layers.Layer):
-    """A layer with assets of its own: a factor in a file."""
+    """A layer with an asset: a factor stored in a file."""
 
     factor = 1.0
 
@@ -29,7 +29,7 @@ class Scaled(keras.layers.Layer):
 
 
 class Around(keras.layers.Layer):
-    """A layer that holds one with assets."""
+    """A layer that contains a layer with assets."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -63,7 +63,7 @@ def set_strings():
 
 
 def with_assets(layer, inputs):
-    """A model of an image and of what the layer makes of a second input."""
+    """A model whose inputs are an image and the input of `layer`."""
     image, second = keras.Input((16, 16, 3)), keras.Input(inputs.shape[1:], dtype=inputs.dtype)
     x = keras.layers.Conv2D(4, 3, strides=4, padding="same")(image)
     encoded = keras.layers.Flatten()(keras.ops.cast(layer(second), "float32"))

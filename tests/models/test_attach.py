@@ -1,4 +1,4 @@
-"""`attach_das` on functional and sequential models: what is copied, what is refused."""
+"""Tests of `attach_das` with functional and sequential models: copying and errors."""
 
 import keras
 import numpy as np
@@ -21,7 +21,7 @@ from tests.models.backbones import (
 
 
 def predictions(model, inputs):
-    """Eager and in a graph."""
+    """Returns the outputs of an eager call and of a graph."""
     return model(inputs), model.predict(inputs, verbose=0)
 
 
@@ -35,7 +35,7 @@ def test_identity_in_a_graph(rng):
 
 @pytest.mark.slow
 def test_identity_under_xla(rng):
-    """To rounding: XLA may fuse the layers next to a gate in another way."""
+    """Outputs agree except for rounding, because XLA may fuse the layers next to a gate differently."""
     base = plain_cnn()
     gated = attach_das(base, **SMALL_GATE)
     for model in (base, gated):
@@ -62,7 +62,7 @@ def test_the_papers_gate_changes_the_outputs(rng):
 
 
 def test_gates_of_an_application(rng):
-    """They change nothing until they open, and then each acts on the output."""
+    """Gates do not change the outputs initially. Afterwards, each of them affects the outputs."""
     base, x = mobilenet(), images(rng)
     randomize(base, rng)
     expected = base(x).numpy()
@@ -97,7 +97,7 @@ def test_training_leaves_the_base_as_it_is(rng):
         for variable, old in zip(gated.variables, start, strict=True)
         if not np.array_equal(variable.numpy(), old)
     }
-    # The norm's scale moves first; from then on every weight of the gate gets gradients.
+    # The first step updates only the norm's scale. From then on, all weights of the gate have gradients.
     for path in (
         "das_p2/layer_norm/gamma",
         "das_p3/layer_norm/gamma",
@@ -123,7 +123,7 @@ def test_trainable_flags_and_gates_of_a_frozen_model():
 
 
 def test_state_that_is_derived_from_weights(rng):
-    """`Normalization` computes from its weights when it loads them, not when they are assigned."""
+    """`Normalization` updates its derived state when weights are loaded, but not when they are assigned."""
     image = keras.Input((32, 32, 3))
     normalization = keras.layers.Normalization()
     normalization.adapt(images(rng, 32, 4))
@@ -136,7 +136,7 @@ def test_state_that_is_derived_from_weights(rng):
 
 
 def test_structure_is_kept(rng):
-    """Inputs and outputs in dicts, a layer called twice, a nested model, `training=False`, a plain op."""
+    """Covers dicts of inputs and outputs, a shared layer, a nested model, `training=False`, and an op."""
     left, right = keras.Input((32, 32, 3), name="left"), keras.Input((32, 32, 3), name="right")
     encoder = keras.Sequential(
         [keras.Input((32, 32, 3)), keras.layers.Rescaling(1 / 255), keras.layers.Conv2D(4, 3)], name="encoder"
@@ -170,7 +170,7 @@ def test_nested_model_and_plain_operation_can_be_gated(rng):
 
 
 class Doubled(keras.layers.Layer):
-    """Not registered with Keras: a file could not hold it, a copy in memory can."""
+    """A layer that is not registered with Keras: it can be copied in memory, but not loaded from a file."""
 
     def call(self, inputs):
         return 2 * inputs
@@ -185,7 +185,7 @@ def test_unregistered_layers(rng):
 
 
 def test_lambdas_keep_their_function(rng):
-    factor = 3  # in a closure, which no file would hold
+    factor = 3  # in a closure, which cannot be saved to a file
     image = keras.Input((32, 32, 3))
     inner = keras.Sequential(
         [keras.Input((32, 32, 3)), keras.layers.Lambda(lambda x: keras.ops.abs(x) * factor)]

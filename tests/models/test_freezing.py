@@ -1,4 +1,4 @@
-"""`freeze_trunk`: gates and head stay trainable, and what the gates depend on does not."""
+"""Tests of `freeze_trunk`: only gates and head, not the layers that gates depend on, stay trainable."""
 
 import keras
 import numpy as np
@@ -44,7 +44,7 @@ def test_a_classifier_on_a_backbone_trains_and_keeps_its_trunk(rng):
     classifier = keras_hub.models.ImageClassifier(backbone, num_classes=2)
     keras_das.freeze_trunk(classifier)
     trunk = [weight for weight in classifier.weights if not weight.path.startswith(("das_", "predictions"))]
-    before = [np.array(weight) for weight in trunk]  # the batch norms' statistics too
+    before = [np.array(weight) for weight in trunk]  # including the statistics of batch norm
     classifier.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=False)
     classifier.fit(images(rng, size=32), np.array([0, 1]), verbose=0)
     for old, weight in zip(before, trunk, strict=True):

@@ -1,4 +1,4 @@
-"""Gated KerasCV backbones: backbones of the library in every way that it uses them."""
+"""Tests of gated KerasCV backbones: they work wherever KerasCV uses a backbone."""
 
 import keras
 import numpy as np
@@ -27,7 +27,7 @@ GATES = ["das_p2", "das_p3", "das_p4", "das_p5"]
 
 
 def features(backbone, inputs):
-    """The feature pyramid, read by name as KerasCV's detectors do."""
+    """Returns the feature pyramid, accessed by name as in KerasCV's detectors."""
     names = backbone.pyramid_level_inputs
     extractor = get_feature_extractor(backbone, list(names.values()), list(names))
     return {**extractor(inputs), "output": backbone(inputs)}
@@ -108,7 +108,7 @@ def test_detector_trains(rng):
     gated = attach_das(cv_resnet(input_shape=(64, 64, 3)), at="P3", **SMALL_GATE)
     model = detector(gated)
     start = gated.get_layer("das_p3").get_weights()
-    # The second image holds no box.
+    # The second image has no boxes.
     boxes = np.array([[[4, 4, 40, 40], [8, 30, 60, 60]], [[-1] * 4] * 2], "float32")
     classes = np.array([[0, 1], [-1, -1]], "float32")
     model.fit(images(rng), {"boxes": boxes, "classes": classes}, verbose=0)

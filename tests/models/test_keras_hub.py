@@ -1,4 +1,4 @@
-"""Gated KerasHub backbones: backbones of the library in every way that it uses them."""
+"""Tests of gated KerasHub backbones: they work wherever KerasHub uses a backbone."""
 
 import pathlib
 
@@ -28,7 +28,7 @@ GATES = ["das_p2", "das_p3", "das_p4", "das_p5"]
 
 
 def features(backbone, inputs):
-    """Output and feature pyramid."""
+    """Returns the output and the feature pyramid."""
     outputs = {"output": backbone.output, **backbone.pyramid_outputs}
     return keras.Model(backbone.input, outputs)(inputs)
 
@@ -118,7 +118,8 @@ def test_classifier_trains(rng):
     before = weights_of(base)
     gated = attach_das(base, **SMALL_GATE)
     classifier = keras_hub.models.ImageClassifier(gated, num_classes=3)
-    # Gates that start at 1 pass little on at first: steps that do not depend on how much.
+    # Gradients of gates near the identity are small, so the step size of the optimizer must not depend on
+    # them.
     classifier.compile(
         keras.optimizers.Adam(1e-2), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     )
@@ -134,7 +135,7 @@ def test_detector_trains(rng):
     gated = attach_das(hub_resnet(image_shape=(64, 64, 3)), at="P3", **SMALL_GATE)
     model = detector(gated)
     start = gated.get_layer("das_p3").get_weights()
-    # The second image holds no box.
+    # The second image has no boxes.
     boxes = np.array([[[4, 4, 40, 40], [8, 30, 60, 60]], [[-1] * 4] * 2], "float32")
     labels = np.array([[0, 1], [-1, -1]])
     model.fit(images(rng) / 255, {"boxes": boxes, "labels": labels}, verbose=0)
@@ -232,7 +233,7 @@ def test_tasks_are_refused():
 
 
 def test_a_preset_of_version_0_1():
-    """A preset of a gated backbone from before `norm` existed gives the outputs that it had, to rounding."""
+    """A preset saved before `norm` existed reproduces its original outputs, except for rounding."""
     expected = np.load(DATA / "expected_0_1.npz")
     backbone = keras_hub.models.Backbone.from_preset(str(DATA / "preset_0_1"))
     assert {layer.norm for layer in backbone.layers if isinstance(layer, DASLayer)} == {"channels"}

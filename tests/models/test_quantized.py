@@ -1,4 +1,4 @@
-"""Gates in and after quantized layers, and backbones of several precisions: computed, saved, copied."""
+"""Tests of gates with quantized layers and mixed dtypes: outputs, saving, and copying."""
 
 import copy
 
@@ -15,7 +15,7 @@ MODES = ("int8", "int4", "float8")
 
 
 def gated_backbone(dtype=None):
-    """A KerasHub backbone of few layers, which maps of policies name by path, and the same with a gate."""
+    """A small KerasHub backbone, and the same with a gate. Policy maps refer to its layers by path."""
     keras_hub = pytest.importorskip("keras_hub")
     arguments = {"stackwise_num_repeats": [1, 1], "stackwise_num_filters": [4, 4], "image_shape": (16, 16, 3)}
     base = keras_hub.models.VGGBackbone(**arguments, dtype=dtype, name="vgg")
@@ -23,7 +23,7 @@ def gated_backbone(dtype=None):
 
 
 def quantized_gate(mode):
-    """A gate, quantized inside a model whose other layers are not."""
+    """A model with a quantized gate and no other quantized layers."""
     model = keras.Sequential([keras.Input((8, 8, 6)), keras_das.DASLayer(reduction=0.5, name="gate")])
     model.quantize(mode)
     return model
@@ -98,7 +98,7 @@ def test_attach_to_a_quantized_gated_model(mode, rng):
 
 
 def test_configuration_of_a_layer_that_is_not_built():
-    """The precision inside is kept until `build` needs it."""
+    """The quantized dtype policy is kept until `build` needs it."""
     config = quantized_gate("int8").get_layer("gate").get_config()
     layer = keras_das.DASLayer.from_config(config)
     assert not layer.built
@@ -126,7 +126,7 @@ def test_backbone_with_a_map_of_policies(policy, tmp_path, rng):
     base, gated = gated_backbone(policy())
     x = images(rng, 16)
     assert_same(gated(x), base(x))
-    for name in ("a.keras", "b.keras"):  # twice, for Keras changes the policies in a map that it saves
+    for name in ("a.keras", "b.keras"):  # twice, because saving changes the policies in a map
         gated.save(tmp_path / name)
         loaded = keras.saving.load_model(tmp_path / name)
         assert gates(loaded) == gates(gated)

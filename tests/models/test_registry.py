@@ -1,4 +1,4 @@
-"""Saved models in a fresh process, where of the libraries of models only `keras_das` has been imported."""
+"""Tests of loading saved models in a new process that imports no model library except `keras_das`."""
 
 import collections
 import copy
@@ -13,7 +13,7 @@ from tests.models.backbones import SMALL_GATE, cv_resnet, hub_resnet, images, ra
 
 
 def run(code, *arguments):
-    """Runs code where only TensorFlow and Keras have been imported."""
+    """Runs code in a process that has imported only TensorFlow and Keras."""
     result = processes.python(code, *arguments)
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -30,7 +30,7 @@ def check(model):
 
 
 def saved(base, folder, rng):
-    """A gated backbone with weights of its own in a file, and what it makes of an image."""
+    """Saves a gated backbone with random weights, an image, and its outputs."""
     gated = attach_das(base, **SMALL_GATE)
     randomize(gated, rng)
     gated.save(folder / "gated.keras")
@@ -86,7 +86,7 @@ def test_keras_cv(load, tmp_path, rng):
 
 
 def test_the_stand_in_answers_for_the_class():
-    """By a class of Python's own in place of a backbone."""
+    """Uses a class of the standard library instead of a backbone."""
     registry.register_lazily("collections", "OrderedDict", library="nothing")
     try:
         stand_in = keras.saving.get_registered_object("keras_das>OrderedDict")
@@ -107,7 +107,7 @@ def test_missing_library_is_named(monkeypatch):
                 {"class_name": "DASNothing", "registered_name": "keras_das>DASNothing", "config": {}}
             )
         stand_in = keras.saving.get_registered_object("keras_das>DASNothing")
-        copy.copy(stand_in)  # as any dictionary's value may be, without an import
+        copy.copy(stand_in)  # copying it must not import the library
         assert stand_in != "DASNothing"
     finally:
         del keras.saving.get_custom_objects()["keras_das>DASNothing"]

@@ -1,4 +1,4 @@
-"""What `at` accepts, and errors that say which layers or models would serve."""
+"""Tests of the values of `at`, and of errors that suggest suitable layers or models."""
 
 import keras
 import numpy as np
@@ -41,7 +41,7 @@ def test_layers_that_are_not_of_the_model():
 
 
 def shared_network(inputs):
-    """A network of one image, called for each of several inputs, as in siamese and triplet networks."""
+    """A single-image network that is called with several inputs, as in siamese and triplet networks."""
     image = keras.Input((16, 16, 3))
     x = keras.layers.Flatten()(keras.layers.Conv2D(4, 3, 4)(image))
     network = keras.Model(image, keras.layers.Dense(2)(x), name="Embedding")
@@ -77,7 +77,7 @@ def bypassed():
 
 
 def isotropic():
-    """All at one half of the image, as in the ConvMixer of Keras' examples."""
+    """A model with all layers at 1/2 of the image size, as in the ConvMixer of Keras' examples."""
     image = keras.Input((32, 32, 3))
     x = keras.layers.Conv2D(4, 2, 2, name="patches")(keras.layers.Rescaling(1 / 255)(image))
     for i in range(2):

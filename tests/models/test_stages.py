@@ -1,4 +1,4 @@
-"""Where `attach_das` finds the stages of models that do not name them."""
+"""Tests of the stages that `attach_das` detects in models without named stages."""
 
 import functools
 
@@ -9,7 +9,7 @@ from keras_das._keras_internals import node_of
 from keras_das.models.stages import find_stages
 from tests.models.backbones import plain_cnn
 
-# Names that hold whatever was built before; automatic ones ("add_17") would not.
+# These names do not depend on the models built before, unlike automatic names such as "add_17".
 APPLICATIONS = {
     "ResNet50": "conv2_block3_out conv3_block4_out conv4_block6_out conv5_block3_out",
     "ResNet50V2": "conv2_block2_out conv3_block3_out conv4_block5_out post_relu",
@@ -30,7 +30,7 @@ def names(stages):
     return {level: node_of(tensor).operation.name for level, tensor in stages.items()}
 
 
-# Inverted residual blocks, activations ahead of the sums, no sums.
+# Inverted residual blocks, activations before the sums, and no sums.
 QUICK = ("MobileNetV2", "ResNet50V2", "VGG16")
 
 
@@ -52,7 +52,7 @@ def test_applications_with_their_heads(application):
 
 @pytest.mark.slow
 def test_shapes_of_stages_whose_names_are_automatic():
-    """Squeeze-and-excitation pools to one pixel, which is no level; ConvNeXt's stem is a nested model."""
+    """Covers squeeze-and-excitation, whose 1x1 map is not a level, and ConvNeXt's stem, a nested model."""
     for model, channels in [
         (keras.applications.MobileNetV3Large(weights=None), [24, 40, 112, 960]),
         (keras.applications.ConvNeXtTiny(weights=None), [96, 192, 384, 768]),
@@ -68,7 +68,7 @@ def test_plain(data_format, size):
 
 
 def test_a_product_does_not_end_a_stage():
-    """That of squeeze-and-excitation, here after the last residual sum."""
+    """Covers the product of squeeze-and-excitation after the last residual sum."""
     convolution = functools.partial(keras.layers.Conv2D, 4, 3, padding="same")
     image = keras.Input((64, 64, 3))
     x = convolution(strides=4)(image)
@@ -79,7 +79,7 @@ def test_a_product_does_not_end_a_stage():
 
 
 def test_several_outputs_and_a_second_input():
-    """Stage ends that are outputs themselves, and a branch of another input that joins after them."""
+    """Covers stage ends that are outputs, and a branch from another input that joins after them."""
     image, age = keras.Input((64, 64, 3)), keras.Input((4,))
     p2 = keras.layers.Conv2D(4, 3, strides=4, padding="same", name="p2")(image)
     p3 = keras.layers.Conv2D(4, 3, strides=2, padding="same", name="p3")(p2)
@@ -108,7 +108,7 @@ def test_two_images():
 
 
 def test_every_layer_bypassed():
-    """Two branches from the image on: no layer sees all of it."""
+    """With two branches from the image on, no layer depends on all of the stage."""
     image = keras.Input((32, 32, 3))
     branches = [keras.layers.Conv2D(2, 3, strides=4)(image) for _ in range(2)]
     pooled = [keras.layers.GlobalAveragePooling2D()(x) for x in branches]
@@ -128,7 +128,7 @@ def test_stages_inside_a_nested_model():
 
 
 def sequence(size, *preprocessing, nested=False):
-    """Preprocessing, then five convolutions that halve the image."""
+    """Preprocessing followed by five convolutions with stride 2."""
     convolutions = [keras.layers.Conv2D(2, 3, 2, padding="same", name=f"conv_{i}") for i in range(1, 6)]
     image = keras.Input((size, size, 3))
     if nested:
@@ -170,7 +170,7 @@ def test_levels_are_counted_from_what_the_network_sees(name):
 
 
 def test_padding_belongs_to_the_first_convolution():
-    """Half of 128 padded pixels is the size of the image of 64: level 0."""
+    """Padding 64 pixels to 128 and halving them returns to the image size, which is level 0."""
     model = sequence(64, keras.layers.Rescaling(1 / 255), keras.layers.ZeroPadding2D(32))
     assert names(find_stages(model)) == {"P2": "conv_3", "P3": "conv_4", "P4": "conv_5"}
 
@@ -183,7 +183,7 @@ def test_adapted_statistics_are_no_network(rng):
 
 
 def test_two_scales_of_one_image():
-    """Pooling in a branch is no preprocessing: the other branch sees the image as it is."""
+    """Pooling in one branch is not preprocessing, since the other branch uses the original image."""
     image = keras.Input((64, 64, 3))
     fine = keras.layers.Conv2D(2, 3, 4, padding="same", name="fine")(image)
     coarse = keras.layers.Conv2D(2, 3, padding="same", name="coarse")(keras.layers.AveragePooling2D(4)(image))
@@ -201,7 +201,7 @@ def test_stages_that_are_left_out_are_said():
 
 
 def test_pooled_branches_are_not_left_out():
-    """A pyramid of pooled maps that come back, as in PSPNet, is part of its stage."""
+    """A pyramid of pooled maps that are upsampled again, as in PSPNet, belongs to its stage."""
     model = sequence(256)
     pooled = keras.layers.Conv2D(2, 1)(keras.layers.AveragePooling2D(4)(model.output))
     x = keras.layers.Concatenate()([model.output, keras.layers.UpSampling2D(4)(pooled)])
