@@ -1,7 +1,7 @@
-"""What the package must compute, in plain NumPy: the measure the tests hold it to.
+"""A reference implementation of the op and the gate in plain NumPy, which the tests compare with.
 
-Written from the specification alone, as loops over single samples, in float64, and importing nothing of
-the package. Everything here is channels last; a test that wants another layout transposes around it.
+It follows the specification, loops over single samples in float64, and imports nothing from the package. All
+tensors are channels last. Tests of other layouts must transpose them.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import numpy as np
 
 
 def pair(value):
-    """One number for both axes, or one for each."""
+    """Expands one number to both axes."""
     return (value, value) if isinstance(value, int) else tuple(value)
 
 
 def padding_amounts(padding, size, kernel_size, strides, dilation):
-    """((top, bottom), (left, right)) in pixels. "same" puts the odd pixel at the end, as TensorFlow does."""
+    """Returns ((top, bottom), (left, right)) in pixels. Like TensorFlow, "same" pads more at the end."""
     if not isinstance(padding, str):
         return tuple(tuple(sides) for sides in padding)
     if padding.lower() == "valid":
@@ -34,7 +34,7 @@ def padding_amounts(padding, size, kernel_size, strides, dilation):
 
 
 class Geometry:
-    """Where the taps of each output pixel stand before their offsets, and which channels they read."""
+    """The positions of the taps without offsets for each output pixel, and the channels that they sample."""
 
     def __init__(self, inputs_shape, kernel_shape, strides, padding, dilation_rate, offset_groups):
         self.batch, self.height, self.width, self.channels = inputs_shape
@@ -57,11 +57,11 @@ class Geometry:
         return (self.batch, *self.output_size, self.filters)
 
     def samples(self):
-        """Every (image, row, column, offset group, tap) that the operation reads."""
+        """Iterates over all samples (image, row, column, offset group, tap)."""
         return itertools.product(*map(range, (self.batch, *self.output_size, self.offset_groups, self.taps)))
 
     def resting_position(self, row, column, tap):
-        """Where a tap reads when its offset is zero, in input pixels."""
+        """The position of a tap without its offset, in input pixels."""
         ky, kx = divmod(tap, self.kernel_size[1])
         return (
             row * self.strides[0] + ky * self.dilation[0] - self.padding[0][0],
@@ -69,12 +69,12 @@ class Geometry:
         )
 
     def offset_block(self, group):
-        """The channels that share the offsets of one offset group."""
+        """The channels of an offset group."""
         width = self.channels // self.offset_groups
         return slice(group * width, (group + 1) * width)
 
     def convolution_blocks(self):
-        """(channels, filters) of each group of the convolution."""
+        """Yields the channels and the filters of each group of the convolution."""
         channels, filters = self.group_channels, self.filters // self.groups
         for group in range(self.groups):
             yield (
@@ -84,10 +84,10 @@ class Geometry:
 
 
 def corners(y, x, height, width):
-    """(row, column, weight, d weight / dy, d weight / dx) of the corners that lie on the image.
+    """Yields (row, column, weight, d weight / dy, d weight / dx) of the corners that are in the image.
 
-    At an integer position the cell to the right of it counts: the weights' derivatives are those of
-    floor(y) <= y < floor(y) + 1.
+    At integer positions, the derivatives are those of the cell floor(y) <= y < floor(y) + 1, that is,
+    one-sided derivatives from the right.
     """
     if not (-1 < y < height and -1 < x < width):
         return
@@ -101,7 +101,7 @@ def corners(y, x, height, width):
 
 
 def _sample(image, y, x):
-    """Value, d/dy and d/dx of an image (H, W, channels) read at one position."""
+    """The value, d/dy, and d/dx of an image (H, W, channels) at one position."""
     height, width, channels = image.shape
     value, along_y, along_x = np.zeros((3, channels), image.dtype)
     if np.isnan(y) or np.isnan(x):
@@ -114,7 +114,7 @@ def _sample(image, y, x):
 
 
 def _split(offsets, mask, geometry, dtype):
-    """Offsets as (N, Ho, Wo, groups, taps, 2) and mask as (N, Ho, Wo, groups, taps)."""
+    """Reshapes offsets to (N, Ho, Wo, groups, taps, 2) and mask to (N, Ho, Wo, groups, taps)."""
     shape = (geometry.batch, *geometry.output_size, geometry.offset_groups, geometry.taps)
     offsets = np.asarray(offsets).astype(dtype).reshape(*shape, 2)
     mask = np.ones(shape, dtype) if mask is None else np.asarray(mask).astype(dtype).reshape(shape)
@@ -122,7 +122,7 @@ def _split(offsets, mask, geometry, dtype):
 
 
 def _position(geometry, offsets, index):
-    """Where one sample is taken, in the offsets' own dtype."""
+    """The position of one sample in the dtype of the offsets."""
     _, row, column, _, tap = index
     scalar = offsets.dtype.type
     y, x = geometry.resting_position(row, column, tap)
@@ -141,7 +141,7 @@ def deformable_conv2d(
     offset_groups=1,
     dtype=np.float64,
 ):
-    """The forward pass, every intermediate in `dtype`: shapes as the package's op has them, channels last."""
+    """The forward pass with all intermediates in `dtype`. Shapes are those of the op, channels last."""
     geometry = Geometry(inputs.shape, kernel.shape, strides, padding, dilation_rate, offset_groups)
     inputs, kernel = np.asarray(inputs).astype(dtype), np.asarray(kernel).astype(dtype)
     offsets, mask = _split(offsets, mask, geometry, dtype)
@@ -155,7 +155,7 @@ def deformable_conv2d(
     outputs = np.zeros(geometry.output_shape, dtype)
     kernel = kernel.reshape(geometry.taps, geometry.group_channels, geometry.filters)
     for channels, filters in geometry.convolution_blocks():
-        # Terms are added one by one, so that a low-precision dtype is rounded after each of them.
+        # Adds the terms one by one, so that low-precision dtypes round after each of them.
         terms = (
             columns[..., tap, channels][..., channel, None] * kernel[tap, channel, filters]
             for tap in range(geometry.taps)
@@ -166,9 +166,9 @@ def deformable_conv2d(
 
 
 def naive_lowprec(*arguments, dtype, **options):
-    """The forward pass as a careless implementation has it: each intermediate rounded to float16 or bfloat16.
+    """A naive low-precision forward pass: each intermediate is rounded to float16 or bfloat16.
 
-    A real implementation may err at most twice as much as this does.
+    The error of an actual implementation may be at most twice as large.
     """
     return deformable_conv2d(*arguments, dtype=dtype, **options)
 
@@ -184,9 +184,9 @@ def deformable_conv2d_gradients(
     dilation_rate=1,
     offset_groups=1,
 ):
-    """Gradients of sum(upstream * outputs): a dict of inputs, kernel, offsets, mask and bias.
+    """Gradients of sum(upstream * outputs): a dict with inputs, kernel, offsets, mask, and bias.
 
-    Samples off the image give zero to all of them. The mask's gradient is there also when `mask` is None.
+    Samples out of bounds do not contribute. The gradient of the mask is present even if `mask` is None.
     """
     geometry = Geometry(inputs.shape, kernel.shape, strides, padding, dilation_rate, offset_groups)
     inputs, kernel, upstream = (np.asarray(a).astype(np.float64) for a in (inputs, kernel, upstream))
@@ -227,14 +227,14 @@ def deformable_conv2d_gradients(
 
 
 def conv2d(inputs, kernel, bias=None, padding="same", dilation_rate=1):
-    """An ordinary convolution: the deformable one at rest. A kernel (kh, kw, 1, channels) is depthwise."""
+    """An ordinary convolution: the op with zero offsets. A kernel (kh, kw, 1, channels) is depthwise."""
     geometry = Geometry(inputs.shape, kernel.shape, 1, padding, dilation_rate, 1)
     offsets = np.zeros((geometry.batch, *geometry.output_size, geometry.taps * 2))
     return deformable_conv2d(inputs, kernel, offsets, bias=bias, padding=padding, dilation_rate=dilation_rate)
 
 
 def gelu(x):
-    """x times the normal distribution's cumulative function: the exact form, not the tanh one."""
+    """x times the cumulative distribution function of the normal distribution, without tanh approximation."""
     return x * 0.5 * (1 + np.vectorize(math.erf, otypes=[np.float64])(x / math.sqrt(2)))
 
 
@@ -243,7 +243,7 @@ def sigmoid(x):
 
 
 def normalize(x, axes, scale, center, epsilon):
-    """Zero mean and unit (biased) variance over `axes`, then the affine map of the last axis."""
+    """Normalizes to zero mean and unit (biased) variance over `axes`, then scales and shifts channels."""
     mean, variance = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
     return (x - mean) / np.sqrt(variance + epsilon) * scale + center
 
@@ -262,14 +262,18 @@ def das_gate(
 ):
     """The paper's gate (arXiv 2311.12091, equations 1 to 4) on (N, H, W, C); returns (outputs, gate).
 
-    `weights` maps names to arrays; those marked * may be missing:
-    reduce_depthwise (kh, kw, 1, C), reduce_pointwise (1, 1, C, C'), reduce_bias* (C',): the separable one;
-    instance_scale*, instance_center* (C',);
-    offsets_kernel (kh, kw, C', groups * taps * 2), offsets_bias*: what predicts the offsets, dilated
-    as the deformable convolution is;
-    mask_kernel* (kh, kw, C', groups * taps), mask_bias*: what predicts the mask, before its sigmoid;
-    deform_kernel (kh, kw, 1, C') separable or (kh, kw, C', C) dense, deform_bias*;
-    pointwise* (1, 1, C', C), pointwise_bias*: missing in the dense form; layer_scale*, layer_center* (C,).
+    `weights` maps names to arrays. Those marked with * are optional:
+
+    - reduce_depthwise (kh, kw, 1, C), reduce_pointwise (1, 1, C, C'), reduce_bias* (C',): the separable
+      reduction
+    - instance_scale*, instance_center* (C',)
+    - offsets_kernel (kh, kw, C', groups * taps * 2), offsets_bias*: predict the offsets, with the dilation of
+      the deformable convolution
+    - mask_kernel* (kh, kw, C', groups * taps), mask_bias*: predict the mask before its sigmoid
+    - deform_kernel, separable (kh, kw, 1, C') or dense (kh, kw, C', C), and deform_bias*
+    - pointwise* (1, 1, C', C), pointwise_bias*: absent in the dense form
+    - layer_scale*, layer_center* (C,)
+
     The layer norm averages over norm_axes. The gate is gate_scale * sigmoid(gain * ...).
     """
     get = weights.get

@@ -1,7 +1,7 @@
-"""Python code in processes of its own, without the seconds that importing TensorFlow takes.
+"""Runs Python code in subprocesses without the time to import TensorFlow.
 
-A server imports it once and runs nothing; each process is a fork of that server. Not for tests of what an
-import does, nor for what TensorFlow reads from the environment while it is imported.
+A server process imports TensorFlow once and runs nothing else. Each subprocess is a fork of the server. Do
+not use it for tests of import side effects, or of environment variables that TensorFlow reads on import.
 """
 
 import faulthandler
@@ -21,9 +21,9 @@ _SECONDS = 300
 def python(
     code: str, *words: object, folder: Path | None = None, **environment: str
 ) -> subprocess.CompletedProcess:
-    """Runs code as `python -c` would, with `words` for `sys.argv`, and more variables in its environment.
+    """Runs code like `python -c`, with `words` as arguments and additional environment variables.
 
-    Raises subprocess.TimeoutExpired, once it has ended the process: a test may expect one that is killed.
+    Raises subprocess.TimeoutExpired after killing the process, since a test may expect a killed process.
     """
     code, command = textwrap.dedent(code), ["-c", *map(str, words)]
     with tempfile.TemporaryDirectory() as printed:
@@ -51,7 +51,7 @@ def _run(code: str, command: list[str], folder: Path, environment: dict[str, str
     for stream, file in zip((sys.stdout, sys.stderr), files, strict=True):
         with file.open("w") as opened:
             os.dup2(opened.fileno(), stream.fileno())
-    faulthandler.enable()  # a crash says where it happened
+    faulthandler.enable()  # crashes print a traceback
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

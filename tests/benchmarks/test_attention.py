@@ -27,7 +27,7 @@ def built(layer, rng):
 
 
 def convolve(x, kernel):
-    """"Same" convolution of `(N, H, W, c)` with `(kh, kw, c)`."""
+    """A "same" convolution of `(N, H, W, c)` with `(kh, kw, c)`."""
     return np.stack(
         [
             sum(signal.correlate2d(x[n, ..., c], kernel[..., c], "same") for c in range(x.shape[3]))

@@ -64,8 +64,8 @@ int report(const std::string& problem, char* message, int64_t size) {
 }
 
 #if defined(KERAS_DAS_CUDA)
-// A call of the CUDA kernels on the host. Working memory is initialized with NaN and followed by a guard that
-// detects writes beyond it.
+// A call of the CUDA kernels on the host. The working memory is initialized with NaN and followed by a guard
+// that detects writes out of bounds.
 class HostCall {
  public:
   explicit HostCall(const int64_t* options) {
@@ -81,7 +81,7 @@ class HostCall {
     };
   }
 
-  // Returns the size of the allocated working memory, or -1 if something was written beyond it.
+  // Returns the size of the allocated working memory, or -1 if there was a write out of bounds.
   int64_t finish() const {
     int64_t total = 0;
     for (size_t i = 0; i < memory_.size(); ++i) {
@@ -110,8 +110,9 @@ class HostCall {
 
 extern "C" {
 
-// `settings`: stride, dilation (rows, columns each), same (0 or 1), padding (top, bottom, left, right),
-// offset groups. `sizes` receives the output's height and width. Returns 0, or 1 with the error in `message`.
+// `settings`: strides and dilations (rows, columns), same (0 or 1), padding (top, bottom, left, right), and
+// offset groups. `sizes` receives the height and width of the output. Returns 0, or 1 with the error in
+// `message`.
 int keras_das_geometry(const int64_t* inputs, const int64_t* kernel, const int64_t* settings, int64_t* sizes,
                        keras_das::Geometry* geometry, char* message, int64_t message_size) {
   keras_das::Settings s;
@@ -126,8 +127,8 @@ int keras_das_geometry(const int64_t* inputs, const int64_t* kernel, const int64
 
 int64_t keras_das_geometry_size() { return sizeof(keras_das::Geometry); }
 
-// For both: `dtype` as in `keras_das::DType`; `buffers` in the order of the structures in
-// deformable_conv2d.h. Both return 0, or 1 if there is no memory.
+// Both functions: `dtype` as in `keras_das::DType`, `buffers` in the order of the structures in
+// deformable_conv2d.h. They return 0, or 1 if they run out of memory.
 int keras_das_forward(int dtype, const keras_das::Geometry* geometry, void* const* buffers, int64_t threads) {
   Pool pool(threads);
   const keras_das::Workers workers{threads, [&](std::function<void()> f) { pool.schedule(std::move(f)); }};
@@ -145,9 +146,9 @@ int keras_das_backward(int dtype, const keras_das::Geometry* geometry, void* con
 }
 
 #if defined(KERAS_DAS_CUDA)
-// The same with the CUDA kernels. `options`: deterministic (0 or 1), bytes of working memory, most blocks,
-// backwards (0 or 1), and the largest allocation in bytes. Both return the size of the allocated working
-// memory, or -1 with the error in `message`.
+// The same with the CUDA kernels. `options`: deterministic (0 or 1), bytes of working memory, maximum number
+// of blocks, backwards (0 or 1), and the largest allocation in bytes. Both functions return the size of the
+// allocated working memory, or -1 with the error in `message`.
 int64_t keras_das_cuda_forward(int dtype, const keras_das::Geometry* geometry, void* const* buffers,
                                const int64_t* options, char* message, int64_t message_size) {
   HostCall host(options);

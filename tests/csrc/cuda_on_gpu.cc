@@ -51,7 +51,7 @@ class Copy {
   Memory memory_;
 };
 
-// Working memory is initialized with NaN and followed by a guard that detects writes beyond it.
+// The working memory is initialized with NaN and followed by a guard that detects writes out of bounds.
 class DeviceCall {
  public:
   explicit DeviceCall(const int64_t* options) {
@@ -65,7 +65,7 @@ class DeviceCall {
     };
   }
 
-  // Returns the size of the allocated working memory, or -1 if something was written beyond it.
+  // Returns the size of the allocated working memory, or -1 if there was a write out of bounds.
   int64_t finish() const {
     int64_t total = 0;
     for (const Memory& memory : memory_) {
@@ -96,10 +96,10 @@ std::string run(bool backward, keras_das::DType dtype, const keras_das::Geometry
 
 }  // namespace
 
-// `blocks`, `bytes` and `at` describe `count` buffers, in the order of the structures in deformable_conv2d.h:
-// the host block that contains the buffer, the size of this block, and the position of the buffer in it. The
-// block is null for a null buffer. `options`: deterministic (0 or 1), bytes of working memory, most blocks.
-// Returns the size of the allocated working memory, or -1 with the error in `message`.
+// `blocks`, `bytes` and `at` describe `count` buffers in the order of the structures in deformable_conv2d.h:
+// the host block that contains the buffer, the size of the block, and the position of the buffer in it. The
+// block of a null buffer is null. `options`: deterministic (0 or 1), bytes of working memory, and the maximum
+// number of blocks. Returns the size of the allocated working memory, or -1 with the error in `message`.
 extern "C" int64_t keras_das_on_gpu(int backward, int dtype, const keras_das::Geometry* geometry, int count,
                                     void* const* blocks, const int64_t* bytes, const int64_t* at,
                                     const int64_t* options, char* message, int64_t message_size) {

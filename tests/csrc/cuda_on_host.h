@@ -1,9 +1,9 @@
-// The part of the CUDA language that the kernels use, to run them on the host: slowly, one block after
-// another, always in the same order.
+// The subset of the CUDA language that the kernels use, for running them on the host: slowly, one block after
+// another, and always in the same order.
 //
-// The threads of a block are coroutines with separate stacks, all on one thread of the system. Each runs up
-// to a barrier, and then the next one does, so a missing barrier causes wrong numbers. On request, blocks and
-// threads run in the opposite order, which detects errors that one order hides.
+// The threads of a block are coroutines with separate stacks in a single system thread. Each of them runs up
+// to a barrier, and then the next one does, so a missing barrier causes wrong results. On request, blocks and
+// threads run in the opposite order, which reveals errors that one order hides.
 #ifndef KERAS_DAS_TESTS_CSRC_CUDA_ON_HOST_H_
 #define KERAS_DAS_TESTS_CSRC_CUDA_ON_HOST_H_
 
@@ -55,7 +55,7 @@ class Block {
     const int warps = threads / kWarp;
     for (int done = 0; done < threads;) {
       bool moved = false;
-      // Each warp runs as far as possible before the next one, so that they are as far apart as possible.
+      // Each warp runs as far as possible before the next one, which maximizes the distance between warps.
       for (int i = 0; i < warps; ++i) {
         while (run_warp((backwards ? warps - 1 - i : i) * kWarp, &done)) moved = true;
       }
@@ -68,8 +68,8 @@ class Block {
 
   void wait_for_warp() { wait(kAtWarp); }
 
-  // Shows `value` to the warp. The result is a function from a lane to its value, valid until the next call
-  // but one.
+  // Shows `value` to the warp. Returns a function from a lane to its value, which is valid until the second
+  // call after this one.
   template <class A>
   auto publish(const A& value) {
     const int self = current_, parity = threads_[self]->shows++ & 1;
@@ -138,7 +138,7 @@ class Block {
     }
   }
 
-  // Contexts are entered once, and then left and entered by jumps, which need no system calls.
+  // Contexts are entered once. After that, threads switch by jumps, which require no system calls.
   void resume(Thread* thread) {
     current_ = thread->index;
     thread_index.x = static_cast<unsigned>(thread->index);
@@ -154,7 +154,7 @@ class Block {
     if (!_setjmp(thread.here)) _longjmp(scheduler_, 1);
   }
 
-  // Resumes threads if all that have not ended wait at the same barrier.
+  // Resumes the threads if all that have not ended are waiting at the same barrier.
   void release(int first, int count, State state) {
     for (int i = first; i < first + count; ++i) {
       if (threads_[i]->state != state && threads_[i]->state != kDone) return;
@@ -217,7 +217,8 @@ inline float from_bits(uint32_t bits) {
 }
 
 // The product of a warp, 16 rows by 8 columns, distributed among its threads as on a GPU; see
-// cuda/tensor_cores.h. Aborts if an operand has more digits than TF32, for which a GPU's result is undefined.
+// cuda/tensor_cores.h. Aborts if an operand has more digits than TF32, because the result on a GPU is
+// undefined.
 inline void multiply_tf32(float (&sums)[4], const float (&left)[4], const float (&right)[2]) {
   struct Operands {
     float left[4], right[2];

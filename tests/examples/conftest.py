@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-# `examples` is not a part of the package: scripts find it beside themselves, tests by this line.
+# `examples` is not a part of the package. Scripts find it in their own folder, and tests through this path.
 sys.path.insert(0, str(ROOT))
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
@@ -16,7 +16,7 @@ _NAMES = itertools.count()
 
 
 def write_images(folder: Path, count: int, colour: tuple[int, int, int], suffix: str = ".png") -> list[Path]:
-    """Noisy images of one colour, of sides that differ."""
+    """Writes noisy images of one color and of different sizes."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(next(_NAMES))
     paths = []
@@ -29,7 +29,10 @@ def write_images(folder: Path, count: int, colour: tuple[int, int, int], suffix:
 
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Callable[..., Path]:
-    """Makes a data folder with `counts` images a class, in each of `splits` or else at the top."""
+    """Returns a function that creates a folder of images.
+
+    It contains `counts` images per class, in each of `splits` or at the top level.
+    """
 
     def make(counts: dict[str, int] | None = None, splits: tuple[str, ...] = ("",)) -> Path:
         root = tmp_path / "images"

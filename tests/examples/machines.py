@@ -1,4 +1,4 @@
-"""Runs of the examples in processes of their own, two of them in place of two machines."""
+"""Runs the examples in subprocesses, two of which can represent two machines."""
 
 import contextlib
 import json
@@ -17,13 +17,13 @@ cpu, = tf.config.list_physical_devices("CPU")
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 """
 
-# A crash says where it happened. Without oneDNN, by which TensorFlow 2.21's gradients of small convolutions
-# write where they should not, on processors with AVX-512.
+# Crashes print a traceback. oneDNN is disabled, because with it TensorFlow 2.21's gradients of small
+# convolutions write out of bounds on processors with AVX-512.
 SETTINGS = {"PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1", "TF_ENABLE_ONEDNN_OPTS": "0"}
 
 
 def begin(folder: Path, script: str, *words: str, **environment: str) -> subprocess.Popen:
-    """Starts a Python script in a folder; `result` waits for it."""
+    """Starts a Python script in a folder. Call `result` to wait for it."""
     return subprocess.Popen(
         [sys.executable, "-c", script, *words],
         cwd=folder,
@@ -35,7 +35,7 @@ def begin(folder: Path, script: str, *words: str, **environment: str) -> subproc
 
 
 def result(process: subprocess.Popen) -> dict:
-    """What a process prints in its last line, as JSON."""
+    """Waits for a process and returns the last line of its output, parsed as JSON."""
     output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, f"{output}\n{errors}"
     return json.loads(output.splitlines()[-1])
@@ -44,10 +44,10 @@ def result(process: subprocess.Popen) -> dict:
 def start_both(
     start: Callable[..., subprocess.Popen], *words: str, **of_second: str
 ) -> list[subprocess.Popen]:
-    """Starts the same run on two machines, the first of which writes.
+    """Starts the same run on two machines. Only the first one writes files.
 
-    `start` takes words for the command line and variables for the environment, of which the second machine
-    gets more.
+    `start` accepts command-line arguments and environment variables. The second machine receives additional
+    variables.
     """
     cluster = {"worker": [f"127.0.0.1:{port}" for port in _free_ports(2)]}
     tasks = [{"cluster": cluster, "task": {"type": "worker", "index": index}} for index in range(2)]
@@ -57,10 +57,10 @@ def start_both(
 
 
 def results_of_both(start: Callable[[], list[subprocess.Popen]]) -> dict:
-    """What the first of two machines found.
+    """Returns the results of the first of two machines.
 
-    TensorFlow (2.21) has been seen to end one of the processes with SIGSEGV, rarely: then, and only then,
-    both are started once more.
+    In rare cases, TensorFlow (2.21) terminates one of the processes with SIGSEGV. Only then, both are
+    restarted once.
     """
     processes, printed = _run_both(start)
     if any(process.returncode == -signal.SIGSEGV for process in processes):
@@ -73,10 +73,10 @@ def results_of_both(start: Callable[[], list[subprocess.Popen]]) -> dict:
 
 
 def _run_both(start: Callable[[], list[subprocess.Popen]]) -> tuple[list[subprocess.Popen], list]:
-    """Both processes when they have ended, and what each printed: (output, errors)."""
+    """Waits for both processes, and returns them with the output and errors of each."""
     processes = start()
     with contextlib.ExitStack() as stack:
-        for process in processes:  # if one fails, the other would wait for it
+        for process in processes:  # if one fails, the other waits forever
             stack.enter_context(process)
             stack.callback(process.kill)
         return processes, [process.communicate(timeout=600) for process in processes]

@@ -30,7 +30,7 @@ SMALL += ["--attention", "none", "--optimizer", "sgd", "--learning-rate", "0.02"
 
 
 def arguments(folder: Path, output: Path, *more: str, epochs: int = 1) -> list[str]:
-    """A run of seconds on a folder of images."""
+    """Arguments for a run on a folder of images that takes seconds."""
     return [*SMALL, "--data", f"folder:{folder}", "--output", str(output), "--epochs", str(epochs), *more]
 
 
@@ -39,7 +39,7 @@ def train(*words: str) -> dict:
 
 
 def script(*words: str, prelude: str = "") -> subprocess.CompletedProcess:
-    """Run the script in a process of its own, after the Python code `prelude`."""
+    """Runs the script in a subprocess after the Python code `prelude`."""
     code = f"import runpy\nfrom tests.examples import tiny\ntiny.install()\n{prelude}\n"
     return processes.python(code + f"runpy.run_path({SCRIPT!r}, run_name='__main__')", *words)
 
@@ -50,12 +50,12 @@ def tiny_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Built(Exception):
-    """A run has come to its training."""
+    """Raised when a run is ready to train."""
 
 
 @pytest.fixture
 def model_of(tiny_network: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., keras.Model]:
-    """Lets a run come to its training, and returns the compiled model."""
+    """Returns a function that stops a run before training and returns the compiled model."""
 
     def stop(model: keras.Model, *_: object) -> None:
         raise Built(model)
@@ -79,7 +79,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 @pytest.mark.slow
 def test_trees_are_told_from_the_ground(tmp_path: Path) -> None:
-    """ResNet-20 from scratch on 32x32 photographs; always answering the larger class scores 0.51."""
+    """Trains ResNet-20 from scratch on 32x32 photographs. Always predicting the larger class scores 0.51."""
     output = tmp_path / "run"
     results = train(
         *["--data", "trees", "--backbone", "resnet20", "--image-size", "32", "--attention", "das"],
@@ -108,7 +108,7 @@ def test_trees_are_told_from_the_ground(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("tiny_network")
 def test_a_short_run(image_folder: MakeFolder, tmp_path: Path) -> None:
-    """From images to files, on a tiny network; the export serves raw pixels."""
+    """Covers everything from images to output files with a tiny network. The export accepts raw pixels."""
     import tensorflow as tf
 
     output, export = tmp_path / "run", tmp_path / "saved_model"
@@ -160,7 +160,7 @@ def test_images_that_are_read_as_they_are_needed(
     assert capsys.readouterr().err.startswith(f"classify: error: cannot read image: {root / 'red'}/")
 
 
-# Killed runs
+# Interrupted runs
 
 
 def kill_at(epoch: int, batch: int) -> str:
@@ -178,7 +178,7 @@ training.StepTimer.on_train_batch_end = kill
 @pytest.mark.slow
 @pytest.mark.usefixtures("tiny_network")
 def test_a_killed_run_continues_as_if_nothing_had_been(image_folder: MakeFolder, tmp_path: Path) -> None:
-    root = image_folder({"red": 18, "green": 18})  # 24 of them to train on: 3 steps an epoch
+    root = image_folder({"red": 18, "green": 18})  # 24 for training: 3 steps per epoch
     words = ["--augment", "aerial", "--dropout", "0.3", "--deterministic"]
     whole = script(*arguments(root, tmp_path / "whole", *words, epochs=4))
     assert whole.returncode == 0, whole.stderr
@@ -187,7 +187,7 @@ def test_a_killed_run_continues_as_if_nothing_had_been(image_folder: MakeFolder,
     resumed = arguments(root, tmp_path / "killed", *words, "--resume", str(tmp_path / "state"), epochs=4)
     assert script(*resumed, prelude=kill_at(epoch=2, batch=2)).returncode == -9
     assert [row["epoch"] for row in rows(tmp_path / "killed" / "history.csv")] == ["0", "1"]
-    # As if the kill had come after the row was written and before the state was saved.
+    # Simulates a run that was killed between writing the row and saving the state.
     with (tmp_path / "killed" / "history.csv").open("a") as file:
         file.write("2,0,0,0,0\n")
     finished = script(*resumed)
@@ -262,7 +262,7 @@ def test_a_full_disk_in_the_middle_of_training(image_folder: MakeFolder, tmp_pat
     assert len(train(*words, "--resume", str(state))["history"]["loss"]) == 2
 
 
-# What users get wrong
+# Errors
 
 
 @pytest.mark.usefixtures("tiny_network")
@@ -341,7 +341,7 @@ def test_weights_files(tmp_path: Path) -> None:
         classify.build_model(config, ("blue", "green", "red"))
     config.attention = "das"
     config.weights = str(path)
-    gated = classify.build_model(config, ("green", "red"))  # of the file without gates, which start at 1
+    gated = classify.build_model(config, ("green", "red"))  # from the file without gates; gates start at 1
     assert gated.count_params() > first.count_params()
     np.testing.assert_allclose(gated(pixels), first(pixels), rtol=1e-5)
     gated.save(tmp_path / "gated.keras")
@@ -364,7 +364,7 @@ def test_the_state_of_another_run_is_refused(
 ) -> None:
     root, state = image_folder(), tmp_path / "state"
     words = arguments(root, tmp_path / "run", "--resume", str(state))
-    model_of(*words)  # which has noted whose state it is to be
+    model_of(*words)  # records whose state it is
     with pytest.raises(UserError, match="holds a run with seed = 0, this one has 1"):
         train(*words, "--seed", "1")
     write_images(root / "blue", 9, COLOURS["blue"])
@@ -382,14 +382,14 @@ def test_a_state_goes_with_its_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"{state} holds a run with seed = 0, this one has 1"):
         training.prepare_backup(state, True, {**mine, "seed": 1})
     (state / "latest.weights.h5").touch()
-    training.prepare_backup(state, False, mine)  # a new run empties it
+    training.prepare_backup(state, False, mine)  # a new run clears it
     assert [path.name for path in state.iterdir()] == ["run.json"]
     (state / "run.json").rename(state / "thesis.txt")
     with pytest.raises(UserError, match="is not a folder of training state"):
         training.prepare_backup(state, True, mine)
 
 
-# Arguments and parts
+# Arguments and components
 
 
 def test_recipes_are_defaults() -> None:
@@ -443,7 +443,7 @@ def test_batch_norms_are_frozen() -> None:
 @pytest.mark.parametrize("small_stem", [slow(False), True])
 def test_resnet18(small_stem: bool) -> None:
     backbone = backbones.build("resnet18", 32, pretrained=False, small_stem=small_stem)
-    # He et al. count 11.69 M weights, 0.51 M of them in the head that is left out here.
+    # He et al. report 11.69 M weights, including 0.51 M in the head, which is omitted here.
     assert backbone.model.count_params() == pytest.approx(11.18e6, rel=0.01)
     side = 4 if small_stem else 1
     assert backbone.model.output_shape == (None, side, side, 512)
@@ -452,13 +452,13 @@ def test_resnet18(small_stem: bool) -> None:
 
 
 def tiny_preset(library: str, folder: Path) -> str:
-    """A preset folder of a random ResNet with one block a stage."""
+    """The folder of a preset with a random ResNet that has one block per stage."""
     models = pytest.importorskip(library).models
     if library == "keras_hub":
         model = models.ResNetBackbone([64], [7], [64, 8, 8, 8], [1] * 4, [1, 2, 2, 2], "basic_block")
         model.save_to_preset(str(folder))
     else:
-        from keras_cv.src.utils.preset_utils import save_to_preset  # KerasCV has no public name for it
+        from keras_cv.src.utils.preset_utils import save_to_preset  # KerasCV has no public alias for it
 
         stages = {"stackwise_filters": [64, 8, 8, 8], "stackwise_blocks": [1] * 4}
         model = models.ResNetBackbone(

@@ -1,4 +1,4 @@
-"""The exploring page without a browser: pictures, what is shown of a model, and the command line."""
+"""Tests of the explore page without a browser: images, visualizations, and the command line."""
 
 import math
 import sys
@@ -45,19 +45,19 @@ def test_a_click_is_x_before_y_and_a_place_y_before_x():
 
 
 def test_places_are_pixels_of_the_models_image():
-    """From the image's first edge to its last; the middle of 24x96 pixels lies between two of them."""
+    """Places range from one edge of the image to the other. The center of 24x96 is between two pixels."""
     view = View(toys.toy((24, 96, 3)), "wide")
     assert view.point(Place(0, 0)) == (-0.5, -0.5)
     assert view.point(Place(1, 1)) == (23.5, 95.5)
     assert view.point(MIDDLE) == (11.5, 47.5)
     scale = view.drawn_size[1] / 24
     assert view.drawn_size == (96 * scale, 24 * scale)
-    # In the middle of the drawing's square for row 5, column 70.
+    # The center of the square drawn for row 5, column 70.
     assert view.point(clicked([70.5 * scale, 5.5 * scale], view.drawn_size)) == (5, 70)
 
 
 def centre_of_red(drawing):
-    """Where the red cross is, (y, x) in pixels of the drawing."""
+    """The position of the red cross, (y, x) in pixels of the drawing."""
     red, green, blue = np.moveaxis(np.asarray(drawing.image).astype(int), -1, 0)
     return np.argwhere((red > 240) & (green < 30) & (blue < 30)).mean(axis=0) + 0.5
 
@@ -77,15 +77,15 @@ def test_the_drawn_cross_is_where_it_was_clicked(shape, picture):
 def test_each_pixel_is_drawn_as_a_square(plain, picture):
     drawn = np.asarray(plain.plain(picture, Place(0, 0)).image)
     middles = drawn[plain.scale // 2 :: plain.scale, plain.scale // 2 :: plain.scale]
-    # Away from the ring at the corner.
+    # Excludes the ring at the corner.
     np.testing.assert_array_equal(middles[4:], plain.fit(picture)[4:])
 
 
-# Pictures as models take them
+# Preprocessing
 
 
 def test_pictures_are_cut_in_the_middle(plain):
-    """Of a wide picture the thirds at its ends go; the filter mixes neighbours at the cut."""
+    """Cropping removes the outer thirds of a wide image. The filter mixes neighboring pixels at the edges."""
     thirds = [Image.new("RGB", (50, 50), colour) for colour in (toys.RED, toys.GREEN, toys.BLUE)]
     wide = Image.new("RGB", (150, 50))
     for number, third in enumerate(thirds):
@@ -98,7 +98,7 @@ def test_pictures_are_cut_in_the_middle(plain):
 def test_pictures_are_what_training_makes_of_them(plain, size):
     picture = toys.photograph(*size)
     trained_on = pipeline.fit_square(np.asarray(picture), 40).numpy().astype(int)
-    assert np.abs(plain.fit(picture) - trained_on).mean() < 2  # of 255; the two libraries' filters differ
+    assert np.abs(plain.fit(picture) - trained_on).mean() < 2  # out of 255; the libraries' filters differ
 
 
 def test_one_channel(picture):
@@ -108,7 +108,7 @@ def test_one_channel(picture):
     assert view.gate(picture, 0).image.size == view.drawn_size
 
 
-# What is shown
+# Visualizations
 
 
 def test_probabilities(gated, picture):
@@ -138,7 +138,7 @@ def test_points(gated, picture):
 
 
 def test_points_beyond_the_picture(gated, picture):
-    """At a corner some points are off the map, and some of those that are on it not on the picture."""
+    """At a corner, some points are off the map, and others are on the map but off the image."""
     found = visualize.sampling_points(
         gated.model, gated.fit(picture).astype("float32"), "das_2", gated.point(Place(0, 0))
     )
@@ -181,7 +181,7 @@ def test_grad_cam_of_gates(gated, picture):
 
 @pytest.mark.parametrize(("number", "layer"), [(0, "stage1"), (1, "stage2")])
 def test_grad_cam_without_gates(gated, plain, picture, number, layer):
-    """On a map of the same share of the image, though the images differ in size."""
+    """The map covers the same share of the image, although the image sizes differ."""
     drawing = plain.grad_cam(picture, number, gated.share(number))
     assert drawing.caption.startswith(f"{layer}: for ")
     assert drawing.image.size == plain.drawn_size
@@ -264,7 +264,7 @@ def test_good_files(suffix, tmp_path):
     assert said == f"<p class='caption'>good{suffix}</p>"
     assert (picture.image.mode, picture.image.size) == ("RGB", source.size)
     difference = np.asarray(picture.image).astype(int) - np.asarray(source)
-    assert np.abs(difference).mean() < 12  # a GIF has 256 colours
+    assert np.abs(difference).mean() < 12  # a GIF has 256 colors
 
 
 def test_transparent_is_white(tmp_path):
@@ -275,7 +275,7 @@ def test_transparent_is_white(tmp_path):
 
 def test_photographs_are_turned_upright(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned by 90 degrees
+    exif[0x0112] = 6  # the camera was rotated by 90 degrees
     source = Image.new("RGB", (40, 20))
     source.paste(toys.RED, (0, 0, 20, 20))
     source.save(tmp_path / "turned.png", exif=exif)
@@ -372,7 +372,7 @@ def test_models_that_take_no_images(tmp_path):
 
 
 def fails(capsys, *arguments):
-    """What the one line on stderr says."""
+    """Returns the error message, which must be a single line on stderr."""
     assert explore.main(list(map(str, arguments))) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -418,7 +418,7 @@ def test_loopback_is_the_default():
 
 
 def test_drawings_are_larger_than_the_page_shows_them(gated, plain):
-    """Gradio counts clicks in pixels of the drawing."""
+    """Gradio reports clicks in pixels of the drawing."""
     for view in (gated, plain):
         assert view.scale == math.ceil(views.SIDE / max(view.shape[:2]))
         assert max(view.drawn_size) >= views.SIDE

@@ -1,4 +1,4 @@
-"""The exploring page in a headless Chromium, served by the script in a process of its own."""
+"""Tests of the explore page in a headless Chromium. The script runs in a subprocess as the server."""
 
 import os
 import re
@@ -20,9 +20,9 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 PATIENCE = 120_000
-"""Milliseconds that a condition is waited for before a test fails."""
+"""The timeout of each wait in milliseconds."""
 
-# The script as a user runs it; what it serves on, connects to, or asks the address of, is written down.
+# Runs the script like a user would, and logs the addresses that it binds, connects to, or resolves.
 SERVER = """
     import sys
     log = open(sys.argv.pop(1), "a", buffering=1)
@@ -38,7 +38,7 @@ SERVER = """
 
 
 def find_chromium(driver) -> str | None:
-    """Of `$CHROMIUM`, of the system, or Playwright's own."""
+    """Returns the path of Chromium: `$CHROMIUM`, the system's, or Playwright's."""
     named = os.environ.get("CHROMIUM")
     found = [named] if named else [path for name in BROWSERS if (path := shutil.which(name))]
     own = driver.chromium.executable_path
@@ -61,7 +61,7 @@ def chromium():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two models, pictures to pick, and files to upload."""
+    """Two models, images for the gallery, and files to upload."""
     root = tmp_path_factory.mktemp("explore")
     keras.utils.set_random_seed(0)
     toys.save(toys.toy(), root / "gated", ["cat", "dog"])
@@ -75,7 +75,7 @@ def folder(tmp_path_factory):
 
 
 class Server:
-    """The page's server, its address, and what it did with sockets."""
+    """A server of the page, its address, and a log of its socket events."""
 
     def __init__(self, folder, name, *arguments):
         self.log, self.temporary = folder / f"{name}.txt", folder / name
@@ -95,11 +95,11 @@ class Server:
         self.address = found[1]
 
     def network(self):
-        """What it served on, connected to and looked up."""
+        """The addresses that the server has bound, connected to, or resolved."""
         return set(self.log.read_text().splitlines())
 
     def stop(self):
-        """The exit code."""
+        """Stops the server and returns its exit code."""
         self.process.terminate()
         with self.process.stdout:
             return self.process.wait(timeout=60)
@@ -110,12 +110,12 @@ def server(folder):
     running = Server(folder, "one", "gated/model.keras")
     yield running
     assert running.stop() == 0
-    assert not list(running.temporary.rglob("*.png"))  # pictures do not stay behind
+    assert not list(running.temporary.rglob("*.png"))  # images are deleted
 
 
 @pytest.fixture(scope="module")
 def comparing(folder, server):
-    """Started after the other, which is quick: the machines that run this have few processors."""
+    """Starts after the other server, which is faster because test machines have few processors."""
     running = Server(folder, "two", "gated/model.keras", "--compare", "plain/model.keras")
     yield running
     assert running.stop() == 0
@@ -123,7 +123,7 @@ def comparing(folder, server):
 
 @pytest.fixture
 def open_page(chromium):
-    """Opens a server's page; fails if the page asks anything of anyone else, or logs an error."""
+    """Opens a server's page. The test fails if the page sends requests to other hosts or logs an error."""
     pages, asked, errors = [], set(), []
 
     def open_it(server):
@@ -164,12 +164,12 @@ def wait_for_text(page, name, text):
 
 
 def wait_until_loaded(page, name):
-    """Until then Gradio does not know the size of what is clicked, and lets the click go."""
+    """Waits until an image is loaded. Before, Gradio does not know its size and ignores clicks."""
     page.wait_for_function("name => document.querySelector(`#${name} img`).complete", arg=name)
 
 
 def click(page, name, y, x):
-    """Click at shares of a drawing's height and width, and wait until the points are elsewhere."""
+    """Clicks at fractions of a drawing's height and width, and waits until the points have moved."""
     points, text = source(page, "first-points"), caption(page)
     wait_until_loaded(page, name)
     box = page.locator(f"#{name} img").bounding_box()
@@ -195,9 +195,9 @@ def test_a_click_moves_the_points(server, open_page, y, x):
     page = open_page(server)
     click(page, "first-points", y, x)
     row, column = map(int, re.match(r"das_1: row (\d+), column (\d+):", caption(page)).groups())
-    # Of a convolution of stride 2 that pads at the end, index i lies at pixel 2 i + 1.
+    # The convolution has stride 2 and pads at the end, so index i is at pixel 2 * i + 1.
     expected = [(64 * share - 0.5 - 1) / 2 for share in (y, x)]
-    assert [row, column] == pytest.approx(expected, abs=0.6)  # the nearest, to a pixel of the screen
+    assert [row, column] == pytest.approx(expected, abs=0.6)  # the nearest, to within a screen pixel
 
 
 def test_a_click_on_the_heat_map(server, open_page):
@@ -243,7 +243,7 @@ def test_uploads(server, open_page, folder):
     wait_for_text(page, "message", "good.jpg")
     wait_for_change(page, "first-points", points)
     assert page.get_by_role("alert").count() == 0
-    # What a click then moves is the uploaded picture.
+    # A click then refers to the uploaded image.
     click(page, "first-points", 0.5, 0.25)
     assert re.match(r"das_1: row 15, column 7:", caption(page))
 
@@ -255,7 +255,7 @@ def test_two_models(comparing, open_page):
     assert page.locator("#second-gate").count() == 0
     assert caption(page, "first-cam").startswith("das_1: for ")
     assert caption(page, "second-cam").startswith("stage1: for ")
-    # A click on the one moves the place in the other, whose images have another size.
+    # A click on one image moves the place in the other, which has a different size.
     second = source(page, "second-points")
     click(page, "first-points", 0.25, 0.75)
     wait_for_change(page, "second-points", second)
@@ -269,7 +269,7 @@ def test_two_models(comparing, open_page):
 
 
 def test_nobody_else_is_asked(server, open_page):
-    """Gradio has telemetry, and looks for newer versions of itself; not here."""
+    """Gradio's telemetry and its check for updates are disabled."""
     open_page(server)
-    # urllib3 tries, when it is imported, whether it could have an address of IPv6.
+    # On import, urllib3 binds an IPv6 address to check whether IPv6 is available.
     assert server.network() - {"socket.bind ::1"} == {"socket.bind 127.0.0.1"}

@@ -59,7 +59,7 @@ ALL = itertools.product(("array", "stream"), classify.CHOICES["augment"])
     [pytest.param(*pair, marks=[] if pair in QUICK else [pytest.mark.slow]) for pair in ALL],
 )
 def test_seed_and_epoch_decide_all(kind: str, augment: str) -> None:
-    keras.utils.set_random_seed(0)  # the seed that TensorFlow treats in a way of its own
+    keras.utils.set_random_seed(0)  # TensorFlow treats the seed 0 specially
     layers = classify.augmentation(augment)
 
     def epoch(*key: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Without a package of its extra an example ends in one line that names the extra."""
+"""Tests that an example without an optional package ends with one line that names the extra to install."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Training spread over devices: two logical CPUs in place of two GPUs, two processes in place of machines."""
+"""Tests of distributed training: two logical CPUs represent two GPUs, and two processes two machines."""
 
 import functools
 import signal
@@ -15,7 +15,7 @@ from examples.training import make_strategy
 from . import machines
 from .conftest import COLOURS, write_images
 
-# Batch norm's statistics are each replica's own, so the network has none.
+# The network has no batch norm, whose statistics would differ between replicas.
 PRELUDE = """
 import json, os, signal, sys
 import keras, tensorflow as tf
@@ -40,7 +40,7 @@ DEVICES = (
 print(json.dumps([run("--strategy", name, "--output", name) for name in ("none", "mirrored")]))
 """
 )
-# Ends the process at the step that the environment names, as a machine that fails would.
+# Kills the process at the step given by the environment to simulate a machine failure.
 MACHINE = """
 class Timer(training.StepTimer):
     def on_train_batch_end(self, batch, logs=None):
@@ -55,7 +55,7 @@ print(json.dumps(run()))
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.Popen]:
-    """Starts a run of three epochs of four steps in a process of its own."""
+    """Starts a run of three epochs with four steps each in a subprocess."""
     folder = tmp_path_factory.mktemp("runs")
     for name in ("red", "green"):
         write_images(folder / "images" / name, 20, COLOURS[name])
@@ -68,7 +68,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.
 
 @pytest.fixture(scope="module")
 def one_and_two(start: Callable[..., subprocess.Popen]) -> list[dict]:
-    """The run on one device, and on two."""
+    """The results of the run on one device and on two devices."""
     return machines.result(start(DEVICES))
 
 
@@ -91,13 +91,13 @@ def test_two_machines_train_as_one_even_if_one_is_killed(
     start: Callable[..., subprocess.Popen], one_and_two: list[dict]
 ) -> None:
     start_both = functools.partial(machines.start_both, functools.partial(start, MACHINE))
-    step = np.random.default_rng().integers(5, 12)  # after the first of three epochs of four steps
+    step = np.random.default_rng().integers(5, 12)  # after the first of three epochs with four steps each
     first, killed = start_both(KILL_AFTER=str(step))
     try:
         errors = killed.communicate(timeout=600)[1]
         assert killed.returncode == -signal.SIGKILL, errors
     finally:
-        first.kill()  # it would wait for the other, or fail
+        first.kill()  # waits for the other process or fails
         first.communicate()
     resume = functools.partial(start_both, "--resume", "both/backup")
     assert_same(machines.results_of_both(resume), one_and_two[0])

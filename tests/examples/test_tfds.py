@@ -1,4 +1,4 @@
-"""TensorFlow Datasets by their own stand-in: random images of the sets' shapes, without any download."""
+"""Tests of TensorFlow Datasets with TFDS' mock: random images of the right shapes, and no downloads."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +36,7 @@ def test_sets(name: str, classes: int, tmp_path: Path) -> None:
 
 
 class Noise(tfds.core.GeneratorBasedBuilder):
-    """A set of 40 images in one split, prepared on disk as published ones are."""
+    """A dataset of 40 images in one split, prepared on disk like published datasets."""
 
     VERSION = tfds.core.Version("1.0.0")
 

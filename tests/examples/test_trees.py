@@ -1,4 +1,4 @@
-"""The aerial photographs are the real ones: the first run fetches them from PyPI, as a user's does."""
+"""Tests of the aerial photographs. The first run downloads the original data from PyPI, as for users."""
 
 import io
 import subprocess
@@ -109,9 +109,9 @@ def test_boxes_on_the_border_of_a_cell_and_too_large_ones() -> None:
     cell = trees.Cell("train", (100, 100, 300, 300))
     boxes = np.array(
         [
-            [90, 200, 140, 240],  # most of it inside: kept, its patch shifted in
-            [60, 200, 120, 240],  # most of it outside
-            [105, 105, 295, 295],  # inside, but not with its context
+            [90, 200, 140, 240],  # mostly inside: kept, with the patch shifted into the cell
+            [60, 200, 120, 240],  # mostly outside
+            [105, 105, 295, 295],  # inside, but its context is not
             [200, 200, 200.5, 200.5],  # tiny
         ],
         "float32",
@@ -131,7 +131,7 @@ def test_a_photograph_full_of_crowns_gives_no_background() -> None:
 
 
 def fake_pip(monkeypatch: pytest.MonkeyPatch, content: bytes | None) -> list[list[str]]:
-    """Lets `pip download` write `content`, or fail; returns the commands that ran."""
+    """Makes `pip download` write `content`, or fail if it is None. Returns the commands."""
     commands = []
 
     def run(command: list[str], **_: object) -> subprocess.CompletedProcess:

@@ -1,4 +1,4 @@
-"""A network in the place of ResNet-18, for tests that are about the run and not about the network."""
+"""A tiny replacement for ResNet-18, for tests of runs that do not depend on the network."""
 
 import keras
 
@@ -6,7 +6,7 @@ from examples import backbones
 
 
 def resnet18(image_size: int, small_stem: bool = False) -> keras.Model:
-    """Four convolutions, each the end of a stage."""
+    """Four convolutions, each of which ends a stage."""
     x = inputs = keras.Input((image_size, image_size, 3))
     for number in range(1, 5):
         x = keras.layers.Conv2D(8, 3, 2 if number < 3 else 1, "same", name=f"stage{number}_conv")(x)
@@ -16,5 +16,5 @@ def resnet18(image_size: int, small_stem: bool = False) -> keras.Model:
 
 
 def install() -> None:
-    """Let `--backbone resnet18` mean the tiny network, in a process of a test's own."""
+    """Makes `--backbone resnet18` select the tiny network. Call it in a subprocess."""
     backbones.resnet18 = resnet18

@@ -1,4 +1,7 @@
-"""Squares and boxes. Pictures have one bright rectangle in each colour, so that a box shows whose it is."""
+"""Tests of the batches of images and boxes: resizing, augmentation, padding, and order.
+
+Test images contain one bright rectangle per color channel, which identifies its box.
+"""
 
 import keras
 import numpy as np
@@ -15,7 +18,7 @@ RED, GREEN, BLUE = (15, 10, 26, 20), (30, 2, 50, 8), (1, 1, 9, 29)
 
 
 def picture(boxes: list[tuple[int, int, int, int]], width: int, height: int) -> np.ndarray:
-    """Black, with a rectangle of the box's own colour for each of up to three boxes."""
+    """A black image with a rectangle in a separate color for each of up to three boxes."""
     image = np.zeros((height, width, 3), "uint8")
     for colour, (x1, y1, x2, y2) in enumerate(boxes):
         image[y1:y2, x1:x2, colour] = 255
@@ -37,7 +40,7 @@ def split_of(pictures: list[tuple[np.ndarray, list]]) -> EncodedSplit:
 
 
 def numbered(count: int) -> EncodedSplit:
-    """Grey pictures of sides that differ, which their shade tells apart, with one box each."""
+    """Gray images of different sizes with one box each. The gray level identifies the image."""
     return split_of(
         [(np.full((16 + i % 3, 20, 3), 10 * i + 5, "uint8"), [(0, 0, i % 7 + 1, 8)]) for i in range(count)]
     )
@@ -51,14 +54,14 @@ def clock_at(epoch: int, seed: int = 5) -> EpochClock:
 
 
 def read(dataset: tf.data.Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Images, boxes and classes of an epoch."""
+    """Returns the images, boxes, and classes of an epoch."""
     images, targets = zip(*dataset.as_numpy_iterator(), strict=True)
     boxes = np.concatenate([target["boxes"] for target in targets])
     return np.concatenate(images), boxes, np.concatenate([target["classes"] for target in targets])
 
 
 def bright(channel: np.ndarray) -> list[int]:
-    """The box of what is brighter than half."""
+    """The bounding box of the pixels brighter than 50%."""
     y, x = np.nonzero(channel > 127)
     return [x.min(), y.min(), x.max() + 1, y.max() + 1]
 
@@ -78,7 +81,7 @@ def test_squares_without_augmentation(width: int, height: int) -> None:
     scale = resize_scale(height, width, SIZE)
     assert scale * max(width, height) == SIZE
     np.testing.assert_allclose(boxes[0, 0] / scale, box, rtol=1e-6)
-    # A pixel is bright if its middle lies in the box; sampling smaller moves the border by less than a pixel.
+    # A pixel is bright if its center is in the box. Downsampling moves borders by less than a pixel.
     np.testing.assert_allclose(bright(images[0, ..., 0]), boxes[0, 0], atol=0.51 if scale >= 1 else 1)
     assert classes.tolist() == [[0]]
 
@@ -114,7 +117,7 @@ def test_augmentation_moves_boxes_with_their_pixels() -> None:
     for epoch in range(4):
         clock.on_epoch_begin(epoch)
         for image, found, classes in zip(*read(dataset), strict=True):
-            # Red lies so that no cut reaches it: its area tells the scale.
+            # The red rectangle is never cropped, so its area reveals the scale.
             area = image[..., 0].sum() / 255 / 110
             areas.append(area)
             kept = {int(label): box for label, box in zip(classes, found, strict=True) if label >= 0}
@@ -139,7 +142,7 @@ def test_augmented_pictures_lie_anywhere() -> None:
     split = split_of([(np.full((30, 60, 3), 255, "uint8"), [(0, 0, 60, 30)])] * 200)
     _, boxes, _ = read(training_batches(split, SIZE, 50, clock_at(0), augment=True))
     x1, y1, x2, y2 = boxes[:, 0].T
-    assert ((x1 == 0) & (x2 == SIZE)).sum() > 50  # larger than the square, and cut
+    assert ((x1 == 0) & (x2 == SIZE)).sum() > 50  # larger than the square, and cropped
     smaller = (x1 > 0) & (x2 < SIZE)
     assert smaller.sum() > 50
     assert np.ptp(x1[smaller] / (SIZE - (x2 - x1)[smaller])) > 0.9
@@ -151,9 +154,9 @@ def test_boxes_that_are_cut_or_too_small() -> None:
     boxes = tf.constant(
         [
             [10, 5, 20, 10],  # inside
-            [-13, 0, 7, 10],  # 0.35 of it is left, on the left
+            [-13, 0, 7, 10],  # 0.35 remains, on the left
             [-14, 0, 6, 10],  # 0.3
-            [0, 13, 10, 33],  # 0.35, below
+            [0, 13, 10, 33],  # 0.35, at the bottom
             [0, 14, 10, 34],  # 0.3
             [-50, 0, -20, 10],  # outside
             [0, 0, 0.6, 10],  # 1.2 pixels of the square
@@ -259,7 +262,7 @@ def test_no_box_one_box_and_500_boxes(augment: bool) -> None:
     np.testing.assert_array_equal((boxes == -1).all(axis=-1), classes == -1)
     counts = (classes >= 0).sum(axis=1)
     for row, count in zip(classes, counts, strict=True):
-        assert (row[:count] >= 0).all()  # what fills up comes last
+        assert (row[:count] >= 0).all()  # padding comes last
     if augment:
         assert 250 < counts.max() <= 500
         return
@@ -320,7 +323,7 @@ def test_scored_batches_have_every_image_in_order_and_its_targets() -> None:
     plain, _ = zip(*evaluation_batches(split, SIZE, 2).as_numpy_iterator(), strict=True)
     np.testing.assert_array_equal(images, np.concatenate(plain))
     np.testing.assert_array_equal(boxes[0], [RED, GREEN])
-    np.testing.assert_array_equal(boxes[2, 0], 2 * np.array(BLUE))  # of an image half as large
+    np.testing.assert_array_equal(boxes[2, 0], 2 * np.array(BLUE))  # the image is half as large
     np.testing.assert_array_equal(classes, [[0, 1], [-1, -1], [0, -1]])
     assert (boxes[classes < 0] == -1).all()
 

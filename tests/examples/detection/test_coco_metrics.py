@@ -1,4 +1,4 @@
-"""COCO's metrics: against a computation by hand, and through detectors of both libraries' manners."""
+"""Tests of the COCO metrics: agreement with manual calculations, and the conventions of both libraries."""
 
 import keras
 import numpy as np
@@ -18,22 +18,22 @@ def boxes(image_id, *rows, scores=None, labels=None, crowd=None):
 
 
 def test_by_hand():
-    """Three boxes; one found exactly, one with an IoU of 0.62, one missed; and a false alarm between them."""
+    """One box is detected exactly, one with an IoU of 0.62, and one is missed. One detection is wrong."""
     truths = [boxes(7, [0, 0, 50, 50], [60, 60, 90, 95]), boxes(3, [0, 0, 100, 100]), boxes(5)]
     detections = [
         boxes(7, [0, 0, 50, 50], [200, 200, 250, 230], scores=[0.9, 0.8]),
         boxes(3, [0, 0, 100, 62], scores=[0.7]),
     ]
     found = coco_metrics.score(truths, detections, ["thing"])
-    # By falling score: right, wrong, right. Recall reaches 1/3 at precision 1, and 2/3 at precision 2/3:
-    # of the recalls 0, 0.01 ... 1 there are 34 up to 1/3 and 33 more up to 2/3.
+    # In descending order of scores: right, wrong, right. The recall reaches 1/3 at precision 1, and 2/3 at
+    # precision 2/3. Of the recalls 0, 0.01, ..., 1, 34 are at most 1/3, and 33 more are at most 2/3.
     loose, strict = (34 + 33 * 2 / 3) / 101, 34 / 101
     assert found["AP50"] == pytest.approx(loose)
     assert found["AP75"] == pytest.approx(strict)
-    assert found["AP"] == pytest.approx((3 * loose + 7 * strict) / 10)  # 0.5, 0.55, 0.6; 0.65 ... 0.95
+    assert found["AP"] == pytest.approx((3 * loose + 7 * strict) / 10)  # 0.5, 0.55, 0.6; 0.65, ..., 0.95
     assert found["AR1"] == pytest.approx((3 * 2 / 3 + 7 * 1 / 3) / 10)
     assert found["AR100"] == found["AR1"]
-    assert found["AP_S"] is None  # 30 x 35 pixels are more than 32 x 32
+    assert found["AP_S"] is None  # 30x35 pixels are more than 32x32
     assert found["AP50_by_class"] == {"thing": pytest.approx(loose)}
 
 
@@ -45,7 +45,7 @@ def test_sizes_and_classes():
     by_class = found["AP50_by_class"]
     assert by_class["a"] == pytest.approx(1)
     assert by_class["b"] == pytest.approx(51 / 101)
-    assert by_class["c"] is None  # nothing to find
+    assert by_class["c"] is None  # no boxes in the data
 
 
 def test_a_crowd_is_no_false_alarm():
@@ -77,7 +77,7 @@ def test_results_have_the_categories_own_ids():
 
 
 class Echo(keras.Model):
-    """Detects whatever boxes are written in an image's first rows: `(y, x, h, w)` in parts of 100."""
+    """Detects the boxes stored in an image's first row, as coordinates divided by 100."""
 
     def __init__(self, names):
         super().__init__()
@@ -103,7 +103,7 @@ class Echo(keras.Model):
 def test_callback(bounding_box_format, names, ragged):
     shown = {"xywh": [10, 20, 30, 40], "rel_xyxy": [0.1, 0.2, 0.4, 0.6], "yxyx": [20, 10, 60, 40]}
     images = np.zeros((3, 100, 100, 4), "float32")
-    images[:2, 0, :2] = np.array(shown[bounding_box_format]) / 100  # the third image is detected wrongly
+    images[:2, 0, :2] = np.array(shown[bounding_box_format]) / 100  # the third image has a false positive
     images[2, 0, :2] = np.array([0.5, 0.5, 0.9, 0.9])
     rows = [[shown[bounding_box_format]], [shown[bounding_box_format]], []]
     if ragged:
@@ -129,10 +129,10 @@ def test_callback(bounding_box_format, names, ragged):
     callback.on_epoch_end(0, logs)
     assert np.isnan(logs["coco_AP"])
     callback.on_epoch_end(1, logs)
-    # Two right and one false alarm of the same score, which comes last.
+    # Two true positives and one false positive, which comes last among equal scores.
     assert logs["coco_AP50"] == pytest.approx(1)
     assert logs["coco_AR100"] == pytest.approx(1)
     assert np.isnan(logs["coco_AP_L"])
     callback.data = callback.data.take(0)
-    callback.on_epoch_end(2, logs)  # the last epoch is scored in any case
+    callback.on_epoch_end(2, logs)  # the last epoch is always scored
     assert np.isnan(logs["coco_AP50"])

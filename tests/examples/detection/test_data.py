@@ -1,4 +1,4 @@
-"""What each source makes of boxes and images that are known."""
+"""Tests of the data sources for detection: boxes, labels, images, and splits."""
 
 import io
 import itertools
@@ -24,7 +24,7 @@ Box = tuple[float, float, float, float]
 
 
 def pixels_of(split: Split, index: int) -> np.ndarray:
-    """The image in the way that pipelines read it."""
+    """Returns the image as read in a `tf.data` pipeline."""
     dataset = tf.data.Dataset.from_tensors(np.int64(index)).map(split.image)
     return next(dataset.as_numpy_iterator())
 
@@ -55,7 +55,7 @@ def as_lists(truth: Truth) -> dict[str, Any]:
 
 
 def check_images(data: DetectionData, value: Mapping[str, int]) -> None:
-    """Every image has the size of its truth, and the grey that goes with its name."""
+    """Checks that every image has the size in its annotation and the gray level of its name."""
     for split in data.splits.values():
         assert len({truth.image_id for truth in split.truths}) == len(split.truths)
         for index, truth in enumerate(split.truths):
@@ -71,7 +71,7 @@ def check_images(data: DetectionData, value: Mapping[str, int]) -> None:
 def write_voc(
     root: Path, images: Mapping[str, list[tuple[str, Box]]], width: int = 60, height: int = 40
 ) -> Path:
-    """A VOC folder without lists; image number i is grey of `shade(i)`."""
+    """A VOC folder without lists. Image number i has the gray level `shade(i)`."""
     for number, (stem, objects) in enumerate(images.items()):
         write_image(root / "JPEGImages" / f"{stem}.png", width, height, shade(number))
         write_annotation(root, stem, objects, width, height)
@@ -221,7 +221,7 @@ def test_kinds_of_images(tmp_path: Path, mode: str) -> None:
 
 
 def coco(count: int = 10) -> dict[str, list[dict[str, Any]]]:
-    """Images of 60 x 40, with ids from 100; two boxes in the first, one in each other."""
+    """Images of 60x40 with ids starting at 100. The first one has two boxes, and the others have one each."""
     images = [
         {"id": 100 + number, "file_name": f"{number}.png", "width": 60, "height": 40}
         for number in range(count)
@@ -236,7 +236,7 @@ def coco(count: int = 10) -> dict[str, list[dict[str, Any]]]:
 
 
 def write_coco(root: Path, content: Any) -> str:
-    """The file and images of shades by number, and what `--data` calls them."""
+    """Writes the annotations and gray images, and returns the value of `--data`."""
     if isinstance(content, dict):
         for number, image in enumerate(content.get("images", [])):
             write_image(root / "images" / image["file_name"], 60, 40, shade(number))
@@ -363,7 +363,7 @@ def test_coco_files_that_cannot_be_read(tmp_path: Path) -> None:
             coco_file.load(arguments, seed=0)
 
 
-# The aerial photographs, the real ones
+# Aerial photographs (the original data)
 
 
 @pytest.fixture(scope="module")
@@ -417,8 +417,8 @@ def test_crowns_on_the_border_of_a_tile() -> None:
         [
             [110, 220, 140, 260],  # inside
             [90, 210, 110, 230],  # half of it
-            [89, 210, 110, 230],  # a little less
-            [346, 446, 366, 466],  # a quarter, over the corner
+            [89, 210, 110, 230],  # slightly less than half
+            [346, 446, 366, 466],  # a quarter, at the corner
             [10, 10, 20, 20],  # elsewhere
         ],
         "float32",
@@ -439,7 +439,7 @@ SHAPES = [
 
 
 class Shapes(tfds.core.GeneratorBasedBuilder):
-    """A set of 40 images of 20 x 10 and a split of 3, prepared on disk as published ones are."""
+    """A dataset of 40 images of 20x10 and a split of 3, prepared on disk like published datasets."""
 
     VERSION = tfds.core.Version("1.0.0")
     NAMES = ("disc", "box", "star")
@@ -531,7 +531,7 @@ def test_large_sets_must_be_tfrecords() -> None:
 
 
 class Scenes(Shapes):
-    """Shapes with the features of TFDS' COCO."""
+    """A dataset with the features of TFDS' COCO."""
 
     def _info(self) -> tfds.core.DatasetInfo:
         objects = {
@@ -579,7 +579,7 @@ def test_tfds_with_the_features_of_coco(
 
 
 def test_coco_of_tfds(tmp_path: Path) -> None:
-    """Its stand-in, with examples of ours: those that it draws have more boxes than labels."""
+    """Uses a TFDS mock with our own examples, because TFDS' random examples have more boxes than labels."""
     asked = []
 
     def as_dataset(self: Any, split: str, **_: Any) -> tf.data.Dataset:
@@ -591,7 +591,7 @@ def test_coco_of_tfds(tmp_path: Path) -> None:
     with tfds.testing.mock_data(as_dataset_fn=as_dataset):
         loaded = data.load("tfds:coco/2017", seed=0, data_dir=str(tmp_path))
     assert len(loaded.class_names) == len(loaded.category_ids) == 80
-    assert asked == ["train[:75%]", "train[75%:80%]", "train[80%:]"]  # the stand-in knows of no validation
+    assert asked == ["train[:75%]", "train[75%:80%]", "train[80%:]"]  # the mock has no validation split
     for split in loaded.splits.values():
         assert [truth.image_id for truth in split.truths] == [7, 5]
         assert pixels_of(split, 1).shape == (10, 20, 3)
@@ -669,7 +669,7 @@ def test_test_splits_that_have_labels(name: str, test: str, monkeypatch: pytest.
     assert tfds_source.slices(builder)["test"] == test
 
 
-# What `--data` says
+# Values of `--data`
 
 
 @pytest.mark.parametrize("spec", ["", "tree", "voc", "voc:", "coco:", "tfds:", "folder:images", "trees:x"])

@@ -1,4 +1,4 @@
-"""examples/detect.py as a run: what it writes, resuming, the recipe, and what it says of wrong arguments."""
+"""Tests of examples/detect.py: output files, resuming, the recipe, and errors for invalid arguments."""
 
 import json
 
@@ -28,13 +28,13 @@ def small():
 
 @pytest.fixture(scope="module")
 def coco_folder(tmp_path_factory):
-    """Twenty images of a bright square on noise, two of them without any."""
+    """Twenty images of a bright square on noise. Two of them have no square."""
     return write_coco(tmp_path_factory.mktemp("coco"), np.random.default_rng(SESSION_SEED), 20)
 
 
 @pytest.fixture(scope="module")
 def whole_run(small, coco_folder, tmp_path_factory):
-    """A run of two epochs that nothing interrupts: its folder, and what it returned."""
+    """The folder and the results of an uninterrupted run of two epochs."""
     output = tmp_path_factory.mktemp("whole") / "run"
     return output, train_two_epochs(coco_folder, output, "--export", str(output / "saved"))
 
@@ -75,7 +75,7 @@ def test_run(coco_folder, whole_run):
     assert 0 <= results["AP"] <= results["AP50"] <= 1
     history = results["history"]
     assert len(history["loss"]) == 2
-    assert history["coco_AP"][0] is None  # scored every fourth epoch, and after the last
+    assert history["coco_AP"][0] is None  # scored every fourth epoch and after the last
     assert history["coco_AP"][1] is not None
     found = json.loads((output / "detections.json").read_text())
     assert {entry["category_id"] for entry in found} <= {18}
@@ -124,10 +124,10 @@ def test_recipe():
 
 @pytest.fixture
 def preset(tmp_path):
-    """A KerasHub preset's folder: a ResNet of narrow stages with its weights.
+    """The folder of a KerasHub preset: a narrow ResNet with weights.
 
-    Not of 8 channels: with a batch of one image, TensorFlow 2.21's gradient of 1x1 kernels with stride 2 then
-    writes where it should not, on processors with AVX-512.
+    The stages do not have 8 channels: for a batch of one image, TensorFlow 2.21's gradient of 1x1 kernels
+    with stride 2 would write out of bounds on processors with AVX-512.
     """
     keras.utils.set_random_seed(5)
     backbone = keras_hub.models.ResNetBackbone(
@@ -138,7 +138,7 @@ def preset(tmp_path):
 
 
 def train_by_recipe(preset, tmp_path, *words):
-    """The recipe of COCO, smaller."""
+    """Trains with a smaller version of the COCO recipe."""
     smaller = ["--image-size", "128", "--epochs", "1", "--batch-size", "2", "--head-layers", "1"]
     output = tmp_path / "run"
     words = ["--recipe", "coco", *smaller, *preset[1], "--progress", "none", "--output", str(output), *words]
@@ -161,7 +161,7 @@ def test_the_recipe_starts_from_the_presets_weights(preset):
 
 
 def test_boxes_in_pixels_of_the_original_images(coco_folder):
-    """The images of 90 x 120 pixels were made 128 wide; what lies beyond an image is cut off."""
+    """Images of 90x120 pixels are resized to a width of 128. Boxes are clipped to the image."""
 
     def predictor(images, training):
         boxes = tf.constant([[[16.0, 32, 64, 80], [64, 0, 160, 160], [0, 0, 9, 9]]])
@@ -187,7 +187,7 @@ def test_the_recipe_trains_on_three_images(preset, tmp_path, rng):
 
 @pytest.mark.slow
 def test_the_recipe_trains_on_coco_of_tfds(preset, tmp_path, rng):
-    """Its stand-in: what TensorFlow Datasets draws for it has more boxes than labels."""
+    """Uses a TFDS mock with our own examples, because TFDS' random examples have more boxes than labels."""
 
     def as_dataset(self, split, **_):
         examples = [

@@ -1,4 +1,4 @@
-"""RetinaNets of both libraries: what gates change, what training starts from, decoding and export."""
+"""Tests of the RetinaNets of both libraries: effects of gates, initial state, decoding, and export."""
 
 import keras
 import numpy as np
@@ -11,13 +11,13 @@ from examples.common import UserError
 from examples.detection import detectors
 
 SIZE = 128
-# KerasCV's own doing.
+# KerasCV causes this warning.
 pytestmark = pytest.mark.filterwarnings(r"ignore:`build\(\)` was called on layer 'retina_net'")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def small():
-    """ResNets of narrow stages, for their weights are what takes time."""
+    """Narrow ResNets, because the number of weights determines the time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(detectors, "_FILTERS", [64, 16, 16, 16])
         patch.setitem(detectors.RESNETS, "resnet18", ("basic_block", [1, 1, 1, 1]))
@@ -32,7 +32,7 @@ def plain(request, small):
 
 @pytest.fixture(scope="module")
 def gated(plain):
-    """One with gates that start at 1, of the same library and weights."""
+    """A detector with gates that start at 1, from the same library and with the same weights."""
     detector = build(plain.library, detectors.attach_das(True, {}))
     of_gates = {id(weight) for gate in gates_of(detector) for weight in gate.weights}
     rest = [weight for weight in detector.model.weights if id(weight) not in of_gates]
@@ -64,7 +64,7 @@ def images(rng):
 
 
 def test_gates_of_the_pyramid(plain, gated, images):
-    """At first they change no bit of the predictions; then each, at P3 to P5, moves them."""
+    """The gates do not change the predictions initially. Afterwards, each gate from P3 to P5 affects them."""
     assert [gate.name for gate in gates_of(gated)] == ["das_p2", "das_p3", "das_p4", "das_p5"]
     before = raw(gated, images)
     for name, value in raw(plain, images).items():
@@ -86,13 +86,13 @@ def test_all_scores_start_near_the_prior(plain, images):
 @pytest.mark.slow
 @pytest.mark.parametrize("library", detectors.LIBRARIES)
 def test_training_lowers_the_loss_and_finds_the_box(library, rng):
-    """An image without boxes, and one box again and again: the predictor must find it, in pixels."""
+    """Trains on an image without boxes and one with a box, which the predictor must find, in pixels."""
     detector = build(
         library, detectors.attach_das(True, {}), **({"head_layers": 1} if library == "keras_hub" else {})
     )
     for layer in detector.model._flatten_layers():
         if isinstance(layer, keras.layers.BatchNormalization):
-            layer.momentum = 0.5  # so that 80 steps are enough for its averages
+            layer.momentum = 0.5  # 80 steps suffice for the moving averages
     images = rng.uniform(0, 60, size=(2, SIZE, SIZE, 3)).astype("float32")
     images[0, 32:96, 16:80] = 250
     boxes = np.full((2, 2, 4), -1, "float32")
@@ -122,7 +122,7 @@ def test_the_predictor_goes_from_pixels_to_boxes(plain, images):
         "classes": (2, 100),
         "count": (2,),
     }
-    np.testing.assert_array_equal(found["count"], 0)  # no score is above the prior yet
+    np.testing.assert_array_equal(found["count"], 0)  # no score exceeds the prior yet
 
 
 @pytest.mark.slow
@@ -131,7 +131,7 @@ def test_export_gives_the_same_boxes_without_keras(library, images, tmp_path):
     predictor = build(library, detectors.attach_das(True, {})).predictor(SIZE)
     for layer in predictor._flatten_layers():
         if getattr(layer, "bias", None) is not None and layer.bias.shape[-1] in (27,):
-            layer.bias.assign(tf.zeros_like(layer.bias))  # so that there is something to find
+            layer.bias.assign(tf.zeros_like(layer.bias))  # produces detections
     expected = {name: value.numpy() for name, value in predictor(images).items()}
     assert expected["count"].min() > 0
     keras_das.export(predictor, tmp_path / "detector")
@@ -157,7 +157,7 @@ def test_backbone_of_a_trained_classifier(tmp_path):
 
 def test_suppression_is_class_by_class():
     boxes = np.array([[[0, 0, 40, 20], [2, 0, 42, 20], [2, 0, 42, 20], [50, 60, 90, 70]]], "float32")
-    logits = np.array([[[3, -9], [2, -9], [-9, 1], [-4, -9]]], "float32")  # the last is too weak
+    logits = np.array([[[3, -9], [2, -9], [-9, 1], [-4, -9]]], "float32")  # the last score is too low
     found = detectors.Suppression()(boxes, logits)
     assert found["num_detections"].numpy().tolist() == [2]
     np.testing.assert_array_equal(found["boxes"][0, :2], [[0, 0, 40, 20], [2, 0, 42, 20]])

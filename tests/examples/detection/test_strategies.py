@@ -1,4 +1,4 @@
-"""A detector trained by two processes in place of two machines."""
+"""Tests of detector training with two processes that represent two machines."""
 
 import functools
 
@@ -8,7 +8,7 @@ import pytest
 from tests.examples import machines
 from tests.examples.detection.test_detect import write_coco
 
-# A narrow network, though with batch norm: its statistics are each replica's own, on devices as on machines.
+# A narrow network with batch norm. Its statistics are local to each replica, whether a device or a machine.
 PRELUDE = """
 import json, sys
 import tensorflow as tf
