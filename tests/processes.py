@@ -1,7 +1,8 @@
 """Runs Python code in subprocesses without the time to import TensorFlow.
 
 A server process imports TensorFlow once and runs nothing else. Each subprocess is a fork of the server. Do
-not use it for tests of import side effects, or of environment variables that TensorFlow reads on import.
+not use this module for tests of import side effects, or of environment variables that TensorFlow reads on
+import.
 """
 
 import faulthandler

@@ -51,7 +51,7 @@ STEMS = {
 
 
 def coordinates(height, width, data_format="channels_last"):
-    """An image of coordinates: each pixel holds its own y in the first channel and x in the second."""
+    """An image of coordinates: the first channel contains y, and the second contains x."""
     image = np.stack(np.indices((height, width)), axis=-1).astype("float32")
     return image if data_format == "channels_last" else np.moveaxis(image, -1, 0)
 
@@ -80,14 +80,14 @@ def reader(rng, strides=1, dilation_rate=1, data_format="channels_last"):
 
 
 def check_reads_there(model, image, point, data_format="channels_last"):
-    """Checks that the coordinates that the layer outputs equal those that `sampling_points` returns."""
+    """Checks that the layer outputs the coordinates that `sampling_points` returns."""
     found = visualize.sampling_points(model, image, "reader", point)
     row, column = found.position
     output = np.asarray(model(image[None]))[0]
     read = output[row, column] if data_format == "channels_last" else output[:, row, column]
     expected = read.reshape(TAPS, 2) / found.mask[0, :, None]
     np.testing.assert_allclose(found.points[0], expected, rtol=1e-4, atol=1e-3)
-    assert np.abs(found.points[0, :, ::-1] - expected).max() > 1  # fails if x and y are swapped
+    assert np.abs(found.points[0, :, ::-1] - expected).max() > 1  # swapping x and y would be detected
     return found
 
 

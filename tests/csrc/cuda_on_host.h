@@ -55,7 +55,7 @@ class Block {
     const int warps = threads / kWarp;
     for (int done = 0; done < threads;) {
       bool moved = false;
-      // Each warp runs as far as possible before the next one, which maximizes the distance between warps.
+      // Each warp runs as far as possible before the next one, so that warps are as far apart as possible.
       for (int i = 0; i < warps; ++i) {
         while (run_warp((backwards ? warps - 1 - i : i) * kWarp, &done)) moved = true;
       }

@@ -59,7 +59,7 @@ def start_both(
 def results_of_both(start: Callable[[], list[subprocess.Popen]]) -> dict:
     """Returns the results of the first of two machines.
 
-    In rare cases, TensorFlow (2.21) terminates one of the processes with SIGSEGV. Only then, both are
+    In rare cases, TensorFlow (2.21) terminates one of the processes with SIGSEGV. Only in this case, both are
     restarted once.
     """
     processes, printed = _run_both(start)

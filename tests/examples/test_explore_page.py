@@ -115,7 +115,7 @@ def server(folder):
 
 @pytest.fixture(scope="module")
 def comparing(folder, server):
-    """Starts after the other server, which is faster because test machines have few processors."""
+    """Starts after the other server, because starting both at once is slow on machines with few cores."""
     running = Server(folder, "two", "gated/model.keras", "--compare", "plain/model.keras")
     yield running
     assert running.stop() == 0

@@ -97,7 +97,7 @@ def test_two_machines_train_as_one_even_if_one_is_killed(
         errors = killed.communicate(timeout=600)[1]
         assert killed.returncode == -signal.SIGKILL, errors
     finally:
-        first.kill()  # waits for the other process or fails
+        first.kill()  # otherwise it waits for the other process, or fails
         first.communicate()
     resume = functools.partial(start_both, "--resume", "both/backup")
     assert_same(machines.results_of_both(resume), one_and_two[0])

@@ -327,7 +327,7 @@ def test_identity_start_at_the_limit_of_float16(arguments, dtype, rng):
 
 
 def test_the_samples_follow_the_offsets():
-    """Shifting an image by the offsets shifts the gate's input accordingly, in (row, column) order."""
+    """Constant offsets shift the positions that the gate samples, in (row, column) order."""
     layer = keras_das.DASLayer(reduction=1, kernel_size=1, modulated=False, norm="channels")
     layer.build((None, 9, 9, 2))
     bias = layer.deform.offset_bias

@@ -106,7 +106,7 @@ def test_fit(jit_compile):
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_against_oracle(name, rng):
-    """Offsets and masks are an ordinary convolution of the inputs, followed by the op."""
+    """The op uses offsets and masks from an ordinary convolution of the inputs."""
     settings = CONFIGURATIONS[name]
     layer = keras_das.DeformableConv2D(**{**settings, "activation": None}, dtype="float64")
     images = rng.normal(size=(2, 8, 7, 6))

@@ -1,4 +1,4 @@
-"""Tests the CUDA kernels on a GPU without a framework. It starts quickly, also under compute-sanitizer.
+"""Tests the CUDA kernels on a GPU without a framework, for a fast start even under compute-sanitizer.
 
     python -m tests.ops.cuda_on_gpu build LIBRARY
     python -m tests.ops.cuda_on_gpu run LIBRARY [--count 500] [--seed 0]

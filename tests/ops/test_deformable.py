@@ -171,7 +171,7 @@ def test_at_rest_it_is_a_convolution(rng, case, implementation):
 def test_batch_chunks_change_no_bit(rng, case, dtype, implementation):
     """Results are bitwise equal, except for TensorFlow's matrix product on CPUs without AVX-512.
 
-    There, its last bits depend on the row.
+    On such CPUs, its last bits depend on the row.
     """
     is_product = implementation == "reference" and case.groups == 1
     last_bit = {"float32": 1e-6, "bfloat16": 2.0**-7}[dtype] if is_product else 0.0

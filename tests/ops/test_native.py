@@ -317,7 +317,7 @@ def test_a_missing_library_is_the_reason_on_a_gpu(with_gpu, monkeypatch):
     assert native.why_not(tensors=[Placed("GPU:0")]) == "it is Sunday"
 
 
-# All bindings are bitwise equal
+# Bitwise equality of all bindings
 
 
 @pytest.mark.parametrize(

@@ -126,8 +126,8 @@ def test_recipe():
 def preset(tmp_path):
     """The folder of a KerasHub preset: a narrow ResNet with weights.
 
-    The stages do not have 8 channels: for a batch of one image, TensorFlow 2.21's gradient of 1x1 kernels
-    with stride 2 would write out of bounds on processors with AVX-512.
+    The stages have more than 8 channels: with 8 channels and a batch of one image, TensorFlow 2.21's gradient
+    of 1x1 kernels with stride 2 writes out of bounds on processors with AVX-512.
     """
     keras.utils.set_random_seed(5)
     backbone = keras_hub.models.ResNetBackbone(

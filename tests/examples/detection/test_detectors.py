@@ -92,7 +92,7 @@ def test_training_lowers_the_loss_and_finds_the_box(library, rng):
     )
     for layer in detector.model._flatten_layers():
         if isinstance(layer, keras.layers.BatchNormalization):
-            layer.momentum = 0.5  # 80 steps suffice for the moving averages
+            layer.momentum = 0.5  # so that 80 steps suffice for its averages
     images = rng.uniform(0, 60, size=(2, SIZE, SIZE, 3)).astype("float32")
     images[0, 32:96, 16:80] = 250
     boxes = np.full((2, 2, 4), -1, "float32")
