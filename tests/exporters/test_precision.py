@@ -51,7 +51,6 @@ def test_onnx_keeps_float16(tmp_path, rng):
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".onnx", ".tflite"])
 def test_gates_in_bfloat16(suffix, tmp_path, rng):
-    """Covers nested layers."""
     keras.utils.set_random_seed(0)
     model = build("mixed_bfloat16", keras_das.DASLayer(reduction=0.5, dtype="mixed_bfloat16"))
     export_and_compare(model, (tmp_path / "model").with_suffix(suffix), rng, 5e-2)

@@ -86,7 +86,6 @@ class CudaKernelsOnGpu(CudaKernelsOnHost):
 
 
 def pick(rng, choices):
-    """Returns a random element."""
     return choices[rng.integers(len(choices))]
 
 

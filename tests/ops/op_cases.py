@@ -25,8 +25,6 @@ GRADIENT_BOUND = {"float32": 2e-5, "float64": 1e-12, **HALF_ULP}
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A geometry of the op."""
-
     name: str
     batch: int = 2
     image: tuple = (7, 6)
