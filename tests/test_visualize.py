@@ -418,7 +418,6 @@ def test_on_jax(tmp_path, rng):
     script = """
         import sys, keras, numpy as np
         from keras_das import visualize
-from keras_das.visualize.gates import reduce_channels
         assert keras.backend.backend() == "jax"
         model = keras.models.load_model("model.keras")
         image = np.load("image.npy")

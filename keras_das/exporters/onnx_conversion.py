@@ -20,9 +20,10 @@ def convert(folder: Path, handlers: Handlers, domain: str) -> tuple[Any, Specs, 
     """Converts the model of a SavedModel that Keras has written.
 
     Args:
-        folder: The SavedModel.
-        handlers: Handlers of operations that tf2onnx does not support; see its `custom_op_handlers`.
-        domain: Domain of the operations that the handlers create.
+        folder: Path of the SavedModel.
+        handlers: Dict of the handlers of operations that tf2onnx does not support; see its
+            `custom_op_handlers`.
+        domain: String. Domain of the operations that the handlers create.
 
     Returns:
         The `onnx.ModelProto`, and the `TensorSpec` of each input and each output by name, in Keras' order.
@@ -43,8 +44,8 @@ def check_values(kind: str, values: Any, specs: Specs) -> None:
 
     Args:
         kind: `"inputs"` or `"outputs"`.
-        values: Those of the graph.
-        specs: Those of the model.
+        values: Sequence of those of the graph.
+        specs: Dict of those of the model, by name.
 
     Raises:
         ValueError: If they differ.

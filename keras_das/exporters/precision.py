@@ -16,8 +16,8 @@ def in_float32(model: keras.Model, dtypes: Collection[str]) -> Iterator[None]:
     """Context in which layers that compute in one of `dtypes` compute in float32.
 
     Args:
-        model: The model. Its weights keep their dtypes.
-        dtypes: Names of dtypes, for example `"bfloat16"`.
+        model: Keras model. Its weights keep their dtypes.
+        dtypes: Collection of names of dtypes, for example `"bfloat16"`.
     """
     layers = [layer for layer in flatten_layers(model) if layer.compute_dtype in dtypes]
     policies = [layer.dtype_policy for layer in layers]
@@ -45,8 +45,8 @@ def advice(folder: Path, lacking: Sequence[str]) -> str:
     """Returns a sentence for the error message of a failed conversion.
 
     Args:
-        folder: The SavedModel that was converted.
-        lacking: Dtypes that the format does not support.
+        folder: Path of the SavedModel that was converted.
+        lacking: Sequence of names of dtypes that the format does not support.
 
     Returns:
         The sentence, or `""` if the model uses none of these dtypes.

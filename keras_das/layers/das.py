@@ -7,6 +7,7 @@ from typing import Any
 import keras
 from keras import constraints, initializers, ops, regularizers
 
+from keras_das.layers import folded_norm
 from keras_das.layers.arguments import standardize_choice, standardize_factor
 from keras_das.layers.deformable_conv2d import DeformableConv2D, Identifier, Shape, Tensor
 from keras_das.layers.depthwise import DepthwiseConv2D
@@ -20,10 +21,6 @@ from keras_das.ops.arguments import (
     standardize_positive,
 )
 
-# The default of PyTorch's norms. Keras' default of 1e-3 would flatten feature maps of small variance.
-_EPSILON = 1e-5
-# With more channels C', the quadratic form of the folded norm costs more than the norm itself.
-_FOLDED_WIDTH = 128
 # Values for configurations that were saved before these arguments existed.
 _FORMER_DEFAULTS = {"norm": "channels", "identity_gain": 1.0, "offset_scale": 1.0}
 
@@ -178,15 +175,22 @@ class DASLayer(keras.layers.Layer):
             shape = layer.compute_output_shape(shape)
 
     def _create_layers(self, channels: int, width: int) -> None:
+        """Creates the layers. Their order is that of the weights in saved files."""
         separable = self.deformable == "separable"
-        common = {"data_format": "channels_last", "dtype": self.dtype_policy}
         # Before the norm, sums of large features exceed the range of float16.
         wide = "float32" if self.compute_dtype == "float16" else self.dtype_policy
-        weighted = {
-            "kernel_regularizer": self.kernel_regularizer,
-            "kernel_constraint": self.kernel_constraint,
-        }
-        self.depthwise = DepthwiseConv2D(
+        self.depthwise = self._depthwise(wide)
+        self.reduce = self._pointwise(width, "reduce", wide)
+        self.instance_norm = keras.layers.GroupNormalization(
+            groups=-1, axis=-1, epsilon=folded_norm.EPSILON, name="instance_norm", dtype=wide
+        )
+        filters, groups = (width, width) if separable else (channels, 1)
+        self.deform = self._deformable(filters, groups, use_bias=not separable)
+        self.expand = self._pointwise(channels, "expand", self.dtype_policy) if separable else None
+        self.layer_norm = self._layer_norm()
+
+    def _depthwise(self, dtype: Any) -> DepthwiseConv2D:
+        layer = DepthwiseConv2D(
             self.kernel_size,
             padding="same",
             use_bias=False,
@@ -195,57 +199,57 @@ class DASLayer(keras.layers.Layer):
             depthwise_constraint=self.kernel_constraint,
             name="depthwise",
             data_format="channels_last",
-            dtype=wide,
+            dtype=dtype,
         )
-        self.depthwise.supports_masking = True  # avoids a warning about masks, which this layer passes on
-        # The pointwise convolutions are `Dense` layers on the channels. The product is the same, and it is
-        # correct for empty batches, unlike TensorFlow's oneDNN convolution (2.21). The norms that follow make
-        # biases redundant.
-        self.reduce = keras.layers.Dense(
-            width,
+        layer.supports_masking = True  # avoids a warning about masks, which this layer passes on
+        return layer
+
+    def _pointwise(self, channels: int, name: str, dtype: Any) -> keras.layers.Dense:
+        """A pointwise convolution, as a `Dense` layer on the channels.
+
+        The product is the same, and it is correct for empty batches, unlike TensorFlow's oneDNN convolution
+        (2.21). The norm that follows makes a bias redundant.
+        """
+        return keras.layers.Dense(
+            channels,
             use_bias=False,
             kernel_initializer=_clone_initializer(self.kernel_initializer),
-            name="reduce",
-            dtype=wide,
-            **weighted,
+            kernel_regularizer=self.kernel_regularizer,
+            kernel_constraint=self.kernel_constraint,
+            name=name,
+            dtype=dtype,
         )
-        self.instance_norm = keras.layers.GroupNormalization(
-            groups=-1, axis=-1, epsilon=_EPSILON, name="instance_norm", dtype=wide
-        )
-        self.deform = DeformableConv2D(
-            width if separable else channels,
+
+    def _deformable(self, filters: int, groups: int, use_bias: bool) -> DeformableConv2D:
+        return DeformableConv2D(
+            filters,
             self.kernel_size,
             padding="same",
             dilation_rate=self.dilation_rate,
-            groups=width if separable else 1,
+            groups=groups,
             offset_groups=self.offset_groups,
             modulated=self.modulated,
             offset_scale=self.offset_scale,
-            use_bias=not separable,
+            use_bias=use_bias,
             kernel_initializer=_clone_initializer(self.kernel_initializer),
+            kernel_regularizer=self.kernel_regularizer,
+            kernel_constraint=self.kernel_constraint,
             offset_initializer=_clone_initializer(self.offset_initializer),
             offset_regularizer=self.offset_regularizer,
             offset_constraint=self.offset_constraint,
             implementation=self.implementation,
             name="deform",
-            **common,
-            **weighted,
+            data_format="channels_last",
+            dtype=self.dtype_policy,
         )
-        self.expand = None
-        if separable:
-            self.expand = keras.layers.Dense(
-                channels,
-                use_bias=False,
-                kernel_initializer=_clone_initializer(self.kernel_initializer),
-                name="expand",
-                dtype=self.dtype_policy,
-                **weighted,
-            )
+
+    def _layer_norm(self) -> keras.layers.Layer:
+        """The layer with the weights of the norm, which `folded_norm` computes."""
         norm, axes = keras.layers.LayerNormalization, {"axis": -1}
         if self.norm == "image":
             norm, axes = keras.layers.GroupNormalization, {"axis": -1, "groups": 1}
-        self.layer_norm = norm(
-            epsilon=_EPSILON,
+        return norm(
+            epsilon=folded_norm.EPSILON,
             gamma_initializer="zeros" if self.identity_init else "ones",
             name="layer_norm",
             dtype=self.dtype_policy,
@@ -289,69 +293,16 @@ class DASLayer(keras.layers.Layer):
         return ops.gelu(self.instance_norm(self.reduce(self.depthwise(x))), approximate=False)
 
     def _expand_and_normalize(self, x: Tensor) -> Tensor:
-        """The norm of `x W`, with few passes over the C channels.
-
-        If the mean over channels of each row of W is subtracted from W, the mean over channels of `x W` is 0.
-        The variance of `x W` is then a quadratic form of the C' channels of x, with the matrix `W W^T / C`.
-        If C' is small, the norm is folded into the product.
-        """
+        """The pointwise convolution from C' to C, if there is one, and the norm."""
         dtype = keras.backend.result_type(x.dtype, "float32")
         scale, shift = (ops.cast(weight, dtype) for weight in (self.layer_norm.gamma, self.layer_norm.beta))
         if self.identity_init:
             scale, shift = scale * self.identity_gain, shift * self.identity_gain
         if self.expand is None or self.expand.quantization_mode is not None:
             x = ops.cast(x if self.expand is None else self.expand(x), dtype)
-            x = self._normalize(x - ops.mean(x, axis=self._norm_axes(), keepdims=True), scale)
-            return x + ops.cast(shift, self.compute_dtype)
+            return folded_norm.normalize(x, scale, shift, self.norm, self.compute_dtype)
         kernel = ops.cast(self.expand.kernel, dtype)
-        if self.norm == "image":
-            return self._image_norm_of_product(ops.cast(x, dtype), kernel, scale, shift)
-        kernel = kernel - ops.mean(kernel, axis=1, keepdims=True)
-        if self._folds(kernel):
-            x = ops.cast(x, dtype)
-            variance = ops.sum(ops.matmul(x, _gram(kernel)) * x, axis=-1, keepdims=True)
-            x = self._product(x * _inverse_deviation(variance), kernel * scale)
-        else:
-            x = self._normalize(ops.cast(self._product(x, kernel), dtype), scale)
-        return x + ops.cast(shift, self.compute_dtype)
-
-    def _image_norm_of_product(self, x: Tensor, kernel: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        """The norm of `x W` over each image.
-
-        `x W` is split into two parts: the product with the deviation of x from its spatial mean, and the
-        product with this mean, which is one vector per image. The squares of the parts add up, and neither
-        part loses precision if x has a large common offset.
-        """
-        place = ops.mean(x, axis=(1, 2), keepdims=True)
-        x = x - place
-        common = ops.matmul(place, kernel - ops.mean(kernel, axis=1, keepdims=True))
-        variance = ops.mean(ops.square(common), axis=-1, keepdims=True)
-        if self._folds(kernel):
-            spread = ops.sum(ops.matmul(x, _gram(kernel)) * x, axis=-1, keepdims=True)
-            scaling = _inverse_deviation(variance + ops.mean(spread, axis=(1, 2), keepdims=True))
-            x = self._product(x * scaling, kernel * scale)
-        else:
-            x = ops.cast(self._product(x, kernel), x.dtype)
-            spread = ops.mean(ops.square(x), axis=(1, 2, 3), keepdims=True)
-            scaling = _inverse_deviation(variance + spread)
-            x = ops.cast(x * (scaling * scale), self.compute_dtype)
-        return x + ops.cast(common * scaling * scale + shift, self.compute_dtype)
-
-    def _normalize(self, x: Tensor, scale: Tensor) -> Tensor:
-        """Scales x, which has mean 0, to the standard deviation `scale`."""
-        variance = ops.mean(ops.square(x), axis=self._norm_axes(), keepdims=True)
-        return ops.cast(x * (_inverse_deviation(variance) * scale), self.compute_dtype)
-
-    def _norm_axes(self) -> tuple[int, ...]:
-        return (1, 2, 3) if self.norm == "image" else (3,)
-
-    @staticmethod
-    def _folds(kernel: Tensor) -> bool:
-        width, channels = kernel.shape
-        return width <= min(_FOLDED_WIDTH, channels / 2)
-
-    def _product(self, x: Tensor, kernel: Tensor) -> Tensor:
-        return ops.matmul(ops.cast(x, self.compute_dtype), ops.cast(kernel, self.compute_dtype))
+        return folded_norm.normalized_product(x, kernel, scale, shift, self.norm, self.compute_dtype)
 
     def _channels_last(self, inputs: Tensor) -> Tensor:
         x = ops.cast(inputs, self.compute_dtype)
@@ -419,15 +370,6 @@ class DASLayer(keras.layers.Layer):
         layer = super().from_config(config)
         layer._quantization = quantization
         return layer
-
-
-def _gram(kernel: Tensor) -> Tensor:
-    """`W W^T / C`. With it, the mean over channels of the squares of `x W` is a quadratic form of x."""
-    return ops.matmul(kernel, ops.transpose(kernel)) / kernel.shape[1]
-
-
-def _inverse_deviation(variance: Tensor) -> Tensor:
-    return ops.rsqrt(ops.maximum(variance, 0) + _EPSILON)  # rounding can make a variance negative
 
 
 def _clone_initializer(initializer: Any) -> Any:

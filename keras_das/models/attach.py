@@ -43,12 +43,13 @@ def attach_das(
     frozen, only they are trained. The copy is not compiled.
 
     Args:
-        model: A KerasHub or KerasCV backbone, or a functional or sequential `keras.Model`.
-        at: The feature maps to gate: a layer, the name of a layer, a level (`"P2"` to `"P5"`), or a sequence
-            of these. Defaults to `None`, which selects the end of each level from P2 to P5 (1/4 to 1/32 of
-            the rows and columns of the image). In a backbone, these are its feature pyramid outputs. In other
-            models, a level ends with its last feature map that all deeper layers depend on: after the last
-            residual sum or concatenation, if there is one. The deepest level ends with its last feature map.
+        model: Keras model: a KerasHub or KerasCV backbone, or a functional or sequential `keras.Model`.
+        at: Layer, string or a sequence of these. The feature maps to gate: a layer, the name of a layer, or a
+            level (`"P2"` to `"P5"`). Defaults to `None`, which selects the end of each level from P2 to P5
+            (1/4 to 1/32 of the rows and columns of the image). In a backbone, these are its feature pyramid
+            outputs. In other models, a level ends with its last feature map that all deeper layers depend on:
+            after the last residual sum or concatenation, if there is one. The deepest level ends with its
+            last feature map.
         identity_init: Boolean. Whether the gates start at exactly 1; see `keras_das.DASLayer`. Defaults to
             `True`.
         **das_arguments: Further arguments of `keras_das.DASLayer`, except `name`. By default, each gate has

@@ -14,8 +14,8 @@ def clone_with_gates(model: keras.Model, gates: Mapping[str, DASLayer]) -> keras
     """Copies a functional model with its weights, and inserts gates after some of its layers.
 
     Args:
-        model: The functional model, which is not changed.
-        gates: The gates, by the name of the layer that each follows.
+        model: Functional model, which is not changed.
+        gates: Dict from the name of a layer to the gate that follows it.
 
     Returns:
         A functional model that shares nothing with `model`.

@@ -104,11 +104,13 @@ def fields_of(
     to keep its ends in place.
 
     Args:
-        model: A functional or sequential model.
-        size: Rows and columns of the image.
-        data_format: `"channels_last"` or `"channels_first"`, for all feature maps.
-        shapes: Shapes of the model's inputs, for a batch of one. Required if there are several inputs.
-        image: Index of the input that is the image. `None` treats each 4-D input as an image of this size.
+        model: Functional or sequential model.
+        size: `(rows, columns)` of the image.
+        data_format: String. `"channels_last"` or `"channels_first"`, for all feature maps.
+        shapes: Sequence of the shapes of the model's inputs, for a batch of one. Required if there are
+            several inputs. Defaults to `None`.
+        image: Integer. Index of the input that is the image. Defaults to `None`, which treats each 4-D input
+            as an image of this size.
 
     Returns:
         The fields by the `id` of the layer, in the order of execution.

@@ -19,8 +19,8 @@ def freeze_trunk(model: keras.Model, freeze: bool = True) -> None:
     Call this function before `model.compile`.
 
     Args:
-        model: A functional or sequential model with gates, or a model that contains one, such as a KerasHub
-            or KerasCV classifier or detector with a gated backbone.
+        model: Keras model. A functional or sequential model with gates, or a model that contains one, such as
+            a KerasHub or KerasCV classifier or detector with a gated backbone.
         freeze: Boolean. Whether to freeze the trunk; `False` makes it trainable again. Defaults to `True`.
 
     Raises:

@@ -32,7 +32,7 @@ class DASCVBackbone(keras_cv.models.Backbone):
     Args:
         network: Functional model with the outputs `{"output": ..., "taps": {level: ...}}`, whose layers form
             the backbone.
-        **kwargs: `name`, `trainable`.
+        **kwargs: Arguments of every Keras model: `name`, `trainable`.
     """
 
     def __init__(self, network: keras.Model, **kwargs: Any):

@@ -32,9 +32,11 @@ class DASHubBackbone(keras_hub.models.FeaturePyramidBackbone):
     Args:
         network: Functional model with the outputs `{"output": ..., "taps": {level: ...}}`, whose layers form
             the backbone.
-        data_format: `"channels_last"`, `"channels_first"` or `None` for Keras' default. Defaults to `None`.
-        dtype: Dtype policy for heads on the backbone; its layers have their own. Defaults to `None`.
-        **kwargs: `name`, `trainable`.
+        data_format: String. `"channels_last"` or `"channels_first"`. Defaults to `None`, which selects
+            `keras.config.image_data_format()`.
+        dtype: String or `keras.DTypePolicy`. The policy for heads on the backbone; its layers have their own.
+            Defaults to `None`, which selects `keras.config.dtype_policy()`.
+        **kwargs: Arguments of every Keras model: `name`, `trainable`.
     """
 
     def __init__(

@@ -10,9 +10,9 @@ def register_lazily(module: str, name: str, library: str) -> None:
     """Registers the class `name` of `module` for saved models before `module` has been imported.
 
     Args:
-        module: Full name of the module, which registers the class under the package `"keras_das"`.
-        name: Name of the class.
-        library: Name of the package that `module` requires, as for pip.
+        module: String. Full name of the module, which registers the class under the package `"keras_das"`.
+        name: String. Name of the class.
+        library: String. Name of the package that `module` requires, as for pip.
     """
     # `setdefault` keeps the class if its module has been imported already.
     keras.saving.get_custom_objects().setdefault(f"keras_das>{name}", _LazyClass(module, name, library))

@@ -40,10 +40,10 @@ def sample_of(model: keras.Model, image: Any, layers: Sequence[Any]) -> Sample:
     """Reads the argument `image`, and finds the image that the layers depend on.
 
     Args:
-        model: A built model.
-        image: The image, for a model with one input. For several inputs, a list in their order, or a dict
-            with their names or with the keys of the model's input.
-        layers: Layers of the model, including those of nested models and layers.
+        model: Built Keras model.
+        image: Array: the image, for a model with one input. For several inputs, a list in their order, or a
+            dict with their names or with the keys of the model's input.
+        layers: Sequence of layers of the model, including those of nested models and layers.
 
     Raises:
         ValueError: If `image` does not fit the model, or if the layers depend on several images or on none.

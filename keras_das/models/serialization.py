@@ -23,9 +23,10 @@ def deserialize_network(
     """Rebuilds the network that `serialize_network` has serialized.
 
     Args:
-        config: The result of `serialize_network`.
-        input_shape: Shape of an image, which can differ from the serialized one.
-        dtypes: A dtype policy, and the policy that replaces it.
+        config: Dict: the result of `serialize_network`.
+        input_shape: Tuple. Shape of an image, which can differ from the serialized one.
+        dtypes: Pair of a dtype policy and the policy that replaces it. Defaults to `None`, which keeps the
+            policies.
 
     Returns:
         Functional model with the outputs `{"output": ..., "taps": {level: ...}}`.

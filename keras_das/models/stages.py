@@ -30,7 +30,7 @@ def find_stages(model: keras.Model) -> dict[str, Tensor]:
     with the last feature map of its level.
 
     Args:
-        model: A functional model.
+        model: Functional model.
 
     Returns:
         The feature maps by level, shallow to deep. Levels that the model skips are missing. A warning is

@@ -38,10 +38,10 @@ def can_use(
     """Whether the fused kernels support a call.
 
     Args:
-        context: See `why_not`.
-        tensors: See `why_not`.
-        dtype: See `why_not`.
-        raise_error: Whether to raise an error instead of returning `False`.
+        context: String. See `why_not`. Defaults to `None`.
+        tensors: Sequence of tensors. See `why_not`. Defaults to `()`.
+        dtype: String. See `why_not`. Defaults to `"float32"`.
+        raise_error: Boolean. Whether to raise an error instead of returning `False`. Defaults to `False`.
 
     Returns:
         `True` or `False`.
@@ -62,10 +62,11 @@ def why_not(context: str | None = None, tensors: Sequence[Tensor | None] = (), d
     backend, on the device that they would use. `context` can differ from the context of the caller.
 
     Args:
-        context: How the call runs: "eager", "graph" (a `tf.function`) or "XLA" (`jit_compile=True`, and
-            always on JAX). `None` selects the context of the caller.
-        tensors: The tensors of the call, if known. `None` elements are ignored.
-        dtype: The dtype of the result.
+        context: String. How the call runs: `"eager"`, `"graph"` (a `tf.function`) or `"XLA"`
+            (`jit_compile=True`, and always on JAX). Defaults to `None`, which selects the context of the
+            caller.
+        tensors: Sequence of the tensors of the call, if known. `None` elements are ignored. Defaults to `()`.
+        dtype: String. The dtype of the result. Defaults to `"float32"`.
 
     Returns:
         The reason, or "" if the kernels support the call. The kernel library is loaded if there is no other
@@ -102,17 +103,7 @@ def deformable_conv2d(
 ) -> Tensor:
     """Computes the convolution with the kernels, for calls that `can_use` accepts.
 
-    Args:
-        inputs: `(N, H, W, C)`.
-        kernel: `(kh, kw, C / groups, filters)`.
-        offsets: `(N, Ho, Wo, offset_groups * kh * kw * 2)`, in input pixels.
-        mask: `(N, Ho, Wo, offset_groups * kh * kw)`, or `None` for a mask of ones.
-        bias: `(filters,)` or `None`.
-        geometry: Windows and groups. The caller validates all arguments.
-        dtype: Dtype of the result.
-
-    Returns:
-        `(N, Ho, Wo, filters)`.
+    Arguments and result are those of `reference.deformable_conv2d`.
     """
     call: Callable[..., Tensor]
     if keras.backend.backend() == "jax":

@@ -38,18 +38,7 @@ _register()  # runs once, because the import of a module is locked
 def deformable_conv2d(
     inputs: Tensor, others: tuple[Tensor | None, ...], attributes: Attributes, dtype: str, sums: str
 ) -> Tensor:
-    """Calls the handler; see `native.deformable_conv2d`.
-
-    Args:
-        inputs: The feature map.
-        others: Kernel, offsets, mask and bias. The last two can be `None`.
-        attributes: Attributes of the op.
-        dtype: Dtype of the result.
-        sums: Dtype of the sums.
-
-    Returns:
-        The output.
-    """
+    """Calls the handler, with the arguments and the result of `native_tensorflow.deformable_conv2d`."""
     given = [jnp.zeros((0,), sums) if other is None else jnp.asarray(other, sums) for other in others]
     return _convolve(attributes, jnp.asarray(inputs, dtype), *given)
 

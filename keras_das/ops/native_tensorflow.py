@@ -17,14 +17,14 @@ _EMPTY = {dtype: np.zeros(0, dtype) for dtype in ("float32", "float64")}  # for 
 def deformable_conv2d(
     inputs: Tensor, others: tuple[Tensor | None, ...], attributes: Attributes, dtype: str, sums: str
 ) -> Tensor:
-    """Calls the op; see `native.deformable_conv2d`.
+    """Calls the op, for `native.deformable_conv2d`.
 
     Args:
-        inputs: The feature map.
-        others: Kernel, offsets, mask and bias. The last two can be `None`.
-        attributes: Attributes of the op.
-        dtype: Dtype of the result.
-        sums: Dtype of the sums.
+        inputs: Tensor. The feature map.
+        others: Tuple of kernel, offsets, mask and bias. The last two can be `None`.
+        attributes: `Attributes` of the op.
+        dtype: String. Dtype of the result.
+        sums: String. Dtype of the sums.
 
     Returns:
         The output.

@@ -36,13 +36,13 @@ def deformable_conv2d(
     """Samples, weights and sums tap by tap.
 
     Args:
-        inputs: `(N, H, W, C)`.
-        kernel: `(kh, kw, C / groups, filters)`.
-        offsets: `(N, Ho, Wo, offset_groups * kh * kw * 2)`, in input pixels.
-        mask: `(N, Ho, Wo, offset_groups * kh * kw)`, or `None` for a mask of ones.
-        bias: `(filters,)` or `None`.
-        geometry: Windows and groups. The caller validates all arguments.
-        dtype: Dtype of the result.
+        inputs: Tensor `(N, H, W, C)`.
+        kernel: Tensor `(kh, kw, C / groups, filters)`.
+        offsets: Tensor `(N, Ho, Wo, offset_groups * kh * kw * 2)`, in input pixels.
+        mask: Tensor `(N, Ho, Wo, offset_groups * kh * kw)`, or `None` for a mask of ones.
+        bias: Tensor `(filters,)` or `None`.
+        geometry: `Geometry` with the windows and groups. The caller validates all arguments.
+        dtype: String. Dtype of the result.
 
     Returns:
         `(N, Ho, Wo, filters)`.

@@ -19,9 +19,9 @@ def gate_map(
     """Computes the factors by which a gate multiplies its feature map.
 
     Args:
-        model: A Keras model.
-        image: See `sampling_points`.
-        layer: A `DASLayer` of the model or of a nested model, or its name.
+        model: Keras model.
+        image: Array, list or dict; see `sampling_points`.
+        layer: `DASLayer` of the model or of a nested model, or its name.
         reduce: String or `None`. How channels are reduced. `"share"` is the share of the feature map's
             magnitude that the gate keeps, `sum |x A| / sum |x|` (the mean where x is 0). `"mean"` is the mean
             of A, which a layer norm keeps near the middle of A's range for every image. `None` returns all
@@ -53,8 +53,8 @@ def gate_inputs(model: keras.Model, images: Any) -> list[tuple[DASLayer, Tensor]
     """Runs the model and returns the input of each of its gates.
 
     Args:
-        model: A Keras model.
-        images: A batch of inputs. For a model with several inputs, a list or dict of batches.
+        model: Keras model.
+        images: Array, a batch of inputs. For a model with several inputs, a list or dict of batches.
 
     Returns:
         Pairs of a gate and its input tensor, in the order of execution, including the gates of nested models.
@@ -83,8 +83,8 @@ def gate_statistics(model: keras.Model, images: Any) -> list[GateStatistics]:
     """Measures how selective each gate of a model is.
 
     Args:
-        model: A Keras model.
-        images: A batch of inputs. For a model with several inputs, a list or dict of batches.
+        model: Keras model.
+        images: Array, a batch of inputs. For a model with several inputs, a list or dict of batches.
 
     Returns:
         One `GateStatistics` for each gate, in the order of execution: `name`, the `mean` and the standard

@@ -23,10 +23,10 @@ def grad_cam(
     values are set to 0. Supports TensorFlow and JAX.
 
     Args:
-        model: A classifier with one output `(N, classes)`, which is the score. After a softmax, the map also
-            reflects evidence against the other classes.
-        image: See `sampling_points`.
-        layer: A layer that outputs a feature map, of the model or of a nested model, or its name.
+        model: Keras model. A classifier with one output `(N, classes)`, which is the score. After a softmax,
+            the map also reflects evidence against the other classes.
+        image: Array, list or dict; see `sampling_points`.
+        layer: Layer that outputs a feature map, of the model or of a nested model, or its name.
         class_index: Integer. Index of the class. Defaults to `None`, which selects the class with the highest
             score.
 

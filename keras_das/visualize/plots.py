@@ -40,10 +40,10 @@ def plot_sampling_points(
     whose samples are 0.
 
     Args:
-        model: See `sampling_points`.
-        image: See `sampling_points`.
-        layers: A layer as in `sampling_points`, or several as in `stacked_sampling_points`.
-        point: See `sampling_points`.
+        model: Keras model; see `sampling_points`.
+        image: Array, list or dict; see `sampling_points`.
+        layers: Layer or name as in `sampling_points`, or a sequence as in `stacked_sampling_points`.
+        point: `(y, x)` in pixels of the image.
         picture: Array `(H, W)` or `(H, W, 3)`. The image to draw, if the inputs of the model are not pixels.
             Defaults to `None`, which draws `image`.
 
@@ -94,15 +94,15 @@ def plot_gates(
     The title of a column contains the mean of its gate and the deviation over locations (`gate_statistics`).
 
     Args:
-        model: See `sampling_points`.
-        images: Images as in `sampling_points`, as a sequence or a batch. Each image is a row.
-        layers: Gates or their names. Each gate is a column. Defaults to `None`, which selects all gates of
-            the model, in the order of execution.
+        model: Keras model; see `sampling_points`.
+        images: Sequence or batch of images as in `sampling_points`. Each image is a row.
+        layers: Sequence of gates or their names. Each gate is a column. Defaults to `None`, which selects all
+            gates of the model, in the order of execution.
         point: `(y, x)` in pixels of the image. If given, the points that each gate samples for it are drawn;
             their size is proportional to their mask. Defaults to `None`.
-        labels: A text for each image. Defaults to `None`.
-        pictures: Arrays `(H, W)` or `(H, W, 3)`. The images to draw, if the inputs of the model are not
-            pixels. Defaults to `None`, which draws `images`.
+        labels: Sequence of strings, one for each image. Defaults to `None`.
+        pictures: Sequence of arrays `(H, W)` or `(H, W, 3)`. The images to draw, if the inputs of the model
+            are not pixels. Defaults to `None`, which draws `images`.
 
     Returns:
         A matplotlib figure.
@@ -172,9 +172,9 @@ def plot_grad_cam(
     """Draws the Grad-CAMs of several models side by side, for example with and without gates.
 
     Args:
-        models: A dict from titles to pairs of a model and a layer; see `grad_cam`.
-        image: The input of all models; see `sampling_points`.
-        class_index: See `grad_cam`. Defaults to `None`, which selects each model's own class.
+        models: Dict from titles to pairs of a model and a layer; see `grad_cam`.
+        image: Array, list or dict. The input of all models; see `sampling_points`.
+        class_index: Integer. See `grad_cam`. Defaults to `None`, which selects each model's own class.
         picture: Array `(H, W)` or `(H, W, 3)`. The image to draw, if the inputs of the models are not pixels.
             Defaults to `None`, which draws `image`.
 
@@ -216,9 +216,9 @@ def plot_history(
     """Draws training curves from files of `keras.callbacks.CSVLogger`.
 
     Args:
-        files: A dict from names of runs to files.
-        metrics: Columns to draw, one panel each. A `val_` column is a dashed line in the panel of its metric.
-            Defaults to `None`, which selects all columns.
+        files: Dict from names of runs to paths of files.
+        metrics: Sequence of strings. Columns to draw, one panel each. A `val_` column is a dashed line in the
+            panel of its metric. Defaults to `None`, which selects all columns.
         epoch: String. The column with the epoch. Defaults to `"epoch"`.
 
     Returns:

@@ -38,12 +38,12 @@ def sampling_points(
     a sample, in the image.
 
     Args:
-        model: A Keras model of images with a graph of layers: functional, sequential, or a subclass that
+        model: Keras model of images with a graph of layers: functional, sequential, or a subclass that
             contains such a network and passes the image to it unchanged.
-        image: The input of the model, without a batch axis or as a batch of one: `(H, W, C)`, or `(C, H, W)`
-            for channels-first models. For a functional model with several inputs, a list of inputs, or a dict
-            with their names. The layer must depend on exactly one image.
-        layer: A `DASLayer` or `DeformableConv2D` of the model or of a nested model, or its name.
+        image: Array. The input of the model, without a batch axis or as a batch of one: `(H, W, C)`, or `(C,
+            H, W)` for channels-first models. For a functional model with several inputs, a list of inputs, or
+            a dict with their names. The layer must depend on exactly one image.
+        layer: `DASLayer` or `DeformableConv2D` of the model or of a nested model, or its name.
         point: `(y, x)` in pixels of the image. Selects the output position with the nearest centre.
 
     Returns:
@@ -74,11 +74,11 @@ def stacked_sampling_points(
     along the way. If a sample is outside its feature map, all points derived from it have `inside=False`.
 
     Args:
-        model: See `sampling_points`.
-        image: See `sampling_points`.
-        layers: Layers or their names, as in `sampling_points`, in any order. They are sorted by their order
-            of execution and must be on one path.
-        point: See `sampling_points`.
+        model: Keras model; see `sampling_points`.
+        image: Array, list or dict; see `sampling_points`.
+        layers: Sequence of layers or their names, as in `sampling_points`, in any order. They are sorted by
+            their order of execution and must be on one path.
+        point: `(y, x)` in pixels of the image; see `sampling_points`.
 
     Returns:
         `SamplingPoints` with all points in one group. `position` and `center` are those of the last layer.

@@ -27,12 +27,12 @@ class TensorBoardFigures(keras.callbacks.Callback):
     and the package tensorboard.
 
     Args:
-        log_dir: TensorBoard's folder.
-        images: Images as in `plot_gates`.
+        log_dir: String or path. TensorBoard's folder.
+        images: Sequence or batch of images as in `plot_gates`.
         every: Integer. Number of epochs between figures. Defaults to `1`.
         point: `(y, x)` in pixels of the image. Defaults to `None`, which selects the centre.
-        labels: See `plot_gates`. Defaults to `None`.
-        pictures: See `plot_gates`. Defaults to `None`.
+        labels: Sequence of strings. See `plot_gates`. Defaults to `None`.
+        pictures: Sequence of arrays. See `plot_gates`. Defaults to `None`.
 
     Raises:
         ValueError: If `every` is not a positive integer, or, when training begins, if the model has no gates.
@@ -97,9 +97,9 @@ class GateMonitor(keras.callbacks.Callback):
     whose values are still within 2 % of 1, and suggests changes.
 
     Args:
-        images: A batch of inputs of the model on which the gates are measured.
-        log_dir: TensorBoard's folder for the statistics. Requires TensorFlow and the package tensorboard.
-            Defaults to `None`, which writes nothing.
+        images: Array, a batch of inputs of the model on which the gates are measured.
+        log_dir: String or path. TensorBoard's folder for the statistics. Requires TensorFlow and the package
+            tensorboard. Defaults to `None`, which writes nothing.
 
     Attributes:
         history: A dict from the name of each gate to its `GateStatistics`, one per epoch.
