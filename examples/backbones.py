@@ -34,7 +34,7 @@ def build(spec: str, image_size: int, pretrained: bool, small_stem: bool = False
     `small_stem` removes the stride of the first layer of `resnet18`, for images of about 32 pixels.
     """
     if small_stem and spec != "resnet18":
-        raise UserError("--small-stem goes with --backbone resnet18 only")
+        raise UserError("--small-stem requires --backbone resnet18")
     library, _, preset = spec.partition(":")
     if spec not in NAMES and not (library in LIBRARIES and preset):
         choices = ", ".join([*NAMES, *(f"{name}:PRESET" for name in LIBRARIES)])

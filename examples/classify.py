@@ -253,7 +253,7 @@ def _freeze(model: keras.Model, config: Config) -> None:
     """Freezes weights according to `config`."""
     if config.train == "gates":
         if not list(_gates(model)):
-            raise UserError("--train gates needs gates: --attention das")
+            raise UserError("--train gates requires --attention das")
         keras_das.freeze_trunk(model)
     if config.freeze_batch_norm:
         for layer in model._flatten_layers():
@@ -458,7 +458,7 @@ def _save(
             path.write_text(json.dumps(results, indent=2) + "\n")
     except RunError as error:
         raise RunError(
-            f"{error}; training is not lost: make room and repeat with --resume {backup}"
+            f"{error}; training is not lost: free disk space and repeat with --resume {backup}"
         ) from error
 
 

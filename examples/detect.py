@@ -345,7 +345,7 @@ def _save(
             path.write_text(json.dumps(results, indent=2) + "\n")
     except common.RunError as error:
         raise common.RunError(
-            f"{error}; training is not lost: make room and repeat with --resume {backup}"
+            f"{error}; training is not lost: free disk space and repeat with --resume {backup}"
         ) from error
 
 

@@ -83,7 +83,7 @@ def _check_export(path: Path) -> None:
     """Reject paths before training that `keras_das.export` would reject after it."""
     free = not path.exists() or (path.is_dir() and not any(path.iterdir()))
     if not free and not (path / "saved_model.pb").is_file():
-        raise UserError(f"--export: {path} is there already and is not a SavedModel")
+        raise UserError(f"--export: {path} exists and is not a SavedModel")
 
 
 def flag(name: str) -> str:

@@ -124,7 +124,7 @@ def prepare_backup(folder: Path, resume: bool, identity: Mapping[str, Any]) -> N
 def _check_same_run(folder: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     for name, value in ours.items():
         if theirs.get(name) != value:
-            there = f"holds a run with {name} = {theirs.get(name)}"
+            there = f"contains a run with {name} = {theirs.get(name)}"
             raise UserError(f"--resume: {folder} {there}, this one has {value}")
 
 
@@ -173,10 +173,10 @@ def explaining(dataset: Any, backup: Path) -> Iterator[None]:
                 if hasattr(split, "check"):
                     split.check()
             raise
-        raise RunError(f"disk full while training; make room and {resume}") from error
+        raise RunError(f"disk full while training; free disk space and {resume}") from error
     except OSError as error:
         if common.is_disk_full(error):
-            raise RunError(f"disk full while training; make room and {resume}") from error
+            raise RunError(f"disk full while training; free disk space and {resume}") from error
         raise
 
 

@@ -17,7 +17,7 @@ def check_backend() -> None:
     except ModuleNotFoundError as error:
         if error.name != "tensorflow":
             raise
-        raise ImportError(f"keras_das needs TensorFlow, and it is not installed: {_INSTALL}.") from None
+        raise ImportError(f"keras_das requires TensorFlow, which is not installed: {_INSTALL}.") from None
     if keras.backend.backend() != "tensorflow":
         return
     import tensorflow as tf
@@ -26,7 +26,8 @@ def check_backend() -> None:
     if found < _TENSORFLOW_MINIMUM:
         minimum = ".".join(map(str, _TENSORFLOW_MINIMUM))
         raise ImportError(
-            f"keras_das needs TensorFlow {minimum} or newer, and found {tf.__version__}: {_INSTALL}."
+            f"keras_das requires TensorFlow {minimum} or newer, but {tf.__version__} is installed: "
+            f"{_INSTALL}."
         )
 
 

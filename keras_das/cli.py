@@ -170,34 +170,37 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="keras-das", description="Deformable attention for Keras.")
     parser.add_argument("--version", action="version", version=f"keras-das {keras_das.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    info = commands.add_parser("info", help="versions, devices, and which implementation runs where and why")
+    info = commands.add_parser("info", help="show versions, devices, and which implementation runs and why")
     info.add_argument("--json", action="store_true", help="print JSON rather than a table")
     make = commands.add_parser(
         "build",
         help="compile the fused kernels for the installed framework",
-        description="Compiles the fused kernels into the user's cache folder, unless they are there already.",
-        epilog="Environment: CXX names the compiler; CUDA_HOME the folder of CUDA, whose nvcc is else taken "
-        f"from the PATH or the package nvidia-cuda-nvcc; {library.CACHE_VARIABLE} names the cache folder. "
+        description="Compiles the fused kernels into the user's cache folder, unless they exist already.",
+        epilog="Environment variables: CXX selects the compiler. CUDA_HOME is the folder of CUDA; by default, "
+        "nvcc is searched on the PATH and in the package nvidia-cuda-nvcc. "
+        f"{library.CACHE_VARIABLE} is the cache folder. "
         f"Exit status: {_CANNOT_BUILD} if nothing can be built here (no compiler, no such framework), "
         f"{_BUILD_FAILED} if a build failed.",
     )
     make.add_argument(
         "--framework",
         choices=(*targets.FRAMEWORKS, "all"),
-        help="whose kernels; all: of those that are installed (default: the backend that Keras uses)",
+        help="framework to build for; all: every installed one (default: the backend of Keras)",
     )
-    make.add_argument("--force", action="store_true", help="build even if the library is there")
-    make.add_argument("--clean", action="store_true", help="only remove all libraries from the folder")
+    make.add_argument("--force", action="store_true", help="build even if the library exists")
+    make.add_argument("--clean", action="store_true", help="remove all libraries from the folder instead")
     make.add_argument(
-        "--jobs", type=_positive, metavar="N", help="files compiled at once (default: processors)"
+        "--jobs", type=_positive, metavar="N", help="number of parallel compilations (default: processors)"
     )
-    make.add_argument("--cuda", action="store_true", help="kernels for NVIDIA GPUs too; needs CUDA's nvcc")
+    make.add_argument("--cuda", action="store_true", help="also build kernels for NVIDIA GPUs; requires nvcc")
     make.add_argument(
         "--arch",
         metavar="sm_XX,...",
-        help="GPU architectures to compile for (default: of the GPUs here, else the common ones)",
+        help="GPU architectures (default: those of the GPUs here, or common ones without a GPU)",
     )
-    make.add_argument("--output", type=pathlib.Path, metavar="FOLDER", help="a folder other than the cache")
+    make.add_argument(
+        "--output", type=pathlib.Path, metavar="FOLDER", help="output folder (default: the cache)"
+    )
     return parser
 
 

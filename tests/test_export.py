@@ -138,7 +138,7 @@ def test_keeps_the_old_one_when_the_disk_is_full(small, tmp_path, monkeypatch):
 
 def test_keeps_what_is_not_a_saved_model(small, tmp_path):
     (tmp_path / "thesis.txt").write_text("the only copy")
-    with pytest.raises(FileExistsError, match="must be free, or hold a SavedModel"):
+    with pytest.raises(FileExistsError, match="exists and is not a SavedModel"):
         keras_das.export(small, tmp_path)
     with pytest.raises(FileExistsError, match=r"thesis\.txt"):
         keras_das.export(small, tmp_path / "thesis.txt")
@@ -174,10 +174,10 @@ def test_paths_of_other_formats(small, tmp_path):
         keras_das.export(small, tmp_path / "model.pb", format="onnx")
     (tmp_path / "model.tflite").mkdir()
     (tmp_path / "model.tflite" / "thesis.txt").touch()
-    with pytest.raises(FileExistsError, match="must be free, or hold a file"):
+    with pytest.raises(FileExistsError, match="exists and is not a file"):
         keras_das.export(small, tmp_path / "model.tflite", format="litert")
     keras_das.export(small, tmp_path / "saved")
-    with pytest.raises(FileExistsError, match="must be free, or hold OpenVINO's files"):
+    with pytest.raises(FileExistsError, match="exists and is not an OpenVINO model"):
         keras_das.export(small, tmp_path / "saved", format="openvino")
 
 

@@ -92,7 +92,7 @@ def test_missing_tensorflow_is_one_clear_error():
         """,
         KERAS_BACKEND="tensorflow",
     )
-    assert "needs TensorFlow, and it is not installed: pip install 'keras-das[tf]'" in result.stdout, result
+    assert "requires TensorFlow, which is not installed: pip install 'keras-das[tf]'" in result.stdout, result
 
 
 def test_old_tensorflow_is_one_clear_error():

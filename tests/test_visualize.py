@@ -546,7 +546,7 @@ def test_plot_history(tmp_path):
     with pytest.raises(ValueError, match=r"`metrics` must be among \['loss', 'accuracy'\]"):
         visualize.plot_history(files, ["recall"])
     (tmp_path / "c.csv").write_text("step,loss\n0,1.0\n")
-    with pytest.raises(ValueError, match=r"`files` must hold rows with the column 'epoch'.*c\.csv"):
+    with pytest.raises(ValueError, match=r"`files` must contain rows with the column 'epoch'.*c\.csv"):
         visualize.plot_history({"c": tmp_path / "c.csv"})
 
 
@@ -609,13 +609,13 @@ def test_bad_arguments():
         visualize.gate_map(model, image, "relu_0")
     with pytest.raises(ValueError, match="`class_index` must be from 0 to 2"):
         visualize.grad_cam(model, image, "das_p2", 3)
-    with pytest.raises(ValueError, match="`layer` must make a feature map"):
+    with pytest.raises(ValueError, match="`layer` must return a feature map"):
         visualize.grad_cam(model, image, "pool", 0)
-    with pytest.raises(ValueError, match="`labels` must have one for each of 1 images"):
+    with pytest.raises(ValueError, match="`labels` must contain one value for each of 1 images"):
         visualize.plot_gates(model, [image], labels=["a", "b"])
     with pytest.raises(ValueError, match="`model` must have gates"):
         visualize.plot_gates(plain_cnn(), [image])
-    with pytest.raises(ValueError, match="`models` must hold a model"):
+    with pytest.raises(ValueError, match="`models` must contain at least one model"):
         visualize.plot_grad_cam({}, image)
 
 
@@ -630,7 +630,9 @@ def test_a_layer_that_is_called_twice():
 def test_a_model_of_two_inputs():
     inputs = [keras.Input((8, 8, 4)), keras.Input((8, 8, 4))]
     model = keras.Model(inputs, keras_das.DASLayer(name="gate")(keras.layers.Add()(inputs)))
-    with pytest.raises(ValueError, match="`image` must be a list or dict of what the model takes"):
+    with pytest.raises(
+        ValueError, match="`image` must be a list or dict with an array for each of the inputs"
+    ):
         visualize.gate_map(model, np.zeros((8, 8, 4)), "gate")
 
 

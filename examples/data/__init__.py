@@ -16,7 +16,7 @@ def load(spec: str, image_size: int, seed: int, data_dir: str | None = None, sha
     """
     kind, _, name = spec.partition(":")
     if share != 1 and kind != "folder":
-        raise UserError(f"--data-share goes with --data folder:PATH only, not {spec!r}")
+        raise UserError(f"--data-share requires --data folder:PATH, not {spec!r}")
     if spec == "trees":
         splits = {split: ArraySplit(*arrays) for split, arrays in trees.load(image_size).items()}
         return Dataset(trees.CLASS_NAMES, splits)

@@ -70,7 +70,7 @@ def _find_files(folder: Path) -> Files:
     empty = [name for name, paths in files.items() if not paths]
     if empty:
         kinds = ", ".join(sorted(SUFFIXES))
-        raise UserError(f"class folder {folder / empty[0]} holds no images ({kinds})")
+        raise UserError(f"class folder {folder / empty[0]} contains no images ({kinds})")
     return files
 
 
@@ -110,7 +110,7 @@ def hold_out(
     `source` names the items in the error if there are too few.
     """
     if len(items) < 2:
-        raise UserError(f"{source} has too few images to hold some out for validation and test")
+        raise UserError(f"{source} has too few images for validation and test splits")
     count = min(len(items) - 1, max(1, round(share * len(items))))
     order = rng.permutation(len(items)).tolist()
     return [items[i] for i in sorted(order[count:])], [items[i] for i in sorted(order[:count])]

@@ -54,7 +54,7 @@ def _parse_object(item: ElementTree.Element) -> tuple[str, list[float]]:
         raise ValueError("an object has no name")
     box = [float(item.findtext(f"bndbox/{corner}", "nan")) for corner in CORNERS]
     if not np.isfinite(box).all():
-        raise ValueError(f"the object {label!r} lacks a corner of its box")
+        raise ValueError(f"the box of the object {label!r} is incomplete")
     return label, box
 
 

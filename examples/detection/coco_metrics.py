@@ -51,7 +51,7 @@ def score(truths: Sequence[Boxes], detections: Sequence[Boxes], class_names: Seq
         _check_labels(boxes, len(class_names))
     strange = {boxes.image_id for boxes in detections} - {boxes.image_id for boxes in truths}
     if strange:
-        raise UserError(f"there are detections, and no truth, for image {min(strange)}")
+        raise UserError(f"there are detections, but no ground truth, for image {min(strange)}")
     from pycocotools import cocoeval
 
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints every step

@@ -163,7 +163,7 @@ def _backbone(library: str, name: str, image_size: int, pretrained: bool) -> bac
     if name not in RESNETS:
         return backbones.build(f"{library}:{name}", image_size, pretrained)
     if pretrained:
-        raise UserError(f"--weights preset: {name} is built here; name a preset or a folder as --backbone")
+        raise UserError(f"--weights preset requires a preset or a preset folder as --backbone, not {name}")
     block, blocks = RESNETS[name]
     if library == "keras_hub":
         models = backbones.import_library("keras_hub", "hub").models
@@ -196,7 +196,7 @@ def _keras_cv(backbone: keras.Model, image_size: int, class_count: int, head_lay
     import keras_cv
 
     if head_layers:
-        raise UserError("--head-layers goes with --library keras_hub only")
+        raise UserError("--head-layers requires --library keras_hub")
     return keras_cv.models.RetinaNet(
         backbone=backbone,
         num_classes=class_count,

@@ -181,7 +181,7 @@ def _check_size(truth: Truth, path: str, annotation: str) -> None:
         with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
     except FileNotFoundError as error:
-        raise UserError(f"{annotation} names an image that is not there: {path}") from error
+        raise UserError(f"{annotation} refers to a missing image: {path}") from error
     except (OSError, Image.DecompressionBombError) as error:
         raise RunError(f"cannot read image: {path}: {first_line(error)}") from error
     if (width, height) != (truth.width, truth.height):

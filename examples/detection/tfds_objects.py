@@ -63,12 +63,12 @@ def _check_features(name: str, features: Mapping[str, Any]) -> None:
         raise UserError(f"tfds:{name} has no {lacking[0]}: it is not a detection set")
     objects = features["objects"]
     if not hasattr(objects["label"], "names"):
-        raise UserError(f"tfds:{name}: the labels of its objects are not those of classes")
+        raise UserError(f"tfds:{name}: its object labels are not class labels")
     form = getattr(
         objects["bbox"], "bbox_format", None
     )  # data sets that do not specify a format use TFDS' default
     if form is not None and form.value != "REL_YXYX":
-        raise UserError(f"tfds:{name} has boxes of the format {form.value}; only REL_YXYX can be read")
+        raise UserError(f"tfds:{name} has boxes of the format {form.value}; only REL_YXYX is supported")
 
 
 def _read(builder: Any, part: str, classes: int, room: int) -> tuple[splits.Split, int]:
@@ -144,8 +144,8 @@ def _places(builder: Any, records: Sequence[str]) -> tuple[tf.Tensor, tf.Tensor,
     kind = builder.info.file_format.value
     if kind != "tfrecord":
         raise UserError(
-            f"tfds:{builder.name} is too large for memory and kept as {kind}; prepare it as tfrecord, which "
-            "is read where it lies"
+            f"tfds:{builder.name} does not fit into memory and is stored as {kind}; prepare it as tfrecord, "
+            "which is read from disk"
         )
     folder = Path(builder.data_dir)
     names = [(file, int(number)) for file, _, number in (record.rpartition("__") for record in records)]

@@ -35,7 +35,7 @@ def read_picture(path: str | Path) -> Picture:
     path = Path(path)
     size = path.stat().st_size
     if size > MAX_BYTES:
-        raise UserError(f"{path.name} has {size / 2**20:.0f} MB; at most {MAX_BYTES >> 20} MB are taken")
+        raise UserError(f"{path.name} has {size / 2**20:.0f} MB; at most {MAX_BYTES >> 20} MB are supported")
     try:
         with warnings.catch_warnings():
             # Images that Pillow warns about exceed the limit of this module.
@@ -44,11 +44,11 @@ def read_picture(path: str | Path) -> Picture:
     except UserError:
         raise
     except UnidentifiedImageError as error:
-        raise UserError(f"{path.name} is not a picture: {', '.join(FORMATS)} are taken") from error
+        raise UserError(f"{path.name} is not an image: {', '.join(FORMATS)} are supported") from error
     except Image.DecompressionBombError as error:
         raise UserError(f"{path.name} has too many pixels: {_pixel_limit()}") from error
     except Exception as error:  # any error of Pillow's decoders for damaged files
-        raise UserError(f"{path.name} is damaged or cut off: {common.first_line(error)}") from error
+        raise UserError(f"{path.name} is damaged or incomplete: {common.first_line(error)}") from error
 
 
 def _decode(path: Path) -> Image.Image:
@@ -57,7 +57,7 @@ def _decode(path: Path) -> Image.Image:
         if width * height > MAX_PIXELS:
             raise UserError(f"{path.name} has {width}x{height} pixels: {_pixel_limit()}")
         if image.mode.startswith(("I", "F")):
-            raise UserError(f"{path.name} has more than 8 bits a channel, which are not taken")
+            raise UserError(f"{path.name} has more than 8 bits per channel, which is not supported")
         upright = ImageOps.exif_transpose(image)
     if not upright.has_transparency_data:
         return upright.convert("RGB")
@@ -66,7 +66,7 @@ def _decode(path: Path) -> Image.Image:
 
 
 def _pixel_limit() -> str:
-    return f"at most {MAX_PIXELS // 10**6} million are taken"
+    return f"at most {MAX_PIXELS // 10**6} million are supported"
 
 
 def read_folder(folder: str | Path) -> list[Picture]:
@@ -80,7 +80,7 @@ def read_folder(folder: str | Path) -> list[Picture]:
             files.setdefault(path.parent, []).append(path)
     turns = sorted((turn, path) for group in files.values() for turn, path in enumerate(group))
     if not turns:
-        raise UserError(f"--images: {root} holds no pictures ({', '.join(SUFFIXES)})")
+        raise UserError(f"--images: {root} contains no images ({', '.join(SUFFIXES)})")
     return [read_picture(path) for _, path in turns[:COUNT]]
 
 
@@ -89,13 +89,11 @@ def training_pictures(model: Path, size: int) -> list[Picture]:
     results = read_results(model)
     arguments = results.get("arguments", {})
     if "data" not in arguments:
-        raise UserError(
-            f"no results.json beside {model} says which pictures it knows: name a folder with --images"
-        )
+        raise UserError(f"no results.json beside {model} describes its images: pass a folder with --images")
     try:
         dataset = data.load(arguments["data"], size, arguments["seed"], arguments["data_dir"])
     except (UserError, common.RunError) as error:
-        raise UserError(f"{error}; name a folder of pictures with --images") from error
+        raise UserError(f"{error}; pass a folder of images with --images") from error
     shuffled = dataset.splits["test"].examples(np.array([0, 0], "int64")).take(COUNT)
     return [Picture(Image.fromarray(x.numpy()), f"label: {dataset.class_names[int(y)]}") for x, y in shuffled]
 
@@ -108,4 +106,4 @@ def read_results(model: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is not what classify.py writes: {common.first_line(error)}") from error
+        raise UserError(f"{path} was not written by classify.py: {common.first_line(error)}") from error

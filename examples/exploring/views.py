@@ -198,10 +198,12 @@ def _count_beyond(axes: Axes) -> int:
 
 def _image_shape(model: keras.Model, name: str, open_size: int) -> tuple[int, int, int]:
     if not isinstance(model, keras.Function | keras.Sequential) or len(model.inputs) != 1:
-        raise UserError(f"{name} must be a functional or sequential model of one input")
+        raise UserError(f"{name} must be a functional or sequential model with one input")
     shape = tuple(model.inputs[0].shape)
     if len(shape) != 4 or shape[3] not in (1, 3):
-        raise UserError(f"{name} takes {shape}; images (height, width, 3) or (height, width, 1) are wanted")
+        raise UserError(
+            f"{name} takes {shape}; images of shape (height, width, 3) or (height, width, 1) are required"
+        )
     return shape[1] or open_size, shape[2] or open_size, shape[3]
 
 
@@ -257,5 +259,5 @@ def load_views(
         raise UserError(f"no gates (DASLayer) in {' or '.join(filter(None, (model, compare)))}{wanted}")
     lacking = [view.name for view in views if not view.gates and not view.class_names]
     if lacking:
-        raise UserError(f"{lacking[0]} has neither gates nor class scores: there is nothing to show of it")
+        raise UserError(f"{lacking[0]} has neither gates nor class scores: there is nothing to show")
     return views

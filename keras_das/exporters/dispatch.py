@@ -97,10 +97,12 @@ def export(
         raise ValueError(f"`model` must be a Keras model that has been built. Received: model={model!r}")
     serving = Serving(labels, serving_bytes, image_size, preprocessing, warmup)
     if format != "saved_model" and not serving.is_plain():
-        raise ValueError(f'`labels`, `serving_bytes` and `warmup` go with "saved_model". Received: {format=}')
+        raise ValueError(
+            f'`labels`, `serving_bytes` and `warmup` require format="saved_model". Received: {format=}'
+        )
     if format != "saved_model" and keras.backend.backend() != "tensorflow":
         raise ValueError(
-            f"`format` {format!r} needs Keras on TensorFlow. Received: {keras.backend.backend()}"
+            f"`format` {format!r} requires Keras on TensorFlow. Received: {keras.backend.backend()}"
         )
     target = Path(path)
     _check_replaceable(target, format)
@@ -149,7 +151,7 @@ def _check_replaceable(target: Path, format: str) -> None:
         return
     if target.is_dir() and not any(target.iterdir()):
         return
-    what = {"saved_model": "a SavedModel", "openvino": "OpenVINO's files"}.get(format, "a file")
+    what = {"saved_model": "a SavedModel", "openvino": "an OpenVINO model"}.get(format, "a file")
     raise FileExistsError(
-        f"`path` must be free, or hold {what}, which is then replaced. Received: path={str(target)!r}"
+        f"`path` already exists and is not {what}, so it is not overwritten. Received: path={str(target)!r}"
     )

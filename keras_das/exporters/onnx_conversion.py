@@ -98,7 +98,7 @@ def _check_operations(proto: Any, errors: list[str]) -> None:
     types = {node.op_type for node in proto.graph.node if not node.domain}
     if unknown := sorted(name for name in types if not onnx.defs.has(name)):
         reasons = f" ({errors[0]})" if errors else ""
-        raise ValueError(f"it holds operations that ONNX does not have: {', '.join(unknown)}{reasons}.")
+        raise ValueError(f"it contains operations that ONNX does not support: {', '.join(unknown)}{reasons}.")
 
 
 @contextlib.contextmanager

@@ -31,9 +31,9 @@ class Serving:
     def __post_init__(self) -> None:
         """Validates the options that do not depend on the model."""
         if not self.serving_bytes and (self.image_size is not None or self.preprocessing is not None):
-            raise ValueError("`image_size` and `preprocessing` go with serving_bytes=True.")
+            raise ValueError("`image_size` and `preprocessing` require serving_bytes=True.")
         if any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in self.warmup):
-            raise ValueError(f"`warmup` must hold batch sizes. Received: warmup={self.warmup!r}")
+            raise ValueError(f"`warmup` must contain batch sizes. Received: warmup={self.warmup!r}")
 
     def is_plain(self) -> bool:
         """Whether no options are set."""
@@ -95,8 +95,8 @@ def check_operations(path: Path) -> None:
     custom = custom_operations(path)
     if custom:
         raise ValueError(
-            f"The export holds operations that TensorFlow Serving does not have: {', '.join(custom)}. "
-            "`model` must be built of layers with standard operations only."
+            f"The export contains operations that TensorFlow Serving does not support: {', '.join(custom)}. "
+            "`model` must contain only layers with standard operations."
         )
 
 
@@ -105,7 +105,7 @@ def _write_signatures(model: keras.Model, folder: Path, verbose: bool, serving: 
 
     if keras.backend.backend() != "tensorflow":
         raise ValueError(
-            "`labels`, `serving_bytes` and `warmup` need Keras on TensorFlow. "
+            "`labels`, `serving_bytes` and `warmup` require Keras on TensorFlow. "
             f"Received: backend {keras.backend.backend()!r}"
         )
     if len(model.inputs) != 1 or len(model.outputs) != 1:
@@ -170,14 +170,16 @@ def _image_layout(image: Tensor, image_size: tuple[int, int] | None) -> tuple[tu
     shape = tuple(image.shape)
     channels_first = len(shape) == 4 and shape[1] == 3 and shape[3] != 3
     if len(shape) != 4 or 3 not in (shape[1], shape[3]):
-        raise ValueError(f"`serving_bytes` needs a model of images in 3 channels. Received: shape {shape}")
+        raise ValueError(
+            f"`serving_bytes` requires a model of images with 3 channels. Received: shape {shape}"
+        )
     own = shape[2:] if channels_first else shape[1:3]
     size = tuple(own if image_size is None else image_size)
     if len(size) != 2 or not all(
         isinstance(n, int) and m in (n, None) for n, m in zip(size, own, strict=True)
     ):
         raise ValueError(
-            f"`image_size` must be (rows, columns) that the model takes, here {own}. "
+            f"`image_size` must be (rows, columns) that the model accepts, here {own}. "
             f"Received: image_size={image_size!r}"
         )
     return (size[0], size[1]), channels_first
@@ -206,7 +208,7 @@ def _blank_images(image: Tensor, count: int, serving: Serving) -> Tensor:
         shape = [*serving.image_size, 3]
     if None in shape:
         raise ValueError(
-            f"`warmup` needs a model of images of one size, or `image_size`. Received: shape {image.shape}"
+            f"`warmup` requires a model of images of one size, or `image_size`. Received: shape {image.shape}"
         )
     return tf.zeros((count, *shape), image.dtype)
 

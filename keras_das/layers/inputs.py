@@ -16,6 +16,6 @@ def check_input(inputs: Any) -> None:
     name = keras.backend.standardize_dtype(dtype)
     if not keras.backend.is_float_dtype(name):
         raise ValueError(
-            "`inputs` must be floating: cast them, or put a `keras.layers.Rescaling` ahead of the layer. "
-            f"Received: inputs.dtype={name}"
+            "`inputs` must have a floating dtype. Cast them, or add a `keras.layers.Rescaling` before the "
+            f"layer. Received: inputs.dtype={name}"
         )

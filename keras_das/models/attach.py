@@ -112,7 +112,7 @@ def _library_of(model: keras.Model) -> ModuleType | None:
             )
         if isinstance(model, library.models.Backbone):
             if len(model.inputs) != 1:
-                raise ValueError(f"A backbone to gate must have one input. Received: inputs={model.inputs}")
+                raise ValueError(f"`model` must have one input. Received: inputs={model.inputs}")
             return importlib.import_module(f"keras_das.models.{name}")
     _check_graph(model)
     return None
@@ -210,8 +210,8 @@ def _name_of(base: keras.Model, nodes: Sequence[Node], site: Site) -> str:
         return site
     if not any(node.operation is site for node in nodes):
         raise ValueError(
-            f"`at` must hold layers of the model '{base.name}'. Received: '{site.name}', a "
-            f"{type(site).__name__} that is no layer of it." + _hint(site.name, base, {})
+            f"`at` must contain layers of the model '{base.name}'. Received: '{site.name}', a "
+            f"{type(site).__name__} that is not one of its layers." + _hint(site.name, base, {})
         )
     return site.name
 
@@ -250,7 +250,10 @@ def _check_site(name: str, tensor: Tensor, nodes: Sequence[Node]) -> None:
 
 def _gate(name: str, tensor: Tensor, identity_init: bool, das_arguments: Mapping[str, Any]) -> DASLayer:
     if "name" in das_arguments:
-        raise ValueError(f"Gates are named by what they gate. Received: name={das_arguments['name']!r}")
+        raise ValueError(
+            "`name` must be omitted, because each gate is named after the layer that it follows. "
+            f"Received: name={das_arguments['name']!r}"
+        )
     fitting = {
         "data_format": data_format_of(tensor),
         "dtype": _precision(tensor),

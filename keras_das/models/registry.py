@@ -35,8 +35,8 @@ class _LazyClass:
             module = importlib.import_module(self.__module__)
         except ImportError as error:
             raise ImportError(
-                f"The saved model holds a `{self.__module__}.{self.__name__}`, which needs {self._library}: "
-                f"pip install {self._library}"
+                f"The saved model contains a `{self.__module__}.{self.__name__}`, which requires "
+                f"{self._library}: pip install {self._library}"
             ) from error
         return getattr(module, self.__name__)
 

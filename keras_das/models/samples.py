@@ -66,12 +66,15 @@ def _to_array(value: Any) -> np.ndarray:
 
 def _image_array(image: Any) -> np.ndarray:
     if isinstance(image, Mapping):
-        raise ValueError(f"`image` must be an array for a model of one input. Received: a dict {list(image)}")
+        raise ValueError(
+            f"`image` must be an array for a model with one input. Received: a dict {list(image)}"
+        )
     try:
         pixels = _to_array(image)
     except ValueError as error:
         raise ValueError(
-            f"`image` must be an array for a model of one input. Received: a {type(image).__name__} ({error})"
+            "`image` must be an array for a model with one input. "
+            f"Received: a {type(image).__name__} ({error})"
         ) from error
     if pixels.ndim == 4 and len(pixels) == 1:
         pixels = pixels[0]
@@ -95,7 +98,7 @@ def _flatten(model: keras.Model, image: Any) -> list[Any]:
         return list(image)
     what = f"the keys {list(image)}" if isinstance(image, Mapping) else f"a {type(image).__name__}"
     raise ValueError(
-        f"`image` must be a list or dict of what the model takes, for its inputs {names}. Received: {what}"
+        f"`image` must be a list or dict with an array for each of the inputs {names}. Received: {what}"
         + (f" of {len(image)}" if isinstance(image, list | tuple) else "")
     )
 

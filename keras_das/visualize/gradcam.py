@@ -54,7 +54,7 @@ def grad_cam(
     if not hasattr(outputs, "shape") or len(outputs.shape) != 2:
         raise ValueError(f"`model` must have one output of shape (N, classes). Received: model={model!r}")
     if not hasattr(features, "shape") or len(features.shape) != 4:
-        raise ValueError(f"`layer` must make a feature map. Received: layer={found.name!r}")
+        raise ValueError(f"`layer` must return a feature map. Received: layer={found.name!r}")
     if class_index is None:
         class_index = int(np.argmax(to_numpy(outputs)[0]))
     if not 0 <= class_index < outputs.shape[1]:
@@ -88,4 +88,4 @@ def _gradient(score: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
         import jax
 
         return jax.grad(score)(at)
-    raise NotImplementedError(f"Grad-CAM needs Keras on TensorFlow or JAX. Received: backend {backend!r}")
+    raise NotImplementedError(f"Grad-CAM requires Keras on TensorFlow or JAX. Received: backend {backend!r}")

@@ -118,11 +118,15 @@ def plot_gates(
     count = len(images)
     for name, values in (("labels", labels), ("pictures", pictures)):
         if values is not None and len(values) != count:
-            raise ValueError(f"`{name}` must have one for each of {count} images. Received: {len(values)}")
+            raise ValueError(
+                f"`{name}` must contain one value for each of {count} images. Received: {len(values)}"
+            )
     check_built(model)
     gates = layers or layers_of_kind(model, (DASLayer,))
     if not gates or not count:
-        raise ValueError(f"`model` must have gates, and `images` an image. Received: {count} images")
+        raise ValueError(
+            f"`model` must contain gates, and `images` at least one image. Received: {count} images"
+        )
     read = [read_layers(model, image, gates, (DASLayer,)) for image in images]
     columns = len(read[0][1])
     figure = drawing.new_figure(2.1 * (1 + columns), 2.1 * count + 0.4)
@@ -191,7 +195,7 @@ def plot_grad_cam(
     >>> keras_das.visualize.plot_grad_cam(models, image).savefig("cam.png")
     """
     if not models:
-        raise ValueError(f"`models` must hold a model. Received: models={models!r}")
+        raise ValueError(f"`models` must contain at least one model. Received: models={models!r}")
     figure = drawing.new_figure(3.2 * (1 + len(models)), 3.7)
     first, *others = figure.subplots(1, 1 + len(models))
     first_model, layer = next(iter(models.values()))
@@ -258,7 +262,9 @@ def _columns(path: str | os.PathLike, epoch: str) -> dict[str, list[float]]:
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     if not rows or epoch not in rows[0]:
-        raise ValueError(f"`files` must hold rows with the column {epoch!r}. Received: {os.fspath(path)!r}")
+        raise ValueError(
+            f"`files` must contain rows with the column {epoch!r}. Received: {os.fspath(path)!r}"
+        )
     columns = {}
     for name in rows[0]:
         with contextlib.suppress(ValueError):  # columns of text are not drawn

@@ -135,8 +135,8 @@ class GateMonitor(keras.callbacks.Callback):
         idle = [gate.name for gate in latest if abs(gate.mean - 1) + gate.deviation < _IDLE]
         if idle:
             print(
-                f"Gates within {_IDLE:.0%} of 1: {', '.join(idle)}. They select next to nothing. Train "
-                "longer, raise the gates' learning rate or `identity_gain`, or use `identity_init=False`."
+                f"Gates within {_IDLE:.0%} of 1: {', '.join(idle)}. They hardly change the feature maps. "
+                "Train longer, raise the gates' learning rate or `identity_gain`, or use `identity_init=False`."
             )
 
 

@@ -236,7 +236,7 @@ def test_a_full_disk_loses_nothing(
     error = capsys.readouterr().err
     backup = tmp_path / "run" / "backup"
     assert error.startswith("classify: error: disk full while writing ")
-    assert "model.keras; the previous one is kept; training is not lost: make room and repeat" in error
+    assert "model.keras; the previous one is kept; training is not lost: free disk space and repeat" in error
     assert error.endswith(f" with --resume {backup}\n")
     assert (tmp_path / "run" / "model.keras").read_bytes() == before
 
@@ -254,8 +254,8 @@ def test_a_full_disk_in_the_middle_of_training(image_folder: MakeFolder, tmp_pat
     assert result.returncode == 1
     state = tmp_path / "run" / "backup"
     assert result.stderr.splitlines()[-1] == (
-        "classify: error: disk full while training; make room and continue from the last complete epoch "
-        f"with --resume {state}"
+        "classify: error: disk full while training; free disk space and continue from the last complete "
+        f"epoch with --resume {state}"
     )
     assert "Traceback" not in result.stderr
     (state / "latest.weights.h5").write_bytes(b"as if the disk had filled up later")
@@ -281,8 +281,8 @@ def test_a_full_disk_in_the_middle_of_training(image_folder: MakeFolder, tmp_pat
         (["--weights", "nowhere.keras"], "--weights: no such file: nowhere.keras"),
         slow(["--weights", "imagenet"], "resnet18 has no ImageNet weights"),
         (["--epochs", "0"], "--epochs must be at least 1, not 0"),
-        (["--export", "/"], "--export: / is there already and is not a SavedModel"),
-        slow(["--small-stem", "--backbone", "resnet50"], "--small-stem goes with --backbone resnet18 only"),
+        (["--export", "/"], "--export: / exists and is not a SavedModel"),
+        slow(["--small-stem", "--backbone", "resnet50"], "--small-stem requires --backbone resnet18"),
         slow(
             ["--das", "reduction=-1", "--attention", "das"],
             "cannot attach gates to resnet18 --das reduction=-1: ",
@@ -365,10 +365,10 @@ def test_the_state_of_another_run_is_refused(
     root, state = image_folder(), tmp_path / "state"
     words = arguments(root, tmp_path / "run", "--resume", str(state))
     model_of(*words)  # records whose state it is
-    with pytest.raises(UserError, match="holds a run with seed = 0, this one has 1"):
+    with pytest.raises(UserError, match="contains a run with seed = 0, this one has 1"):
         train(*words, "--seed", "1")
     write_images(root / "blue", 9, COLOURS["blue"])
-    with pytest.raises(UserError, match=r"holds a run with class_names = \['green', 'red'\]"):
+    with pytest.raises(UserError, match=r"contains a run with class_names = \['green', 'red'\]"):
         train(*words)
     with pytest.raises(UserError, match="is not a folder of training state"):
         train(*words[:-1], str(root))
@@ -379,7 +379,7 @@ def test_a_state_goes_with_its_run(tmp_path: Path) -> None:
     state, mine = tmp_path / "state", {"seed": 0, "class_names": ["a", "b"]}
     training.prepare_backup(state, False, mine)
     training.prepare_backup(state, True, mine)
-    with pytest.raises(UserError, match=rf"{state} holds a run with seed = 0, this one has 1"):
+    with pytest.raises(UserError, match=rf"{state} contains a run with seed = 0, this one has 1"):
         training.prepare_backup(state, True, {**mine, "seed": 1})
     (state / "latest.weights.h5").touch()
     training.prepare_backup(state, False, mine)  # a new run clears it

@@ -218,14 +218,14 @@ def no_image(path):
 
 
 BAD = {
-    "text.png": (lambda path: path.write_text("no picture"), "is not a picture: BMP, GIF, JPEG"),
-    "empty.png": (lambda path: path.write_bytes(b""), "is not a picture"),
-    "video.mp4": (video, "is not a picture"),
-    "drawing.svg": (no_image, "is not a picture"),
-    "page.eps": (lambda path: toys.photograph().save(path, "EPS"), "is not a picture"),
-    "cut.png": (lambda path: cut(path, "PNG"), "is damaged or cut off: "),
-    "cut.jpg": (lambda path: cut(path, "JPEG"), "is damaged or cut off: "),
-    "heavy.bmp": (lambda path: path.write_bytes(bytes(21 * 2**20)), "has 21 MB; at most 20 MB are taken"),
+    "text.png": (lambda path: path.write_text("no picture"), "is not an image: BMP, GIF, JPEG"),
+    "empty.png": (lambda path: path.write_bytes(b""), "is not an image"),
+    "video.mp4": (video, "is not an image"),
+    "drawing.svg": (no_image, "is not an image"),
+    "page.eps": (lambda path: toys.photograph().save(path, "EPS"), "is not an image"),
+    "cut.png": (lambda path: cut(path, "PNG"), "is damaged or incomplete: "),
+    "cut.jpg": (lambda path: cut(path, "JPEG"), "is damaged or incomplete: "),
+    "heavy.bmp": (lambda path: path.write_bytes(bytes(21 * 2**20)), "has 21 MB; at most 20 MB are supported"),
     "wide.png": (
         lambda path: Image.new("1", (100_000, 510)).save(path),
         "has 100000x510 pixels: at most 50 m",
@@ -234,7 +234,7 @@ BAD = {
         lambda path: Image.new("1", (100_000, 4000)).save(path),
         "has too many pixels: at most 50 m",
     ),
-    "deep.png": (lambda path: Image.new("I;16", (9, 9)).save(path), "has more than 8 bits a channel"),
+    "deep.png": (lambda path: Image.new("I;16", (9, 9)).save(path), "has more than 8 bits per channel"),
 }
 
 
@@ -253,7 +253,7 @@ def test_bad_files(name, tmp_path):
 
 def test_file_names_are_no_markup(tmp_path):
     _, said = page.take_upload(str(write(tmp_path / "<b>x<b>.png", no_image)))
-    assert "&lt;b&gt;x&lt;b&gt;.png is not a picture" in said
+    assert "&lt;b&gt;x&lt;b&gt;.png is not an image" in said
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".gif", ".bmp", ".webp", ".tiff"])
@@ -297,10 +297,10 @@ def test_folders_without_pictures(tmp_path):
     with pytest.raises(UserError, match=r"--images: no such folder: .*/missing"):
         pictures.read_folder(tmp_path / "missing")
     (tmp_path / "notes.txt").write_text("no picture")
-    with pytest.raises(UserError, match=r"--images: .* holds no pictures \(.bmp, .gif"):
+    with pytest.raises(UserError, match=r"--images: .* contains no images \(.bmp, .gif"):
         pictures.read_folder(tmp_path)
     (tmp_path / "a.png").write_text("no picture")
-    with pytest.raises(UserError, match=r"a.png is not a picture"):
+    with pytest.raises(UserError, match=r"a.png is not an image"):
         pictures.read_folder(tmp_path)
 
 
@@ -319,10 +319,10 @@ def test_without_test_data(gated, tmp_path):
     with pytest.raises(UserError, match=r"no results.json beside .*name a folder with --images"):
         pictures.training_pictures(model, 64)
     model = toys.save(gated.model, tmp_path / "run", NAMES, "folder:/nowhere")
-    with pytest.raises(UserError, match=r"data folder not found: /nowhere; name a folder .*--images"):
+    with pytest.raises(UserError, match=r"data folder not found: /nowhere; pass a folder .*--images"):
         pictures.training_pictures(model, 64)
     model.with_name("results.json").write_text("{")
-    with pytest.raises(UserError, match=r"results.json is not what classify.py writes"):
+    with pytest.raises(UserError, match=r"results.json was not written by classify.py"):
         pictures.training_pictures(model, 64)
 
 
@@ -364,7 +364,7 @@ def test_models_that_take_no_images(tmp_path):
     with pytest.raises(UserError, match=r"vector takes \(None, 7\); images"):
         views.load_view(path)
     a, b = keras.Input((8, 8, 3)), keras.Input((8, 8, 3))
-    with pytest.raises(UserError, match="two must be a functional or sequential model of one input"):
+    with pytest.raises(UserError, match="two must be a functional or sequential model with one input"):
         View(keras.Model([a, b], keras.layers.Add()([a, b])), "two")
 
 

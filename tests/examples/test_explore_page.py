@@ -237,7 +237,7 @@ def test_uploads(server, open_page, folder):
     chooser = page.locator("input[type=file]")
     chooser.set_input_files(folder / "bad.png")
     page.get_by_role("alert").wait_for()
-    assert page.get_by_role("alert").inner_text().startswith("bad.png is not a picture: ")
+    assert page.get_by_role("alert").inner_text().startswith("bad.png is not an image: ")
     assert source(page, "first-points") == points
     chooser.set_input_files(folder / "good.jpg")
     wait_for_text(page, "message", "good.jpg")

@@ -67,7 +67,7 @@ def test_share(image_folder: MakeFolder) -> None:
     for share in (0.0, 1.5, float("nan")):
         with pytest.raises(UserError, match="--data-share must be above 0 and at most 1"):
             folders.load(root, 8, seed=1, share=share)
-    with pytest.raises(UserError, match="--data-share goes with --data folder"):
+    with pytest.raises(UserError, match="--data-share requires --data folder"):
         load("trees", 8, 0, share=0.5)
 
 
@@ -142,7 +142,7 @@ def test_wrong_folders(image_folder: MakeFolder, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="red has 0 class folders"):
         load(root / "red")
     (root / "blue").mkdir()
-    with pytest.raises(UserError, match=r"class folder .*/blue holds no images \(\.bmp, "):
+    with pytest.raises(UserError, match=r"class folder .*/blue contains no images \(\.bmp, "):
         load(root)
     write_images(root / "blue", 1, COLOURS["blue"])
     with pytest.raises(UserError, match="class 'blue' has too few images"):

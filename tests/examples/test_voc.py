@@ -50,7 +50,7 @@ def test_boxes_are_clipped_and_those_without_area_dropped() -> None:
         (annotation(size=""), "could not convert"),
         (annotation(size="<width>0</width><height>5</height>"), "0 x 5"),
         (annotation("<object><bndbox/></object>"), "no name"),
-        (annotation("<object><name>tree</name><bndbox><xmin>1</xmin></bndbox></object>"), "lacks a corner"),
+        (annotation("<object><name>tree</name><bndbox><xmin>1</xmin></bndbox></object>"), "is incomplete"),
         (annotation(item("tree", 1, 2, "wide", 4)), "could not convert"),  # type: ignore[arg-type]
     ],
 )

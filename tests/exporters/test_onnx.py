@@ -147,7 +147,8 @@ def test_nan_pixels_are_seen_through_a_layer(tmp_path, rng):
 def test_what_onnx_does_not_have(tmp_path):
     model = keras.Sequential([keras.Input((4,)), keras.layers.Lambda(keras.ops.erfinv)])
     with pytest.raises(
-        ValueError, match="cannot be written as ONNX: it holds operations that ONNX does not have: Erfinv"
+        ValueError,
+        match="cannot be written as ONNX: it contains operations that ONNX does not support: Erfinv",
     ):
         keras_das.export(model, tmp_path / "model.onnx", format="onnx")
     assert list(tmp_path.iterdir()) == []

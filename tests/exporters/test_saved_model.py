@@ -182,7 +182,7 @@ def test_bad_arguments(tmp_path):
 
     with pytest.raises(ValueError, match=r"`labels` must name each class .*Received: 2"):
         export(labels=["a", "b"])
-    with pytest.raises(ValueError, match="`image_size` and `preprocessing` go with serving_bytes=True"):
+    with pytest.raises(ValueError, match="`image_size` and `preprocessing` require serving_bytes=True"):
         export(image_size=(24, 32))
     with pytest.raises(
         ValueError, match=r"`image_size` must be \(rows, columns\).*Received: image_size=\(8, 8\)"
@@ -190,13 +190,15 @@ def test_bad_arguments(tmp_path):
         export(serving_bytes=True, image_size=(8, 8))
     with pytest.raises(ValueError, match=r"`image_size` must be .*Received: image_size=None"):
         export(simple(size=(None, None)), serving_bytes=True)
-    with pytest.raises(ValueError, match=r"`warmup` must hold batch sizes. Received: warmup=\(0,\)"):
+    with pytest.raises(ValueError, match=r"`warmup` must contain batch sizes. Received: warmup=\(0,\)"):
         export(warmup=(0,))
-    with pytest.raises(ValueError, match="`warmup` needs a model of images of one size"):
+    with pytest.raises(ValueError, match="`warmup` requires a model of images of one size"):
         export(simple(size=(None, None)), warmup=(1,))
-    with pytest.raises(ValueError, match='`labels`, `serving_bytes` and `warmup` go with "saved_model"'):
+    with pytest.raises(
+        ValueError, match='`labels`, `serving_bytes` and `warmup` require format="saved_model"'
+    ):
         export(path=tmp_path / "1.onnx", format="onnx", labels=NAMES)
     vectors = keras.Sequential([keras.Input((4,)), keras.layers.Dense(7)])
-    with pytest.raises(ValueError, match="`serving_bytes` needs a model of images in 3 channels"):
+    with pytest.raises(ValueError, match="`serving_bytes` requires a model of images with 3 channels"):
         export(vectors, serving_bytes=True)
     assert list(tmp_path.iterdir()) == []

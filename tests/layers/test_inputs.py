@@ -15,7 +15,7 @@ LAYERS = [keras_das.DASLayer, lambda: keras_das.DeformableConv2D(4, 3)]
 def test_dtypes_that_are_not_floating(make_layer, dtype):
     images = np.ones((1, 8, 8, 3), dtype)
     for inputs in (images, tf.constant(images), keras.Input((8, 8, 3), dtype=dtype)):
-        with pytest.raises(ValueError, match=rf"`inputs` must be floating.* inputs\.dtype={dtype}"):
+        with pytest.raises(ValueError, match=rf"`inputs` must have a floating dtype.* inputs\.dtype={dtype}"):
             make_layer()(inputs)
 
 

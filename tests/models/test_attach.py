@@ -262,7 +262,7 @@ def test_arguments_reach_the_gates():
         assert gate.identity_init
     with pytest.raises(ValueError, match="reduction"):
         attach_das(plain_cnn(), reduction=-1)
-    with pytest.raises(ValueError, match="Gates are named by what they gate"):
+    with pytest.raises(ValueError, match="each gate is named after the layer"):
         attach_das(plain_cnn(), name="gate")
 
 

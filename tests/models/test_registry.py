@@ -102,7 +102,7 @@ def test_the_stand_in_answers_for_the_class():
 def test_missing_library_is_named(monkeypatch):
     registry.register_lazily("keras_das.models.nothing_there", "DASNothing", library="some-library")
     try:
-        with pytest.raises(ImportError, match="needs some-library: pip install some-library"):
+        with pytest.raises(ImportError, match="requires some-library: pip install some-library"):
             keras.saving.deserialize_keras_object(
                 {"class_name": "DASNothing", "registered_name": "keras_das>DASNothing", "config": {}}
             )

@@ -29,7 +29,7 @@ def test_a_plain_operation_instead_of_its_name():
 def test_layers_that_are_not_of_the_model():
     base, other = plain_cnn(), plain_cnn()
     with pytest.raises(
-        ValueError, match=r"`at` must hold layers of the model 'plain'\. Received: 'conv_0', a Conv2D"
+        ValueError, match=r"`at` must contain layers of the model 'plain'\. Received: 'conv_0', a Conv2D"
     ):
         attach_das(base, at=other.get_layer("conv_0"))
     image = keras.Input((32, 32, 3))

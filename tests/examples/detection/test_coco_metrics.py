@@ -64,7 +64,7 @@ def test_nothing_found_and_nothing_to_find():
 def test_errors():
     with pytest.raises(UserError, match=r"image 4: class 2 is not one of 0\.\.1"):
         coco_metrics.score([boxes(4, [0, 0, 9, 9], labels=[2])], [], ["a", "b"])
-    with pytest.raises(UserError, match="no truth, for image 9"):
+    with pytest.raises(UserError, match="no ground truth, for image 9"):
         coco_metrics.score([boxes(4)], [boxes(9, [0, 0, 9, 9], scores=[1])], ["a"])
     with pytest.raises(ValueError, match="`every` must be at least 1"):
         CocoMetrics(tf.data.Dataset.range(1), "xyxy", ["a"], every=0)

@@ -161,7 +161,7 @@ def test_voc_folders_that_contradict_themselves(tmp_path: Path) -> None:
 
     refuses("not a Pascal VOC folder: .* has no folder Annotations")
     (tmp_path / "Annotations").mkdir()
-    refuses("has too few images to hold some out")
+    refuses("has too few images for validation")
     write_voc(tmp_path, CELLS)
     write_lists(tmp_path, train=["a", "b"], val=["b"], test=["d"])
     refuses(r"val\.txt: b is in train\.txt as well")
@@ -176,7 +176,7 @@ def test_voc_folders_that_contradict_themselves(tmp_path: Path) -> None:
     image.write_bytes(b"not an image")
     refuses(f"cannot read image: {image}: ", RunError)
     image.unlink()
-    refuses(r"Annotations/c\.xml names an image that is not there: .*/JPEGImages/c\.jpg")
+    refuses(r"Annotations/c\.xml refers to a missing image: .*/JPEGImages/c\.jpg")
     (tmp_path / "Annotations" / "c.xml").write_text("<annotation>")
     refuses(r"cannot read annotation: .*/Annotations/c\.xml: no element found")
     (tmp_path / "JPEGImages").rename(tmp_path / "images")
@@ -338,7 +338,7 @@ def test_coco_files_that_cannot_be_read(tmp_path: Path) -> None:
     file = tmp_path / "boxes.json"
     image = tmp_path / "images" / "4.png"
     image.unlink()
-    with pytest.raises(UserError, match=rf"{file} names an image that is not there: {image}"):
+    with pytest.raises(UserError, match=rf"{file} refers to a missing image: {image}"):
         data.load(spec, seed=0)
     file.write_text('{"images": [')
     with pytest.raises(UserError, match=rf"cannot read annotations: {file}: Expecting value"):
@@ -351,7 +351,7 @@ def test_coco_files_that_cannot_be_read(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=rf"{file} has no list '.*': it is not a COCO file of objects"):
             data.load(spec, seed=0)
     file.write_text(json.dumps(coco(1)))
-    with pytest.raises(UserError, match=rf"{file} has too few images to hold some out"):
+    with pytest.raises(UserError, match=rf"{file} has too few images for validation"):
         data.load(spec, seed=0)
     file.unlink()
     with pytest.raises(UserError, match=rf"cannot read annotations: {file}: No such file"):
@@ -526,7 +526,9 @@ def test_the_records_of_a_file_are_found(tmp_path: Path) -> None:
 
 def test_large_sets_must_be_tfrecords() -> None:
     info = SimpleNamespace(file_format=tfds.core.FileFormat.ARRAY_RECORD)
-    with pytest.raises(UserError, match="tfds:big is too large for memory and kept as array_record; prepare"):
+    with pytest.raises(
+        UserError, match="tfds:big does not fit into memory and is stored as array_record; prepare"
+    ):
         tfds_objects._places(SimpleNamespace(name="big", info=info), ["big.array_record__0"])
 
 
@@ -637,7 +639,7 @@ def test_ids_that_are_not_unique_are_passed_over() -> None:
         ({"image": 1}, "tfds:odd has no objects: it is not a detection set"),
         ({"image": 1, "objects": {"label": 1}}, "tfds:odd has no objects/bbox"),
         ({"image": 1, "objects": {"bbox": 1}}, "tfds:odd has no objects/label"),
-        ({"image": 1, "objects": {"bbox": 1, "label": 1}}, "are not those of classes"),
+        ({"image": 1, "objects": {"bbox": 1, "label": 1}}, "are not class labels"),
         (
             {
                 "image": 1,
@@ -646,7 +648,7 @@ def test_ids_that_are_not_unique_are_passed_over() -> None:
                     "label": tfds.features.ClassLabel(num_classes=2),
                 },
             },
-            "tfds:odd has boxes of the format XYXY; only REL_YXYX can be read",
+            "tfds:odd has boxes of the format XYXY; only REL_YXYX is supported",
         ),
     ],
 )

@@ -108,7 +108,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(coco_folder, whole_run, tmp_
         train_two_epochs(coco_folder, tmp_path)
     monkeypatch.setattr(detect, "_pictures", original)
     state = str(tmp_path / "backup")
-    with pytest.raises(detect.UserError, match="holds a run with attention = das, this one has none"):
+    with pytest.raises(detect.UserError, match="contains a run with attention = das, this one has none"):
         train_two_epochs(coco_folder, tmp_path, "--resume", state, "--attention", "none")
     resumed = train_two_epochs(coco_folder, tmp_path, "--resume", state)
     np.testing.assert_allclose(resumed["history"]["loss"], whole_run[1]["history"]["loss"], rtol=1e-3)
@@ -216,7 +216,7 @@ def test_the_recipe_trains_on_coco_of_tfds(preset, tmp_path, rng):
         (["--score-every", "0"], "--score-every must be at least 1, not 0"),
         (["--epochs", "0"], "--epochs must be at least 1, not 0"),
         (["--data", "coco:/no/such.json,/no"], ""),
-        (["--export", __file__], f"--export: {__file__} is there already and is not a SavedModel"),
+        (["--export", __file__], f"--export: {__file__} exists and is not a SavedModel"),
     ],
 )
 def test_wrong_arguments(words, message, tmp_path, capsys):

@@ -170,7 +170,7 @@ def test_errors():
         build("torchvision")
     with pytest.raises(UserError, match="--weights preset: resnet18 is built here"):
         build("keras_hub", weights="preset")
-    with pytest.raises(UserError, match="--head-layers goes with --library keras_hub"):
+    with pytest.raises(UserError, match="--head-layers requires --library keras_hub"):
         build("keras_cv", head_layers=2)
     with pytest.raises(UserError, match="cannot load backbone keras_hub:/no/such"):
         detectors.build("keras_hub", "/no/such", SIZE, 2)
