@@ -136,7 +136,8 @@ class GateMonitor(keras.callbacks.Callback):
         if idle:
             print(
                 f"Gates within {_IDLE:.0%} of 1: {', '.join(idle)}. They hardly change the feature maps. "
-                "Train longer, raise the gates' learning rate or `identity_gain`, or use `identity_init=False`."
+                "Train longer, raise the gates' learning rate or `identity_gain`, or use "
+                "`identity_init=False`."
             )
 
 
