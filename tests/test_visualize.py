@@ -613,7 +613,7 @@ def test_bad_arguments():
         visualize.grad_cam(model, image, "pool", 0)
     with pytest.raises(ValueError, match="`labels` must contain one value for each of 1 images"):
         visualize.plot_gates(model, [image], labels=["a", "b"])
-    with pytest.raises(ValueError, match="`model` must have gates"):
+    with pytest.raises(ValueError, match="`model` must contain gates"):
         visualize.plot_gates(plain_cnn(), [image])
     with pytest.raises(ValueError, match="`models` must contain at least one model"):
         visualize.plot_grad_cam({}, image)
