@@ -22,9 +22,11 @@ namespace KERAS_DAS_ISA {
 KERAS_DAS_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 KERAS_DAS_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// a / b, for numbers that are not negative. Dividing 64-bit numbers is slow, most of all on GPUs.
+// a / b, for numbers that are not negative.
 KERAS_DAS_INLINE int64_t quotient(int64_t a, int64_t b) {
+#if defined(KERAS_DAS_SLOW_DIVISION)
   if (((a | b) >> 32) == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+#endif
   return a / b;
 }
 

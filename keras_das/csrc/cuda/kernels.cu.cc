@@ -4,6 +4,7 @@
 // A convolution that is not depthwise uses "columns" in working memory: the samples of some output pixels,
 // (pixels, taps, channels), or their gradients. Matrix products do the rest.
 #define KERAS_DAS_ISA cuda
+#define KERAS_DAS_SLOW_DIVISION  // of 64-bit numbers
 
 #include <algorithm>
 #include <climits>
