@@ -140,11 +140,7 @@ def _tensorflow_target() -> Target:
     import tensorflow as tf
 
     include = tf.sysconfig.get_include()
-    if not pathlib.Path(include, _FFI_HEADER).exists():
-        raise LibraryUnavailable(
-            f"the kernels need XLA's foreign function interface, and TensorFlow {tf.__version__} comes "
-            f"without its header {_FFI_HEADER} (2.21 has it)"
-        )
+    bindings = ("tf_ops.cc",) if xla_problem() else ("xla_ops.cc", "tf_ops.cc", "ffi.cc")
     link = tf.sysconfig.get_link_flags()  # includes libtensorflow_framework
     external = (f"-I{include}/external/{part}" for part in ("highwayhash", "farmhash_archive/src"))
     flags = (*_FLAGS, *tf.sysconfig.get_compile_flags(), *external, "-DKERAS_DAS_TENSORFLOW")
@@ -152,9 +148,21 @@ def _tensorflow_target() -> Target:
         framework="tensorflow",
         version=tf.__version__,
         abi=str(tf.sysconfig.CXX11_ABI_FLAG),
-        units=(Unit("xla_ops.cc"), Unit("tf_ops.cc"), Unit("ffi.cc"), *kernel_units()),
+        units=(*map(Unit, bindings), *kernel_units()),
         flags=(*flags, *architecture_flags()),
         link_flags=(*_LINK_FLAGS, *link, "-l:libtensorflow_cc.so.2"),
+    )
+
+
+@functools.cache
+def xla_problem() -> str:
+    """Returns the reason why TensorFlow's library has no kernels for XLA programs, or "" if it has."""
+    import tensorflow as tf
+
+    if pathlib.Path(tf.sysconfig.get_include(), _FFI_HEADER).exists():
+        return ""
+    return (
+        f"TensorFlow {tf.__version__} lacks the header {_FFI_HEADER} that the kernels require in XLA programs"
     )
 
 

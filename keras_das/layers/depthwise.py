@@ -67,7 +67,8 @@ def depthwise_by_shifts(inputs: Tensor, kernel: Tensor) -> Tensor:
     def convolve(inputs: Tensor, kernel: Tensor) -> tuple[Tensor, Any]:
         def gradient(*args: Tensor, upstream: Tensor | None = None) -> tuple[Tensor, Tensor]:
             grad_output = args[0] if upstream is None else upstream
-            grad_inputs = _correlate(grad_output, ops.flip(kernel, axis=(0, 1)), after, before)
+            flipped = ops.flip(ops.flip(kernel, axis=0), axis=1)  # Keras 3.13 and older flip one axis
+            grad_inputs = _correlate(grad_output, flipped, after, before)
             products = [shifted * grad_output for shifted in _shifts(inputs, size, before, after)]
             # Sum over the batch first: XLA is slow if it sums over all three axes at once.
             by_pixel = ops.stack([ops.sum(product, axis=0) for product in products])

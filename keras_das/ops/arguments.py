@@ -46,7 +46,7 @@ def standardize_settings(
 
 def _as_integer(value: Any) -> int | None:
     """Returns `value` as a Python integer if it is an integer, including NumPy's; otherwise `None`."""
-    if isinstance(value, bool):
+    if isinstance(value, bool | np.bool_):  # NumPy 2.1 and older accept theirs as an index
         return None
     try:
         return operator.index(value)

@@ -15,7 +15,7 @@ from typing import Any
 import keras
 
 from keras_das._keras_internals import EXPORT_MODULES
-from keras_das.kernels import library
+from keras_das.kernels import library, targets
 from keras_das.ops.geometry import Geometry
 from keras_das.ops.kernel_attributes import make_attributes
 
@@ -82,6 +82,8 @@ def why_not(context: str | None = None, tensors: Sequence[Tensor | None] = (), d
         return f"there are no kernels for Keras' {backend} backend"
     if dtype not in _DTYPES:
         return f"there is no kernel for {dtype}"
+    if reason := _why_not_in_xla(backend, context):
+        return reason
     places = _PLACES[backend](context, [tensor for tensor in tensors if tensor is not None])
     others = {kind: where for kind, where in places.items() if kind != "CPU"}
     for kind, where in others.items():
@@ -222,6 +224,14 @@ def _why_not_cuda(framework: str, where: str) -> str:
         built = library.cuda_architectures(framework)
         return f"the CUDA kernels, built for {built}, cannot run on this GPU ({problem})"
     return ""
+
+
+def _why_not_in_xla(framework: str, context: str | None) -> str:
+    """Why the kernels cannot run because XLA compiles the call, or ""."""
+    if framework != "tensorflow" or not (problem := targets.xla_problem()):
+        return ""
+    in_xla = context == "XLA" or (context is None and tensorflow_in_xla())
+    return problem if in_xla else ""
 
 
 def _tensorflow_places(context: str | None, tensors: Sequence[Tensor]) -> dict[str, str]:

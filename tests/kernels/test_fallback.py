@@ -79,12 +79,3 @@ def test_op_with_a_broken_library(tmp_path, damage):
     reason = warnings.partition("implementation: ")[2]
     assert str(cache) in reason
     assert native.startswith(f'native: implementation="native" cannot be used: {reason}')
-
-
-def test_tensorflow_without_the_header(monkeypatch, tmp_path):
-    """TensorFlow 2.18 lacks the header."""
-    import tensorflow as tf
-
-    monkeypatch.setattr(tf.sysconfig, "get_include", lambda: str(tmp_path))
-    with pytest.raises(library.LibraryUnavailable, match=r"comes without its header xla/ffi/api/ffi\.h"):
-        targets.target("tensorflow")

@@ -1,6 +1,7 @@
 """Tests of the description of a library and its key."""
 
 import pytest
+import tensorflow as tf
 
 from keras_das.kernels import targets
 from tests.kernels.stand_in import make_target, target_of
@@ -49,4 +50,18 @@ def test_units_exist_and_each_is_compiled_once(framework):
     target = targets.target(framework)
     assert len(set(target.units)) == len({str(unit) for unit in target.units}) == len(target.units)
     assert all((target.sources / unit.source).is_file() for unit in target.units)
-    assert ("xla_ops.cc" in {unit.source for unit in target.units}) == (framework == "tensorflow")
+    has_xla_ops = framework == "tensorflow" and not targets.xla_problem()
+    assert ("xla_ops.cc" in {unit.source for unit in target.units}) == has_xla_ops
+
+
+def test_tensorflow_without_the_header_of_xla(monkeypatch, tmp_path):
+    """As TensorFlow 2.18 and 2.19 are: the library has no binding for XLA."""
+    monkeypatch.setattr(tf.sysconfig, "get_include", lambda: str(tmp_path))
+    monkeypatch.setattr(targets, "xla_problem", targets.xla_problem.__wrapped__)
+    assert "lacks the header xla/ffi/api/ffi.h" in targets.xla_problem()
+    target = targets.target("tensorflow")
+    assert {unit.source for unit in target.units} >= {"tf_ops.cc", "cpu/kernels.cc"}
+    assert not {unit.source for unit in target.units} & {"xla_ops.cc", "ffi.cc"}
+    (tmp_path / "xla" / "ffi" / "api").mkdir(parents=True)
+    (tmp_path / "xla" / "ffi" / "api" / "ffi.h").touch()
+    assert {"xla_ops.cc", "ffi.cc"} < {unit.source for unit in targets.target("tensorflow").units}

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 import keras_das
 from keras_das.exporters import saved_model
-from keras_das.kernels import library
+from keras_das.kernels import library, targets
 from keras_das.ops import deformable, native, reference
 from tests import processes
 from tests.ops import random_cases
@@ -18,6 +18,7 @@ from tests.ops.op_cases import DTYPES, Case, assert_as_expected, call, draw, eac
 from tests.ops.tf_harness import (
     MODES,
     kernels_value_and_gradients,
+    needs_xla_kernels,
     run,
     tensors_of,
     value_and_gradients,
@@ -108,7 +109,11 @@ def test_no_memory_is_an_error_of_the_call():
 
 @pytest.mark.parametrize(
     ("mode", "data_format"),
-    [("eager", "channels_last"), ("graph", "channels_first"), ("xla", "channels_first")],
+    [
+        ("eager", "channels_last"),
+        ("graph", "channels_first"),
+        pytest.param("xla", "channels_first", marks=needs_xla_kernels),
+    ],
 )
 def test_auto_takes_the_kernels(rng, mode, data_format, no_reference):
     tensors = draw(DEPTHWISE, rng)
@@ -133,6 +138,7 @@ def test_reference_does_not(rng, monkeypatch):
     assert call(arguments, DEPTHWISE, implementation="reference").shape == DEPTHWISE.shapes["outputs"]
 
 
+@needs_xla_kernels
 def test_compiled_programs_hold_the_calls(rng):
     arguments, upstream = split_upstream(tensors_of(draw(DEPTHWISE, rng)))
 
@@ -145,6 +151,7 @@ def test_compiled_programs_hold_the_calls(rng):
         assert hlo.count(f'custom_call_target="{name}"') == 1, hlo
 
 
+@needs_xla_kernels
 def test_compiled_although_the_runtime_started_without_the_library():
     """TensorFlow collects XLA kernels when its runtime starts, in this case before the library is loaded."""
     found = run_script(
@@ -152,7 +159,7 @@ def test_compiled_although_the_runtime_started_without_the_library():
         import tensorflow as tf
         tf.function(lambda x: x + 1, jit_compile=True)(tf.ones(()))
         import keras_das
-        from keras_das.kernels import library
+        from keras_das.kernels import library, targets
         assert library.path("tensorflow") is None
         layer = keras_das.DeformableConv2D(2, 3, implementation="native")
         print(tf.function(layer, jit_compile=True)(tf.ones((1, 5, 5, 1))).shape)
@@ -228,7 +235,7 @@ def with_cuda(monkeypatch, with_gpu):
     monkeypatch.setattr(library, "cuda_problem", lambda framework: "")
 
 
-@pytest.mark.parametrize("context", [None, *native.CONTEXTS])
+@pytest.mark.parametrize("context", [None, "eager", "graph", pytest.param("XLA", marks=needs_xla_kernels)])
 def test_why_not_answers_without_tensors(context, monkeypatch):
     assert native.why_not(context) == ""
     assert native.can_use(context)
@@ -273,6 +280,29 @@ def test_graphs_go_where_the_gpu_is(rng, mode, with_gpu):
     assert MODES[mode](on_cpu)(arguments).shape == DEPTHWISE.shapes["outputs"]
     with pytest.raises(RuntimeError, match="kernels run on the CPU only, and there is a GPU"):
         MODES[mode](anywhere)(arguments)
+
+
+@pytest.fixture
+def without_xla(monkeypatch):
+    """TensorFlow without the header that the kernels require in XLA programs."""
+    monkeypatch.setattr(targets, "xla_problem", lambda: "it is Sunday")
+
+
+def test_without_the_binding_for_xla_only_xla_programs_use_the_reference(rng, without_xla):
+    assert [native.why_not(context) for context in native.CONTEXTS] == ["", "", "it is Sunday"]
+    arguments, upstream = split_upstream(tensors_of(draw(DEPTHWISE, rng)))
+
+    def compute(arguments, upstream):
+        return value_and_gradients(arguments, upstream, case=DEPTHWISE, implementation="auto")
+
+    assert FORWARD in operations(lambda: compute(arguments, upstream))
+    compiled = tf.function(compute, jit_compile=True)
+    assert not operations(lambda: compiled(arguments, upstream)) & {FORWARD, BACKWARD}
+    found, wanted = compiled(arguments, upstream), compute(arguments, upstream)
+    for one, other in zip(tf.nest.flatten(found), tf.nest.flatten(wanted), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    with pytest.raises(RuntimeError, match='"native" cannot be used: it is Sunday'):
+        tf.function(call, jit_compile=True)(arguments, DEPTHWISE, implementation="native")
 
 
 class Placed:
@@ -356,6 +386,7 @@ for case in (
 """
 
 
+@needs_xla_kernels
 def test_any_number_of_threads_gives_the_same_bits(rng):
     seed = rng.integers(2**31)
     alone = run_script(THREADS, 1, seed)
@@ -583,7 +614,7 @@ WRONG_BY_MODE = {"eager": WRONG, "graph": WRONG[::8], "xla": WRONG[4::8]}
 @pytest.mark.parametrize(
     ("gradient", "wrong", "message", "mode"),
     [
-        pytest.param(*wrong, mode, id=f"{name}-{mode}")
+        pytest.param(*wrong, mode, id=f"{name}-{mode}", marks=[needs_xla_kernels] if mode == "xla" else [])
         for mode, cases in WRONG_BY_MODE.items()
         for name, *wrong in cases
     ],
@@ -617,7 +648,7 @@ def assert_matches(pattern, text):
 
 
 @pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
-@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
+@pytest.mark.parametrize("mode", ["eager", "graph", pytest.param("xla", marks=needs_xla_kernels)])
 def test_ops_take_what_is_right(gradient, mode):
     given, attributes = op_arguments(gradient)
     outputs = call_op(given, attributes, gradient, mode)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 
+import pytest
 import tensorflow as tf
 
 from keras_das import ops
+from keras_das.kernels import targets
 from tests.ops.op_cases import call, from_layout, split_upstream, to_layout
 
 MODES = {
@@ -14,6 +16,7 @@ MODES = {
     "graph": tf.function,
     "xla": functools.partial(tf.function, jit_compile=True),
 }
+needs_xla_kernels = pytest.mark.skipif(bool(targets.xla_problem()), reason=targets.xla_problem())
 
 
 def tensors_of(arrays, data_format="channels_last"):
