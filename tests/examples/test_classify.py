@@ -236,7 +236,7 @@ def test_a_full_disk_loses_nothing(
     error = capsys.readouterr().err
     backup = tmp_path / "run" / "backup"
     assert error.startswith("classify: error: disk full while writing ")
-    assert "model.keras; the previous one is kept; training is not lost: make room and repeat" in error
+    assert "model.keras; the previous one is kept; training is not lost: free disk space and repeat" in error
     assert error.endswith(f" with --resume {backup}\n")
     assert (tmp_path / "run" / "model.keras").read_bytes() == before
 
