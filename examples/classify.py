@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,49 +31,32 @@ import numpy as np
 import tensorflow as tf
 
 import keras_das
-from examples import backbones, common, data, figures, options, training
-from examples.common import RunError, UserError
+from examples import backbones, common, data, experiment, figures, options, training
+from examples.common import UserError
 from examples.data import pipeline
+from examples.data.augmentation import augmentation
+from examples.scoring import confusion_matrix, scores
 
 
-@dataclasses.dataclass
-class Config:
+@dataclasses.dataclass(kw_only=True)
+class Config(experiment.Config):
     """The arguments of a run; the defaults train the demonstration on `trees`."""
 
-    data: str = "trees"
-    data_dir: str | None = None
     data_share: float = 1.0
     image_size: int = 64
     augment: str = "auto"
     backbone: str = "resnet50"
     small_stem: bool = False
-    weights: str = "none"
-    attention: str = "das"
-    identity_init: str = "auto"
-    das: dict[str, Any] = dataclasses.field(default_factory=dict)
     train: str = "all"
     gate_rate: float = 1.0
     freeze_batch_norm: bool = False
-    # Keras' 0.99 suits long runs: a few hundred steps are too few to forget the initial averages.
-    norm_momentum: float = 0.9
     dropout: float = 0.0
     epochs: int = 6
     batch_size: int = 16
-    optimizer: str = "adamw"
     learning_rate: float = 1e-3
-    schedule: str = "cosine"
-    warmup_epochs: float = 1.0
     weight_decay: float = 0.05
     label_smoothing: float = 0.1
-    mixed_precision: str = "none"
-    strategy: str = "none"
     jit: str = "auto"
-    seed: int = 0
-    deterministic: bool = False
-    output: str | None = None
-    resume: str | None = None
-    export: str | None = None
-    progress: str = "auto"
     baseline: str | None = None
 
 
@@ -132,44 +115,31 @@ ATTENTIONS: dict[str, Callable[[backbones.Backbone, Config], keras.Model]] = {
 """Functions from a backbone to its features; comparisons with other modules can add their own."""
 
 CHOICES: dict[str, Collection[str]] = {
+    **experiment.CHOICES,
     "augment": ("auto", "none", "flip", "aerial", "crop", "zoom"),
     "attention": ATTENTIONS.keys(),
-    "identity_init": ("auto", "on", "off"),
     "train": ("all", "gates"),
-    "optimizer": ("adamw", "sgd"),
-    "schedule": ("cosine", "steps", "constant"),
-    "mixed_precision": ("none", "mixed_float16", "mixed_bfloat16"),
-    "strategy": training.STRATEGIES,
     "jit": ("auto", "on", "off"),
-    "progress": ("auto", "bar", "lines", "none"),
 }
 
 
 def train(config: Config) -> dict[str, Any]:
     """Run `config` from data to saved model, and return all figures of `results.json`."""
-    config = dataclasses.replace(config, output=config.output or _default_output(config))
+    config = experiment.with_output(config, config.data, config.backbone, config.attention)
     INTERFACE.check(config)
-    strategy = training.make_strategy(config.strategy, config.batch_size)
-    chief = training.is_chief(strategy)
-    output = Path(config.output)
-    keras.utils.set_random_seed(config.seed)
-    if config.deterministic:
-        tf.config.experimental.enable_op_determinism()
+    run = experiment.Run(config)
     dataset = data.load(config.data, config.image_size, config.seed, config.data_dir, config.data_share)
     with training.dtype_policy(config.mixed_precision):
-        with strategy.scope():
+        with run.strategy.scope():
             model = build_model(config, dataset.class_names)
             _freeze(model, config)
             compile_model(model, config, dataset.splits["train"].count)
-        backup = Path(config.resume or output / "backup")
-        if chief:
-            training.prepare_backup(backup, bool(config.resume), _identity(config, dataset))
-        training.wait_for_all(strategy)
+        run.prepare_backup(dataset.class_names, "small_stem", "train")
         before = {}
         if config.weights != "none" and not config.resume:
             start = _evaluate(model, dataset, config)
             before["test_accuracy_before"] = scores(start)["test_accuracy"]
-        timer, monitor = _fit(model, dataset, config, output, backup, chief)
+        timer, monitor = _fit(model, dataset, run)
         print("evaluating on the test split", flush=True)
         confusion = _evaluate(model, dataset, config)
     results = {
@@ -180,33 +150,8 @@ def train(config: Config) -> dict[str, Any]:
         **scores(confusion),
         "confusion_matrix": confusion.tolist(),
     }
-    if chief:
-        results["history"] = training.read_history(output / "history.csv")
-        _save(model, results, confusion, dataset, config, backup)
-        common.remove(backup)
+    run.finish(results, lambda: _save(model, confusion, dataset, run))
     return results
-
-
-def _default_output(config: Config) -> str:
-    parts = (config.data, config.backbone, config.attention)
-    return str(Path("runs") / "-".join(Path(part.replace(":", "-")).name for part in parts))
-
-
-def _identity(config: Config, dataset: pipeline.Dataset) -> dict[str, Any]:
-    """Arguments that must not change when a run is resumed."""
-    names = (
-        "backbone",
-        "small_stem",
-        "attention",
-        "das",
-        "train",
-        "data",
-        "image_size",
-        "batch_size",
-        "optimizer",
-        "seed",
-    )
-    return {name: getattr(config, name) for name in names} | {"class_names": list(dataset.class_names)}
 
 
 # The model
@@ -238,9 +183,8 @@ def build_model(config: Config, class_names: tuple[str, ...]) -> keras.Model:
 def _classifier(
     features: keras.Model, backbone: backbones.Backbone, config: Config, classes: int
 ) -> keras.Model:
-    for layer in features.layers:
-        if isinstance(layer, keras.layers.BatchNormalization):
-            layer.momentum = config.norm_momentum
+    for layer in training.batch_norms(features):
+        layer.momentum = config.norm_momentum
     inputs = keras.Input((config.image_size, config.image_size, 3), name="image")
     x = features(backbone.preprocess(inputs))
     x = keras.layers.GlobalAveragePooling2D()(x)
@@ -256,9 +200,8 @@ def _freeze(model: keras.Model, config: Config) -> None:
             raise UserError("--train gates requires --attention das")
         keras_das.freeze_trunk(model)
     if config.freeze_batch_norm:
-        for layer in model._flatten_layers():
-            if isinstance(layer, keras.layers.BatchNormalization):
-                layer.trainable = False
+        for layer in training.batch_norms(model):
+            layer.trainable = False
 
 
 def _holds(path: Path, model: keras.Model) -> bool:
@@ -308,49 +251,17 @@ def compile_model(model: keras.Model, config: Config, train_count: int) -> None:
     )
 
 
-def augmentation(name: str, data_name: str = "") -> list[keras.Layer]:
-    """The preprocessing layers for training batches."""
-    if name == "auto":
-        name = "aerial" if data_name == "trees" else "crop"
-    layers = keras.layers
-    policies = {
-        "none": [],
-        "flip": [layers.RandomFlip("horizontal")],
-        # Aerial photographs have no upright orientation: flips in both directions, and changes of light.
-        "aerial": [
-            layers.RandomFlip("horizontal_and_vertical"),
-            layers.RandomTranslation(0.1, 0.1, fill_mode="reflect"),
-            layers.RandomZoom(0.15, fill_mode="reflect"),
-            layers.RandomBrightness(0.15),
-            layers.RandomContrast(0.2),
-        ],
-        "crop": [
-            layers.RandomFlip("horizontal"),
-            layers.RandomTranslation(0.125, 0.125, fill_mode="reflect"),
-        ],
-        # Zooms in up to 2.5 times at a random position, like random resized crops.
-        "zoom": [
-            layers.RandomFlip("horizontal"),
-            layers.RandomTranslation(0.25, 0.25, fill_mode="reflect"),
-            layers.RandomZoom((-0.6, 0.0), fill_mode="reflect"),
-        ],
-    }
-    return policies[name]
-
-
 def _fit(
-    model: keras.Model, dataset: pipeline.Dataset, config: Config, output: Path, backup: Path, chief: bool
+    model: keras.Model, dataset: pipeline.Dataset, run: experiment.Run
 ) -> tuple[training.StepTimer, keras_das.visualize.GateMonitor]:
-    records: list[keras.callbacks.Callback] = []
-    if chief:
-        records = training.make_records(output, bool(config.resume))
+    config, records = run.config, run.records()
     clock, timer = pipeline.EpochClock(config.seed), training.StepTimer()
     classes, splits = len(dataset.class_names), dataset.splits
     layers = augmentation(config.augment, config.data)
     batches = pipeline.training_batches(splits["train"], classes, config.batch_size, clock, layers)
-    with training.explaining(dataset, backup):
+    with training.explaining(dataset, run.backup):
         monitor = keras_das.visualize.GateMonitor(
-            _examples(dataset, 16)[0], output / "logs" if chief else None
+            _examples(dataset, 16)[0], run.output / "logs" if run.chief else None
         )
         model.fit(
             batches,
@@ -364,7 +275,7 @@ def _fit(
                 # Before the backup: a run that ends in between leaves a row too many, trimmed later.
                 *records,
                 *([monitor] if list(_gates(model)) else []),
-                training.Backup(backup, writes=chief),
+                training.Backup(run.backup, writes=run.chief),
             ],
         )
     return timer, monitor
@@ -390,25 +301,6 @@ def predict(model: keras.Model, split: pipeline.Split, batch_size: int) -> tuple
     return np.concatenate(labels), np.concatenate(predicted)
 
 
-def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """Counts of shape `(classes, classes)`: rows are the true class, columns the predicted one."""
-    return np.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
-
-
-def scores(confusion: np.ndarray) -> dict[str, Any]:
-    """Accuracy, and the recall of each class (`None` for classes without test images)."""
-    support = confusion.sum(axis=1)
-    recall = [
-        right / count if count else None for right, count in zip(confusion.diagonal(), support, strict=True)
-    ]
-    present = [value for value in recall if value is not None]
-    return {
-        "test_accuracy": float(confusion.trace() / support.sum()),
-        "test_balanced_accuracy": float(np.mean(present)),
-        "test_recall": [None if value is None else float(value) for value in recall],
-    }
-
-
 def _describe_run(config: Config, model: keras.Model, dataset: pipeline.Dataset) -> dict[str, Any]:
     gates = list(_gates(model))
     return {
@@ -432,34 +324,17 @@ def _gates(model: keras.Model) -> Iterator[keras_das.DASLayer]:
             yield layer
 
 
-def _save(
-    model: keras.Model,
-    results: Mapping[str, Any],
-    confusion: np.ndarray,
-    dataset: pipeline.Dataset,
-    config: Config,
-    backup: Path,
-) -> None:
-    """Write the results of a finished run; until then, `backup` keeps its training state."""
-    output = Path(config.output)
-    try:
-        with common.replacing(output / "model.keras") as path:
-            # The same layers without the state of the optimizer: a third of the size.
-            keras.Model(model.inputs, model.outputs, name=model.name).save(path)
-        if config.export:
-            with common.naming_full_disk(Path(config.export)):
-                keras_das.export(model, config.export)
-        with common.replacing(output / "confusion_matrix.png") as path:
-            figures.draw_confusion_matrix(confusion, dataset.class_names, path)
-        if config.attention == "das":
-            with common.replacing(output / "gates.png") as path:
-                figures.draw_gates(model, *_examples(dataset), path)
-        with common.replacing(output / "results.json") as path:
-            path.write_text(json.dumps(results, indent=2) + "\n")
-    except RunError as error:
-        raise RunError(
-            f"{error}; training is not lost: free disk space and repeat with --resume {backup}"
-        ) from error
+def _save(model: keras.Model, confusion: np.ndarray, dataset: pipeline.Dataset, run: experiment.Run) -> None:
+    """Write the files of a finished run besides `results.json`."""
+    with run.replacing("model.keras") as path:
+        # The same layers without the state of the optimizer: a third of the size.
+        keras.Model(model.inputs, model.outputs, name=model.name).save(path)
+    run.export(model)
+    with run.replacing("confusion_matrix.png") as path:
+        figures.draw_confusion_matrix(confusion, dataset.class_names, path)
+    if run.config.attention == "das":
+        with run.replacing("gates.png") as path:
+            figures.draw_gates(model, *_examples(dataset), path)
 
 
 def _examples(dataset: pipeline.Dataset, count: int = 4) -> tuple[np.ndarray, list[str]]:
@@ -476,9 +351,9 @@ def _examples(dataset: pipeline.Dataset, count: int = 4) -> tuple[np.ndarray, li
 
 
 HELP = {
+    **experiment.HELP,
     "data": "trees (aerial photographs from PyPI), folder:PATH (of class folders, or train, val and test of "
     "those) or tfds:NAME",
-    "data_dir": "folder of TensorFlow Datasets' files",
     "data_share": "share of the training and validation images to use, class by class (folders only)",
     "image_size": "side of the square images in pixels",
     "augment": "augmentation by Keras layers; auto: aerial for trees, crop for other data",
@@ -487,24 +362,13 @@ HELP = {
     "small_stem": "remove the stride of the first layer of resnet18, for images of about 32 pixels",
     "weights": "none (train from scratch), imagenet or preset (fine-tune), or a .weights.h5 or .keras file; "
     "gates can be attached to a .keras file of a model without gates",
-    "attention": "DAS gates after each stage, or none",
     "train": "all weights, or only the gates and the head, with the trunk frozen",
     "gate_rate": "learning rate of the gates relative to that of the other weights",
     "freeze_batch_norm": "freeze statistics, scales and shifts of batch normalization",
     "baseline": "folder of another run whose test accuracy is printed for comparison",
-    "identity_init": "start gates at exactly 1; auto: only with trained weights",
-    "norm_momentum": "momentum of the moving averages of batch normalization",
-    "optimizer": "AdamW, or SGD with momentum 0.9",
-    "schedule": "schedule of the learning rate; steps: multiply by 0.1 after 30, 60 and 90 %% of the epochs",
-    "warmup_epochs": "epochs of linear warm-up of the cosine schedule",
-    "mixed_precision": "Keras dtype policy",
-    "strategy": training.STRATEGY_HELP,
     "jit": "compile with XLA; auto: the default of Keras",
-    "deterministic": "use deterministic operations of TensorFlow, which are slower",
     "output": "folder of the results (default: runs/DATA-BACKBONE-ATTENTION)",
-    "resume": "folder of the training state (OUTPUT/backup) of an interrupted run to resume",
     "export": "write a SavedModel to this folder",
-    "progress": "progress bar, one line per epoch, or none; auto: a bar on a terminal",
 }
 
 

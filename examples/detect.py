@@ -12,7 +12,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -31,46 +31,27 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-import keras_das
-from examples import common, options, training
+from examples import common, experiment, options, training
 from examples.common import UserError
 from examples.data import pipeline
 from examples.detection import batches, coco_metrics, data, detectors, pictures, splits
 
 
-@dataclasses.dataclass
-class Config:
+@dataclasses.dataclass(kw_only=True)
+class Config(experiment.Config):
     """The arguments of a run; the defaults train the demonstration on `trees`."""
 
-    data: str = "trees"
-    data_dir: str | None = None
     image_size: int = 256
     augment: str = "on"
     library: str = "keras_hub"
     backbone: str = "resnet18"
     head_layers: int = 0
-    weights: str = "none"
-    attention: str = "das"
-    identity_init: str = "auto"
-    das: dict[str, Any] = dataclasses.field(default_factory=dict)
-    norm_momentum: float = 0.9
     epochs: int = 12
     batch_size: int = 8
-    optimizer: str = "adamw"
     learning_rate: float = 5e-4
-    schedule: str = "cosine"
-    warmup_epochs: float = 1.0
     weight_decay: float = 1e-3
     clip_norm: float = 10.0
-    mixed_precision: str = "none"
-    strategy: str = "none"
     score_every: int = 4
-    seed: int = 0
-    deterministic: bool = False
-    output: str | None = None
-    resume: str | None = None
-    export: str | None = None
-    progress: str = "auto"
 
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -93,41 +74,24 @@ RECIPES: dict[str, dict[str, Any]] = {
 """The usual arguments for COCO, with a square of a multiple of 128 pixels instead of 800x1333."""
 
 CHOICES: dict[str, Collection[str]] = {
+    **experiment.CHOICES,
     "augment": ("on", "off"),
     "library": detectors.LIBRARIES,
-    "attention": ("none", "das"),
-    "identity_init": ("auto", "on", "off"),
-    "optimizer": ("adamw", "sgd"),
-    "schedule": ("cosine", "steps", "constant"),
-    "mixed_precision": ("none", "mixed_float16", "mixed_bfloat16"),
-    "strategy": training.STRATEGIES,
-    "progress": ("auto", "bar", "lines", "none"),
 }
 HELP = {
+    **experiment.HELP,
     "data": "trees (tiles of aerial photographs from PyPI), voc:FOLDER, coco:ANNOTATIONS.json,IMAGES_FOLDER "
     "or tfds:NAME",
-    "data_dir": "folder of TensorFlow Datasets' files",
     "image_size": "side of the square that images are scaled to fit into, a multiple of 128",
     "augment": "random flips, scales and crops of images and boxes",
     "library": "library of the RetinaNet",
     "backbone": "resnet18, resnet50, or a preset or preset folder of the library",
     "head_layers": "convolutions of each head before the last one (keras_hub only); 0: the library's default",
     "weights": "none (train from scratch), preset, or a .keras file of a classifier on the same backbone",
-    "attention": "DAS gates after each stage, or none",
-    "identity_init": "start gates at exactly 1; auto: only with trained weights",
-    "norm_momentum": "momentum of the moving averages of batch normalization",
-    "optimizer": "AdamW, or SGD with momentum 0.9",
-    "schedule": "schedule of the learning rate; steps: multiply by 0.1 after 30, 60 and 90 %% of the epochs",
-    "warmup_epochs": "epochs of linear warm-up of the cosine schedule",
     "clip_norm": "clip gradients to this global norm; 0: no clipping",
-    "mixed_precision": "Keras dtype policy",
-    "strategy": training.STRATEGY_HELP,
     "score_every": "compute COCO metrics on the validation split and draw pictures every this many epochs",
-    "deterministic": "use deterministic operations of TensorFlow, which are slower",
     "output": "folder of the results (default: runs/DATA-LIBRARY-BACKBONE-ATTENTION)",
-    "resume": "folder of the training state (OUTPUT/backup) of an interrupted run to resume",
     "export": "write a SavedModel that maps pixels to boxes to this folder",
-    "progress": "progress bar, one line per epoch, or none; auto: a bar on a terminal",
 }
 INTERFACE = options.Interface(
     "detect", "Train an object detector with DAS gates.", Config, HELP, CHOICES, RECIPES
@@ -136,29 +100,22 @@ INTERFACE = options.Interface(
 
 def train(config: Config) -> dict[str, Any]:
     """Run `config` from data to saved model, and return all figures of `results.json`."""
-    config = dataclasses.replace(config, output=config.output or _default_output(config))
+    name, *_ = config.data.split(",")
+    config = experiment.with_output(config, name, config.library, config.backbone, config.attention)
     _check(config)
-    strategy = training.make_strategy(config.strategy, config.batch_size)
-    chief = training.is_chief(strategy)
-    output = Path(config.output)
-    keras.utils.set_random_seed(config.seed)
-    if config.deterministic:
-        tf.config.experimental.enable_op_determinism()
+    run = experiment.Run(config)
     found = data.load(config.data, config.seed, config.data_dir)
     for name, split in found.splits.items():
         boxes = sum(len(truth.boxes) for truth in split.truths)
         print(f"{name}: {len(split.truths)} images, {boxes} boxes, {split.dropped} dropped", flush=True)
     steps = max(1, len(found.splits["train"].truths) // config.batch_size)
     with training.dtype_policy(config.mixed_precision):
-        with strategy.scope():
+        with run.strategy.scope():
             detector = build_detector(config, len(found.class_names))
             optimizer = training.make_optimizer(config, steps, detector.model.trainable_variables)
             detectors.compile_model(detector, optimizer)
-        backup = Path(config.resume or output / "backup")
-        if chief:
-            training.prepare_backup(backup, bool(config.resume), _identity(config, found))
-        training.wait_for_all(strategy)
-        timer = _fit(detector, found, config, output, backup, chief)
+        run.prepare_backup(found.class_names, "library")
+        timer = _fit(detector, found, run)
         print("evaluating on the test split", flush=True)
         detections = detect(detector.predictor(config.image_size), found.splits["test"], config)
     results = {
@@ -170,16 +127,8 @@ def train(config: Config) -> dict[str, Any]:
         **coco_metrics.score(truths_of(found.splits["test"]), detections, found.class_names),
         "versions": training.versions(config.library),
     }
-    if chief:
-        results["history"] = training.read_history(output / "history.csv")
-        _save(detector, results, detections, found, config, backup)
-        common.remove(backup)
+    run.finish(results, lambda: _save(detector, detections, found, run))
     return results
-
-
-def _default_output(config: Config) -> str:
-    parts = (config.data, config.library, config.backbone, config.attention)
-    return str(Path("runs") / "-".join(Path(part.split(",")[0].replace(":", "-")).name for part in parts))
 
 
 def _check(config: Config) -> None:
@@ -188,22 +137,6 @@ def _check(config: Config) -> None:
         raise UserError(f"--image-size must be a multiple of 128, not {config.image_size}")
     if config.score_every < 1:
         raise UserError(f"--score-every must be at least 1, not {config.score_every}")
-
-
-def _identity(config: Config, found: data.DetectionData) -> dict[str, Any]:
-    """Arguments that must not change when a run is resumed."""
-    names = (
-        "library",
-        "backbone",
-        "attention",
-        "das",
-        "data",
-        "image_size",
-        "batch_size",
-        "optimizer",
-        "seed",
-    )
-    return {name: getattr(config, name) for name in names} | {"class_names": list(found.class_names)}
 
 
 def build_detector(config: Config, class_count: int) -> detectors.Detector:
@@ -222,33 +155,23 @@ def build_detector(config: Config, class_count: int) -> detectors.Detector:
         config.weights,
         config.head_layers,
     )
-    for layer in detector.model._flatten_layers():
-        if isinstance(layer, keras.layers.BatchNormalization):
-            layer.momentum = config.norm_momentum
+    for layer in training.batch_norms(detector.model):
+        layer.momentum = config.norm_momentum
     return detector
 
 
-def _fit(
-    detector: detectors.Detector,
-    found: data.DetectionData,
-    config: Config,
-    output: Path,
-    backup: Path,
-    chief: bool,
-) -> training.StepTimer:
-    records: list[keras.callbacks.Callback] = []
-    if chief:
-        records = [
-            _scorer(detector, found, config),  # before the callbacks that record its figures
-            *training.make_records(output, bool(config.resume)),
-            _pictures(detector, found, config, output / "logs"),
-        ]
+def _fit(detector: detectors.Detector, found: data.DetectionData, run: experiment.Run) -> training.StepTimer:
+    config, records = run.config, run.records()
+    if run.chief:
+        # The scores precede the callbacks that record them.
+        records.insert(0, _scorer(detector, found, config))
+        records.append(_pictures(detector, found, config, run.output / "logs"))
     clock, timer = pipeline.EpochClock(config.seed), training.StepTimer()
     train_data = batches.training_batches(
         found.splits["train"], config.image_size, config.batch_size, clock, config.augment == "on"
     )
     train_data = detector.batches(train_data)
-    with training.explaining(found, backup):
+    with training.explaining(found, run.backup):
         if config.strategy == "none":
             training.make_loss_variables(detector.model, train_data)
         detector.model.fit(
@@ -256,7 +179,7 @@ def _fit(
             epochs=config.epochs,
             shuffle=False,  # the pipeline shuffles
             verbose=training.verbosity(config.progress),
-            callbacks=[clock, timer, *records, training.Backup(backup, writes=chief)],
+            callbacks=[clock, timer, *records, training.Backup(run.backup, writes=run.chief)],
         )
     return timer
 
@@ -321,32 +244,20 @@ def _draw(detections: list[coco_metrics.Boxes], split: data.Split, class_names: 
 
 def _save(
     detector: detectors.Detector,
-    results: Mapping[str, Any],
     detections: list[coco_metrics.Boxes],
     found: data.DetectionData,
-    config: Config,
-    backup: Path,
+    run: experiment.Run,
 ) -> None:
-    """Write the results of a finished run; until then, `backup` keeps its training state."""
-    output = Path(config.output)
-    try:
-        with common.replacing(output / "model.weights.h5") as path:
-            detector.network().save_weights(path)
-        predictor = detector.predictor(config.image_size)
-        if config.export:
-            with common.naming_full_disk(Path(config.export)):
-                keras_das.export(predictor, config.export)
-        with common.replacing(output / "detections.json") as path:
-            path.write_text(json.dumps(coco_metrics.coco_results(detections, found.category_ids)) + "\n")
-        with common.replacing(output / "sheet.png") as path:
-            split = _first(found.splits["test"], 8)
-            _draw(detect(predictor, split, config), split, found.class_names, path)
-        with common.replacing(output / "results.json") as path:
-            path.write_text(json.dumps(results, indent=2) + "\n")
-    except common.RunError as error:
-        raise common.RunError(
-            f"{error}; training is not lost: free disk space and repeat with --resume {backup}"
-        ) from error
+    """Write the files of a finished run besides `results.json`."""
+    with run.replacing("model.weights.h5") as path:
+        detector.network().save_weights(path)
+    predictor = detector.predictor(run.config.image_size)
+    run.export(predictor)
+    with run.replacing("detections.json") as path:
+        path.write_text(json.dumps(coco_metrics.coco_results(detections, found.category_ids)) + "\n")
+    with run.replacing("sheet.png") as path:
+        split = _first(found.splits["test"], 8)
+        _draw(detect(predictor, split, run.config), split, found.class_names, path)
 
 
 def _report(config: Config) -> None:

@@ -234,6 +234,13 @@ def _one_optimizer(config: Any, rate: float, steps: int) -> keras.optimizers.Opt
     return optimizer
 
 
+def batch_norms(model: keras.Model) -> list[keras.layers.BatchNormalization]:
+    """The batch normalizations of a model, including those inside other layers."""
+    # Private, because Keras' public `layers` leaves out those inside a layer that is not a model.
+    layers = model._flatten_layers()
+    return [layer for layer in layers if isinstance(layer, keras.layers.BatchNormalization)]
+
+
 def make_loss_variables(model: keras.Model, batches: tf.data.Dataset) -> None:
     """Creates the variables of the metrics of several losses in advance, like `make_optimizer`.
 
