@@ -316,7 +316,7 @@ def test_pictures_of_the_test_data(image_folder, gated, tmp_path):
 
 def test_without_test_data(gated, tmp_path):
     model = toys.save(gated.model, tmp_path / "run")
-    with pytest.raises(UserError, match=r"no results.json beside .*name a folder with --images"):
+    with pytest.raises(UserError, match=r"no results.json beside .*pass a folder with --images"):
         pictures.training_pictures(model, 64)
     model = toys.save(gated.model, tmp_path / "run", NAMES, "folder:/nowhere")
     with pytest.raises(UserError, match=r"data folder not found: /nowhere; pass a folder .*--images"):

@@ -168,7 +168,7 @@ def test_suppression_is_class_by_class():
 def test_errors():
     with pytest.raises(UserError, match="--library must be one of keras_cv, keras_hub"):
         build("torchvision")
-    with pytest.raises(UserError, match="--weights preset: resnet18 is built here"):
+    with pytest.raises(UserError, match="--weights preset requires a preset"):
         build("keras_hub", weights="preset")
     with pytest.raises(UserError, match="--head-layers requires --library keras_hub"):
         build("keras_cv", head_layers=2)
