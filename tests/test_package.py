@@ -106,7 +106,7 @@ def test_old_tensorflow_is_one_clear_error():
             print(error)
         """
     )
-    assert "needs TensorFlow 2.18 or newer, and found 2.9.0" in result.stdout, result
+    assert "requires TensorFlow 2.18 or newer, but 2.9.0" in result.stdout, result
 
 
 def test_info_as_json(capsys):
