@@ -1,6 +1,9 @@
 """Draws the figures of the documentation into docs/images.
 
 python docs/figures.py runs/demo/model.keras    # after `make demo`, on photographs of its test split
+python docs/figures.py --clutter runs/accuracy/clutter/das_dilation_2_slow_offsets-2.keras
+
+The second command draws the gates of a model that benchmarks/accuracy.py has trained.
 """
 
 import argparse
@@ -21,7 +24,10 @@ import keras_das
 from examples import data
 from examples.data import pipeline
 
-IMAGES = Path(__file__).resolve().parent / "images"
+ROOT = Path(__file__).resolve().parents[1]
+IMAGES = ROOT / "docs" / "images"
+CLUTTERED = (3, 5, 8, 11, 14, 17, 20)
+"""The cluttered test images that are drawn."""
 GATES = ("das_p2", "das_p3")
 PICTURE, POINT = 250, (31.5, 31.5)
 """The image of the test split that is drawn, and the point `(y, x)` whose sampled positions are shown."""
@@ -31,12 +37,17 @@ MAP, WORK, LEARNT = "#dbe7f5", "#f3f3f3", "#fbe6cf"  # feature maps, layers, pre
 def main() -> None:
     """Draws all figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("model", type=Path, help="the model of `make demo`: runs/demo/model.keras")
-    model = keras.models.load_model(parser.parse_args().model, compile=False)
+    parser.add_argument("model", type=Path, nargs="?", help="the model of `make demo`: runs/demo/model.keras")
+    parser.add_argument("--clutter", type=Path, help="a model of `benchmarks/accuracy.py run clutter`")
+    options = parser.parse_args()
     matplotlib.rcParams["svg.hashsalt"] = "keras_das"  # reproducible files
     save(draw_gate(), "gate.svg")
     save(draw_border(), "border.svg")
-    save(draw_taps(model, test_picture()), "taps.png")
+    if options.model:
+        model = keras.models.load_model(options.model, compile=False)
+        save(draw_taps(model, test_picture()), "taps.png")
+    if options.clutter:
+        save(draw_selection(keras.models.load_model(options.clutter, compile=False)), "selection.png")
 
 
 def save(figure: Figure, name: str) -> None:
@@ -130,6 +141,31 @@ def draw_taps(model: keras.Model, picture: np.ndarray) -> Figure:
         when = "after training" if number % 2 else "at the start"
         axes.set_title(f"{GATES[number // 2]}, {when}", fontsize=10)
     figure.colorbar(drawn, ax=grid, label="mask")
+    return figure
+
+
+def draw_selection(model: keras.Model) -> Figure:
+    """Draws two gates of a model on cluttered digits, from 0 to 2, with the boxes of the digits."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import clutter
+
+    _, test = clutter.load(train=1, test=CLUTTERED[-1] + 1, fragments=8, scale=(1.5, 4.0))
+    gates = [layer for layer in model.layers if isinstance(layer, keras_das.DASLayer)][:2]
+    figure = Figure(figsize=(9.6, 4), layout="constrained")
+    grid = figure.subplots(1 + len(gates), len(CLUTTERED))
+    side = test.images.shape[1] - 0.5
+    for column, number in zip(grid.T, CLUTTERED, strict=True):
+        picture, ((top, left, bottom, right),) = test.images[number], test.boxes[number]
+        column[0].imshow(picture)
+        for axes, gate in zip(column[1:], gates, strict=True):
+            values = keras_das.visualize.gate_map(model, picture.astype("float32"), gate, reduce="mean")
+            drawn = axes.imshow(values, cmap="coolwarm", vmin=0, vmax=2, extent=(-0.5, side, side, -0.5))
+            axes.plot([left, right, right, left, left], [top, top, bottom, bottom, top], "k", linewidth=1)
+        for axes in column:
+            axes.set(xticks=[], yticks=[])
+    for axes, label in zip(grid[:, 0], ("image", "gate, 32x32", "gate, 16x16"), strict=True):
+        axes.set_ylabel(label)
+    figure.colorbar(drawn, ax=grid[1:], label="gate, mean over channels")
     return figure
 
 
