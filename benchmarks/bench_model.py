@@ -70,7 +70,7 @@ def parse_arguments():
     add("--policy", choices=list(BOUND), default="float32", help="Keras' dtype policy")
     add("--batch", type=int, help="batch size (default: 8, on a GPU 128)")
     add("--image-size", type=int, default=224)
-    add("--network", default="ResNet50", help="a name in keras.applications (default: ResNet50)")
+    add("--network", default="ResNet50", help="a name in keras.applications, or tiny (default: ResNet50)")
     options = parser.parse_args()
     options.batch = options.batch or {"cpu": 8, "gpu": 128}[options.device]
     return options

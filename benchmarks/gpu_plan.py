@@ -93,7 +93,7 @@ def _operation(contender: str, dtype: str, seconds: float, device: str) -> Check
 
 
 def _model(mode: str, seconds: float, device: str) -> Check:
-    toy = ["--network", "MobileNet", "--image-size", "32", "--batch", "2"] if device == "cpu" else []
+    toy = ["--network", "tiny", "--image-size", "32", "--batch", "2"] if device == "cpu" else []
     arguments = [str(HERE / "bench_model.py"), "--device", device, "--policy", "mixed_bfloat16", *toy]
     arguments += ["--mode", mode, "--models", "none-xla,native-xla", "--repetitions", "3", "--output"]
     return Check("fast", f"model-{mode}", tuple(arguments), _expected(seconds, device), ("tensorflow",))
