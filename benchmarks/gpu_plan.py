@@ -77,9 +77,11 @@ def _right(name: str, seconds: float, device: str) -> Check:
 
 def _operation(contender: str, dtype: str, seconds: float, device: str) -> Check:
     arguments = [str(HERE / "bench_op.py"), "--device", device, "--dtype", dtype, "--contenders", contender]
-    arguments += ["--op", _OPERATIONS.get(contender, "depthwise,dense"), "--repetitions", "3", "--no-memory"]
+    arguments += ["--repetitions", "3", "--no-memory"]
     if device == "cpu":
-        arguments += ["--shapes", "2x3x4x16", "--no-rates"]
+        arguments += ["--op", "depthwise", "--shapes", "2x3x4x16", "--no-rates"]
+    else:
+        arguments += ["--op", _OPERATIONS.get(contender, "depthwise,dense")]
     framework = {"native": "tensorflow", "reference": "tensorflow"}.get(contender.partition("-")[0])
     needs = "jax" if contender == "native-jax" else framework
     return Check(
