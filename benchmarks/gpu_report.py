@@ -1,7 +1,7 @@
 """Verifies and measures the package on a GPU in one command.
 
     python benchmarks/gpu_report.py --budget 540 --data woof:FOLDER     # on a machine with an NVIDIA GPU
-    python benchmarks/gpu_report.py --device cpu --budget 200           # a rehearsal with small sizes
+    python benchmarks/gpu_report.py --device cpu --budget 400           # a rehearsal with small sizes
     python benchmarks/report.py runs/gpu/report.json                    # into RESULTS.md
 
 The report has three phases: "right" verifies kernels, layers and training steps; "fast" compares the speed of
