@@ -1,8 +1,8 @@
 """Deformable convolution by TensorFlow's `crop_and_resize`, for SavedModels.
 
-`crop_and_resize` interpolates in one operation, which takes less than half of the time of the reference's
-gathers. It is a standard operation of TensorFlow, but XLA and LiteRT do not support it. Positions are
-relative to the size of the image, in float32.
+`crop_and_resize` interpolates in one operation and is faster than the reference's gathers. It is a standard
+operation of TensorFlow, but XLA and LiteRT do not support it. Positions are relative to the size of the
+image, in float32.
 """
 
 from typing import Any
