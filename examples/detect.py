@@ -12,7 +12,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,9 @@ from examples import common, experiment, options, training
 from examples.common import UserError
 from examples.data import pipeline
 from examples.detection import batches, coco_metrics, data, detectors, pictures, splits
+
+Predict = Callable[[tf.Tensor], dict[str, tf.Tensor]]
+"""Maps a batch of pixels to decoded boxes."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -115,9 +118,12 @@ def train(config: Config) -> dict[str, Any]:
             optimizer = training.make_optimizer(config, steps, detector.model.trainable_variables)
             detectors.compile_model(detector, optimizer)
         run.prepare_backup(found.class_names, "library")
-        timer = _fit(detector, found, run)
+        predictor = detector.predictor(config.image_size)
+        # One graph for all uses. With `predict_on_batch`, every replica would predict the whole batch.
+        predict = tf.function(lambda images: predictor(images, training=False), reduce_retracing=True)
+        timer = _fit(detector, predict, found, run)
         print("evaluating on the test split", flush=True)
-        detections = detect(detector.predictor(config.image_size), found.splits["test"], config)
+        detections = detect(predict, found.splits["test"], config)
     results = {
         "arguments": dataclasses.asdict(config),
         "class_names": list(found.class_names),
@@ -127,7 +133,7 @@ def train(config: Config) -> dict[str, Any]:
         **coco_metrics.score(truths_of(found.splits["test"]), detections, found.class_names),
         "versions": training.versions(config.library),
     }
-    run.finish(results, lambda: _save(detector, detections, found, run))
+    run.finish(results, lambda: _save(detector, predictor, predict, detections, found, run))
     return results
 
 
@@ -160,12 +166,14 @@ def build_detector(config: Config, class_count: int) -> detectors.Detector:
     return detector
 
 
-def _fit(detector: detectors.Detector, found: data.DetectionData, run: experiment.Run) -> training.StepTimer:
+def _fit(
+    detector: detectors.Detector, predict: Predict, found: data.DetectionData, run: experiment.Run
+) -> training.StepTimer:
     config, records = run.config, run.records()
     if run.chief:
         # The scores precede the callbacks that record them.
         records.insert(0, _scorer(detector, found, config))
-        records.append(_pictures(detector, found, config, run.output / "logs"))
+        records.append(_pictures(predict, found, config, run.output / "logs"))
     clock, timer = pipeline.EpochClock(config.seed), training.StepTimer()
     train_data = batches.training_batches(
         found.splits["train"], config.image_size, config.batch_size, clock, config.augment == "on"
@@ -201,13 +209,11 @@ def truths_of(split: data.Split) -> list[coco_metrics.Boxes]:
     ]
 
 
-def detect(predictor: keras.Model, split: data.Split, config: Config) -> list[coco_metrics.Boxes]:
+def detect(predict: Predict, split: data.Split, config: Config) -> list[coco_metrics.Boxes]:
     """Detections in the images of a split, in pixels of the original images."""
-    # Not `predict_on_batch`: under a strategy, every replica would predict the whole batch.
-    forward = tf.function(lambda images: predictor(images, training=False), reduce_retracing=True)
     found = []
     for images, indices in batches.evaluation_batches(split, config.image_size, config.batch_size):
-        predicted = {name: np.asarray(value) for name, value in forward(images).items()}
+        predicted = {name: np.asarray(value) for name, value in predict(images).items()}
         for number, index in enumerate(indices.numpy().tolist()):
             truth, count = split.truths[index], int(predicted["count"][number])
             scale = batches.resize_scale(truth.height, truth.width, config.image_size)
@@ -220,13 +226,11 @@ def detect(predictor: keras.Model, split: data.Split, config: Config) -> list[co
     return found
 
 
-def _pictures(
-    detector: detectors.Detector, found: data.DetectionData, config: Config, logs: Path
-) -> pictures.Pictures:
-    predictor, split = detector.predictor(config.image_size), _first(found.splits["val"], 4)
+def _pictures(predict: Predict, found: data.DetectionData, config: Config, logs: Path) -> pictures.Pictures:
+    split = _first(found.splits["val"], 4)
 
     def draw(file: Any) -> None:
-        _draw(detect(predictor, split, config), split, found.class_names, file)
+        _draw(detect(predict, split, config), split, found.class_names, file)
 
     return pictures.Pictures(logs, draw, config.score_every)
 
@@ -244,6 +248,8 @@ def _draw(detections: list[coco_metrics.Boxes], split: data.Split, class_names: 
 
 def _save(
     detector: detectors.Detector,
+    predictor: keras.Model,
+    predict: Predict,
     detections: list[coco_metrics.Boxes],
     found: data.DetectionData,
     run: experiment.Run,
@@ -251,13 +257,12 @@ def _save(
     """Write the files of a finished run besides `results.json`."""
     with run.replacing("model.weights.h5") as path:
         detector.network().save_weights(path)
-    predictor = detector.predictor(run.config.image_size)
     run.export(predictor)
     with run.replacing("detections.json") as path:
         path.write_text(json.dumps(coco_metrics.coco_results(detections, found.category_ids)) + "\n")
     with run.replacing("sheet.png") as path:
         split = _first(found.splits["test"], 8)
-        _draw(detect(predictor, split, run.config), split, found.class_names, path)
+        _draw(detect(predict, split, run.config), split, found.class_names, path)
 
 
 def _report(config: Config) -> None:

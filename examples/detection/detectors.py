@@ -56,7 +56,7 @@ class Detector:
         """
         inputs = keras.Input((image_size, image_size, 3), name="image")
         images = self.preprocess(inputs)
-        outputs = _Decode(self.model, name="decode")(images)
+        outputs = _Decode(self.model, name="decode", dtype="float32")(images)
         return keras.Model(inputs, outputs, name="detector")
 
 

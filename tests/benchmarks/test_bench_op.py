@@ -16,14 +16,13 @@ FOLDER = pathlib.Path(bench_op.__file__).parent
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["in turn", "alone"])
-def test_from_start_to_tables(tmp_path, how):
+def test_from_start_to_tables(tmp_path):
     """A contender is compared with the oracle before it is timed. A missing contender is reported."""
     output = tmp_path / "op.json"
     command = [
         *(sys.executable, str(FOLDER / "bench_op.py"), "--op", "aggregation", "--shapes", "2x5x6x8"),
         *("--contenders", "reference-graph,dcnv4,reference-eager", "--repetitions", "1", "--no-memory"),
-        *("--output", str(output), *(["--alone"] if how == "alone" else [])),
+        *("--output", str(output)),
     ]
     # Without a compiler, the benchmark skips the slow measurement of the machine's peak performance.
     environment = {**os.environ, "CC": "no-compiler", "KERAS_DAS_BENCHMARK_ENVS": str(tmp_path)}

@@ -20,9 +20,9 @@ def run(path, images):
 
 
 @pytest.mark.slow
-def test_resnet18_with_four_gates(resnet18, expected, tmp_path):
+def test_residual_network_with_four_gates(residual_network, expected, tmp_path):
     path = tmp_path / "model.tflite"
-    keras_das.export(resnet18, path, format="litert")
+    keras_das.export(residual_network, path, format="litert")
     for images, outputs in expected:
         assert_close(run(path, images), outputs)
 

@@ -63,9 +63,9 @@ def deform_convs(path):
 
 
 @pytest.mark.slow
-def test_resnet18_with_four_gates(resnet18, expected, tmp_path):
+def test_residual_network_with_four_gates(residual_network, expected, tmp_path):
     path = tmp_path / "model.onnx"
-    keras_das.export(resnet18, path, format="onnx")
+    keras_das.export(residual_network, path, format="onnx")
     assert len(deform_convs(path)) == 4
     for images, outputs in expected:
         assert_close(run(path, image=images), outputs)

@@ -23,9 +23,9 @@ def deformable_convolutions(folder):
 
 
 @pytest.mark.slow
-def test_resnet18_with_four_gates(resnet18, expected, tmp_path):
+def test_residual_network_with_four_gates(residual_network, expected, tmp_path):
     folder = tmp_path / "model"
-    keras_das.export(resnet18, folder, format="openvino")
+    keras_das.export(residual_network, folder, format="openvino")
     assert sorted(path.name for path in folder.iterdir()) == ["model.bin", "model.xml"]
     assert len(deformable_convolutions(folder)) == 4
     network = compiled(folder)

@@ -1,6 +1,6 @@
-"""Tests of detector training with two processes that represent two machines."""
+"""Tests of detector training on several devices; two logical CPUs represent two GPUs."""
 
-import functools
+import json
 
 import numpy as np
 import pytest
@@ -8,33 +8,36 @@ import pytest
 from tests.examples import machines
 from tests.examples.detection.test_detect import write_coco
 
-# A narrow network with batch norm. Its statistics are local to each replica, whether a device or a machine.
-PRELUDE = """
+SCRIPT = (
+    """
 import json, sys
 import tensorflow as tf
 from examples import detect
 from examples.detection import detectors
 
+tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
 detectors._FILTERS = [64, 16, 16, 16]
 detectors.RESNETS["resnet18"] = ("basic_block", [1, 1, 1, 1])
-
-def run(*words):
-    results = detect.train(detect.INTERFACE.parse([*sys.argv[1:], *words])[0])
-    return {name: results.get(name) for name in ("history", "images", "AP50")}
 """
-DEVICES = PRELUDE + machines.TWO_DEVICES + 'print(json.dumps(run("--strategy", "mirrored")))'
-MACHINE = PRELUDE + "print(json.dumps(run()))"
+    + machines.TWO_DEVICES
+    + """
+results = detect.train(detect.INTERFACE.parse(sys.argv[1:])[0])
+print(json.dumps({name: results.get(name) for name in ("history", "images", "AP50")}))
+"""
+)
 
 
 @pytest.mark.slow
-def test_two_machines_train_as_two_devices(tmp_path, rng):
+def test_two_devices(tmp_path, rng):
+    """Trains, scores and predicts on two devices. Each image of the test split is evaluated once."""
     words = ["--data", write_coco(tmp_path, rng, 14), "--backbone", "resnet18", "--attention", "das"]
-    words += ["--image-size", "128", "--batch-size", "4", "--head-layers", "1", "--epochs", "1"]
-    words += ["--learning-rate", "1e-4", "--progress", "none"]
-    expected = machines.result(machines.begin(tmp_path, DEVICES, *words, "--output", "devices"))
-    start = functools.partial(machines.begin, tmp_path, MACHINE, *words)
-    found = machines.results_of_both(functools.partial(machines.start_both, start))
-    assert found["images"] == expected["images"]
-    for name in ("loss", "bbox_regression_loss", "cls_logits_loss"):
-        np.testing.assert_allclose(found["history"][name], expected["history"][name], rtol=1e-4)
-    assert found["AP50"] == pytest.approx(expected["AP50"], abs=1e-3)
+    words += ["--image-size", "128", "--batch-size", "4", "--head-layers", "1", "--epochs", "2"]
+    words += ["--learning-rate", "1e-3", "--progress", "none", "--strategy", "mirrored"]
+    found = machines.result(machines.begin(tmp_path, SCRIPT, *words, "--output", "devices"))
+    assert found["images"] == {"train": 9, "val": 2, "test": 3}
+    first, last = found["history"]["loss"]
+    assert np.isfinite([first, last]).all()
+    assert last < first
+    assert 0 <= found["AP50"] <= 1
+    detections = json.loads((tmp_path / "devices" / "detections.json").read_text())
+    assert {entry["image_id"] for entry in detections} <= set(range(100, 114))
