@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
-#include <exception>
 #include <memory>
 #include <mutex>
+#include <new>
 
 namespace keras_das {
 namespace {
@@ -17,17 +17,16 @@ struct Progress {
   int64_t count;
   std::atomic<int64_t> next{0};
   std::atomic<int64_t> done{0};
+  std::atomic<bool> out_of_memory{false};
   std::mutex mutex;
   std::condition_variable all_done;
-  std::exception_ptr failure;  // the first exception; guarded by `mutex`
 
   void work() {
     for (int64_t index; (index = next.fetch_add(1)) < count;) {
       try {
         task(context, index);
-      } catch (...) {
-        std::lock_guard<std::mutex> lock(mutex);
-        if (!failure) failure = std::current_exception();
+      } catch (const std::bad_alloc&) {
+        out_of_memory = true;
       }
       if (done.fetch_add(1) + 1 == count) {
         std::lock_guard<std::mutex> lock(mutex);
@@ -54,7 +53,7 @@ void parallel_for(const Workers& workers, int64_t count, void (*task)(void* cont
   progress->work();
   std::unique_lock<std::mutex> lock(progress->mutex);
   progress->all_done.wait(lock, [&] { return progress->done.load() == count; });
-  if (progress->failure) std::rethrow_exception(progress->failure);
+  if (progress->out_of_memory) throw std::bad_alloc();
 }
 
 }  // namespace keras_das

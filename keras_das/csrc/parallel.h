@@ -17,8 +17,9 @@ struct Workers {
 
 // Calls `task(context, index)` for each index below `count`, in any order and in parallel, and returns when
 // all calls have returned. The calling thread works, too, so there is no deadlock if the pool is busy or if
-// one of its threads calls this. If a task throws an exception, it is rethrown when all tasks have ended.
-// `task` is a function pointer, so that code for different instruction sets shares no inline functions.
+// one of its threads calls this. If a task throws std::bad_alloc, the only exception that tasks may throw,
+// this function throws it when all tasks have ended. `task` is a function pointer, so that code for different
+// instruction sets shares no inline functions.
 void parallel_for(const Workers& workers, int64_t count, void (*task)(void* context, int64_t index),
                   void* context);
 

@@ -195,7 +195,7 @@ def kernel_units() -> tuple[Unit, ...]:
         Unit("cpu/kernels.cc", (f"-DKERAS_DAS_ISA={isa}", *flags), isa)
         for isa, flags in instruction_sets.items()
     )
-    return (*kernels, Unit("deformable_conv2d.cc"), Unit("parallel.cc"))
+    return (*kernels, *map(Unit, ("deformable_conv2d.cc", "parallel.cc", "compatibility.cc")))
 
 
 def architecture_flags() -> tuple[str, ...]:
