@@ -12,7 +12,7 @@ CSRC := $(wildcard keras_das/csrc/*.* keras_das/csrc/*/*)
 KERNEL_SOURCES := $(CSRC) keras_das/kernels/targets.py
 DEMO_MODEL := runs/demo/model.keras
 
-.PHONY: help demo demo-none demo-detect explore test test-all test-fast test-slow lint sanitize cuda test-gpu gpu-report test-torch \
+.PHONY: help demo demo-none demo-detect explore test test-all test-fast test-slow lint sanitize cuda test-gpu gpu-report test-torch test-matrix \
 	docs docs-serve wheel clean
 .NOTPARALLEL: # one set-up at a time; long commands are parallel themselves
 .DEFAULT_GOAL := help
@@ -94,6 +94,12 @@ gpu-report: $(VENV)/.test $(if $(filter cpu,$(DEVICE)),$(VENV)/.all-kernels) ## 
 test-torch: $(VENV)-torch/.test ## The op on Keras' torch backend, in an environment without TensorFlow
 	KERAS_BACKEND=torch $(VENV)-torch/bin/python -m pytest tests/ops/test_backends.py
 
+# Part of the cells: MATRIX='3.13/2.21.0 3.11/2.18.1/3.7.0'
+test-matrix: $(VENV)/.test ## Test a wheel with several versions of Python, TensorFlow and Keras, each in its own environment
+	rm -rf build/pure
+	$(RUN) -m build --wheel --outdir build/pure
+	$(RUN) -m tests.matrix build/pure/*.whl build/matrix $(if $(MATRIX),--cells $(MATRIX))
+
 docs: $(VENV)/.docs ## Build the documentation into site/; a warning or a broken link is an error
 	$(MKDOCS) build --strict
 
@@ -111,10 +117,9 @@ wheel: $(VENV)/.test $(WHEEL_TENSORFLOW:%=build/prebuilt/.tensorflow-%) ## Build
 	KERAS_DAS_PREBUILT=$(CURDIR)/build/prebuilt $(RUN) -m build --wheel --outdir build/wheel
 	PATH=$(CURDIR)/$(VENV)/bin:$$PATH $(RUN) -m auditwheel repair --exclude 'libtensorflow*' --wheel-dir dist build/wheel/*.whl
 
-build/prebuilt/.tensorflow-%: $(KERNEL_SOURCES)
-	$(RUN) -m venv build/tensorflow-$*
-	build/tensorflow-$*/bin/python -m pip install --quiet --quiet uv
-	build/tensorflow-$*/bin/python -m uv pip install --quiet tensorflow==$* .
+build/prebuilt/.tensorflow-%: $(KERNEL_SOURCES) | $(VENV)/.test
+	$(RUN) -m uv venv --quiet --clear --python $(RUN) build/tensorflow-$*
+	$(RUN) -m uv pip install --quiet --python build/tensorflow-$*/bin/python tensorflow==$* .
 	build/tensorflow-$*/bin/python -m keras_das build --framework tensorflow --output build/prebuilt
 	touch $@
 

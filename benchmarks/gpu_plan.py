@@ -40,8 +40,8 @@ FAST = {
 _OPERATIONS = {"native-xla-loop": "depthwise,dense,aggregation", "dcnv4": "aggregation"}
 _AFTER = ("torchvision", "float32")  # the models run after this check
 MODEL = {"training": 60, "inference": 45}
-# Not rehearsed: they differ from the rehearsed check only in an argument.
-_MORE_POLICIES = ("training-float32", "training-mixed_float16")
+# Not rehearsed: they differ from a rehearsed check only in an argument.
+_GPU_ONLY = ("training-float32", "training-mixed_float16", "inference", "native-jax", "reference-xla-loop")
 _TOY = 15.0  # expected seconds of each check in a rehearsal
 
 
@@ -53,13 +53,15 @@ def checks(device: str, data: str | None) -> Iterator[Check]:
         data: Training images of `gpu_worth.py` as TASK:FOLDER.
     """
     for name, seconds in RIGHT.items():
-        if device == "gpu" or name not in _MORE_POLICIES:
+        if device == "gpu" or name not in _GPU_ONLY:
             yield _right(name, seconds, device)
     for (contender, dtype), seconds in FAST.items():
-        if device == "gpu" or dtype == "float32":
+        if device == "gpu" or (dtype == "float32" and contender not in _GPU_ONLY):
             yield _operation(contender, dtype, seconds, device)
         if (contender, dtype) == _AFTER:
-            yield from (_model(mode, seconds, device) for mode, seconds in MODEL.items())
+            for mode, expected in MODEL.items():
+                if device == "gpu" or mode not in _GPU_ONLY:
+                    yield _model(mode, expected, device)
     yield _worth(device, data)
 
 

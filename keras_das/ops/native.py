@@ -228,8 +228,9 @@ def _why_not_cuda(framework: str, where: str) -> str:
 
 def _why_not_in_xla(framework: str, context: str | None) -> str:
     """Why the kernels cannot run because XLA compiles the call, or ""."""
-    if framework != "tensorflow" or not (problem := targets.xla_problem()):
+    if framework != "tensorflow":
         return ""
+    problem = targets.xla_problem()
     in_xla = context == "XLA" or (context is None and tensorflow_in_xla())
     return problem if in_xla else ""
 

@@ -98,10 +98,5 @@ def test_rehearsal(tmp_path):
             assert cells
             assert all(cell["milliseconds"] > 0 for cell in cells)
     assert [line["variant"] for line in found["worth-training"]["result"]["lines"]] == ["none", "DAS"]
-    for heading in (
-        "Targets",
-        "depthwise, forward and backward",
-        "inference",
-        "Images of noise",
-    ):
+    for heading in ("Targets", "depthwise, forward and backward", "Images of noise"):
         assert f"### {heading}" in done.stdout

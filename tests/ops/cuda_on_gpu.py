@@ -53,9 +53,9 @@ def build(path: pathlib.Path, nvcc: compilers.Nvcc, architectures: tuple[str, ..
 class CudaKernelsOnGpu(CudaKernelsOnHost):
     """The kernels of a library built by `build`."""
 
-    def run(self, direction, dtype, geometry, buffers, threads):
-        blocks, sizes, starts = zip(*(self._block_of(pointer) for pointer in buffers), strict=True)
-        count, message = len(buffers), ctypes.create_string_buffer(1000)
+    def run(self, direction, dtype, geometry, arrays, threads):
+        blocks, sizes, starts = zip(*map(self._block_of, arrays), strict=True)
+        count, message = len(arrays), ctypes.create_string_buffer(1000)
         numbers = ctypes.c_int64 * count
         settings = (ctypes.c_int64 * 3)(int(self.deterministic), self.workspace_bytes, self.most_blocks)
         function = self.library.keras_das_on_gpu
@@ -75,12 +75,12 @@ class CudaKernelsOnGpu(CudaKernelsOnHost):
         if message.value:
             raise KernelError(message.value.decode())
 
-    def _block_of(self, pointer):
+    def _block_of(self, array):
         """Returns the address and size in bytes of the block of a tensor, and the tensor's position in it."""
-        if pointer is None:
+        if array is None:
             return None, 0, 0
         for whole, start, _ in self._placed:
-            if whole.ctypes.data + start * whole.itemsize == pointer:
+            if whole.ctypes.data + start * whole.itemsize == array.ctypes.data:
                 return whole.ctypes.data, whole.nbytes, start * whole.itemsize
         raise AssertionError("a tensor that was not placed")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import pathlib
+import subprocess
 
 import numpy as np
 
@@ -29,16 +30,7 @@ class PlainKernels:
 
     def geometry(self, inputs_shape, kernel_shape, strides, padding, dilation_rate, offset_groups):
         """Returns the C++ structure, the output height, and the output width."""
-        same = isinstance(padding, str) and padding.lower() == "same"
-        sides = ((0, 0), (0, 0)) if isinstance(padding, str) else padding
-        settings = [
-            *oracle.pair(strides),
-            *oracle.pair(dilation_rate),
-            int(same),
-            *sides[0],
-            *sides[1],
-            offset_groups,
-        ]
+        settings = _settings(strides, padding, dilation_rate, offset_groups)
         geometry = ctypes.create_string_buffer(self.library.keras_das_geometry_size())
         sizes, message = (ctypes.c_int64 * 2)(), ctypes.create_string_buffer(1000)
         arrays = [(ctypes.c_int64 * len(a))(*a) for a in (inputs_shape, kernel_shape, settings)]
@@ -61,20 +53,61 @@ class PlainKernels:
         output = self.place(np.full(output_shape, np.nan, numpy_dtype(dtype)))
         names = ("inputs", "kernel", "offsets", "mask", "bias")
         buffers = [wide.get(name) for name in names] + [output]
-        self.run("forward", DTYPES.index(dtype), geometry, _pointers(buffers), threads)
+        self.run("forward", DTYPES.index(dtype), geometry, buffers, threads)
         gradients = {name: self.place(np.full(wide[name].shape, np.nan, sums)) for name in arguments}
         buffers = [wide.get(name) for name in names[:4]] + [self.place(upstream.astype(sums))]
         buffers += [gradients.get(name) for name in names]
-        self.run("backward", DTYPES.index(dtype), geometry, _pointers(buffers), threads)
+        self.run("backward", DTYPES.index(dtype), geometry, buffers, threads)
         return output, {name: g.astype(arguments[name].dtype) for name, g in gradients.items()}
 
     def place(self, array):
         """Returns the array in the form that is passed to the kernels."""
         return np.ascontiguousarray(array)
 
-    def run(self, direction, dtype, geometry, buffers, threads):
+    def run(self, direction, dtype, geometry, arrays, threads):
+        """Calls the kernels, which write into the last of the arrays. An array may be `None`."""
         function = getattr(self.library, f"keras_das_{direction}")
-        assert not function(dtype, geometry, buffers, ctypes.c_int64(threads))
+        assert not function(dtype, geometry, _pointers(arrays), ctypes.c_int64(threads))
+
+
+class EmulatedKernels(PlainKernels):
+    """The kernels of a program that contains serve.cc, run by a command, such as an emulator's."""
+
+    def __init__(self, command):
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def close(self):
+        """Ends the program, and returns its exit status."""
+        with self.process.stdin, self.process.stdout:
+            self.process.stdin.close()
+            return self.process.wait(60)
+
+    def geometry(self, inputs_shape, kernel_shape, strides, padding, dilation_rate, offset_groups):
+        geometry = (*inputs_shape, *kernel_shape, *_settings(strides, padding, dilation_rate, offset_groups))
+        return geometry, *self._call(0, 0, geometry, [], 1)
+
+    def run(self, direction, dtype, geometry, arrays, threads):
+        self._call(("forward", "backward").index(direction) + 1, dtype, geometry, arrays, threads)
+
+    def _call(self, function, dtype, geometry, arrays, threads):
+        """Returns the height and width of the output, after all arrays are replaced by the program's."""
+        sizes = [0 if array is None else array.nbytes for array in arrays]
+        request = np.array([function, dtype, threads, *geometry, *sizes, *[0] * (10 - len(sizes))], np.int64)
+        given = [array for array in arrays if array is not None]
+        self.process.stdin.write(b"".join([request.tobytes(), *(array.tobytes() for array in given)]))
+        self.process.stdin.flush()
+        status, *output_size = np.frombuffer(self._read(3 * 8), np.int64).tolist()
+        message = self._read(256).split(b"\0")[0].decode()
+        if status:
+            raise KernelError(message)
+        for array in given:
+            array[...] = np.frombuffer(self._read(array.nbytes), array.dtype).reshape(array.shape)
+        return output_size
+
+    def _read(self, size):
+        data = self.process.stdout.read(size)
+        assert len(data) == size, f"the program ended with status {self.process.wait(60)}"
+        return data
 
 
 class CudaKernelsOnHost(PlainKernels):
@@ -110,17 +143,36 @@ class CudaKernelsOnHost(PlainKernels):
         placed[...] = array
         return placed
 
-    def run(self, direction, dtype, geometry, buffers, threads):
+    def run(self, direction, dtype, geometry, arrays, threads):
         function = getattr(self.library, f"keras_das_cuda_{direction}")
         function.restype = ctypes.c_int64
         message = ctypes.create_string_buffer(1000)
         settings = (self.deterministic, self.workspace_bytes, self.most_blocks, self.backwards, self.memory)
         self.taken[direction] = function(
-            dtype, geometry, buffers, (ctypes.c_int64 * 5)(*map(int, settings)), message, ctypes.c_int64(1000)
+            dtype,
+            geometry,
+            _pointers(arrays),
+            (ctypes.c_int64 * 5)(*map(int, settings)),
+            message,
+            ctypes.c_int64(1000),
         )
         if message.value:
             raise KernelError(message.value.decode())
         assert self.taken[direction] >= 0, "something was written beyond working memory"
+
+
+def _settings(strides, padding, dilation_rate, offset_groups):
+    """The settings in the order of `keras_das_geometry`."""
+    same = isinstance(padding, str) and padding.lower() == "same"
+    sides = ((0, 0), (0, 0)) if isinstance(padding, str) else padding
+    return [
+        *oracle.pair(strides),
+        *oracle.pair(dilation_rate),
+        int(same),
+        *sides[0],
+        *sides[1],
+        offset_groups,
+    ]
 
 
 def _pointers(arrays):

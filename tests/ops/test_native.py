@@ -1,5 +1,6 @@
 """Tests of the kernels' TensorFlow bindings: supported calls, errors, and agreement between bindings."""
 
+import inspect
 import re
 import threading
 
@@ -43,6 +44,16 @@ def run_script(script, *arguments):
     result = processes.python(script, *arguments)
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+@pytest.mark.parametrize("module", [deformable, native, reference], ids=lambda module: module.__name__)
+def test_autograph_converts_every_function(module):
+    """A user's `tf.function` logs a warning for each function on the way that TensorFlow cannot convert."""
+    functions = [value for value in vars(module).values() if inspect.isfunction(value)]
+    for function in functions:
+        function = inspect.unwrap(function)
+        if function.__module__ == module.__name__ and not inspect.isgeneratorfunction(function):
+            tf.autograph.to_graph(function)
 
 
 # Numerical tests in addition to those of all implementations in test_deformable.py
