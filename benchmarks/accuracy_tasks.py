@@ -46,6 +46,7 @@ class Recipe:
     label_smoothing: float = 0.0
     crop: int | None = None  # random crops of this size and flips in training, centre crops otherwise
     frozen: bool = False  # whether the trunk is frozen
+    standardized: bool = False  # whether the pooled features are standardized for the head, image by image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,12 +237,12 @@ TASKS = {
         "GroceryStore at 96 pixels, adapters on a frozen ImageNet ResNet-18",
         functools.partial(_folder, size=104),
         _resnet18,
-        Recipe(6, 32, "adamw", 1e-3, 4e-3, warmup_epochs=0.5, crop=96, frozen=True),
+        Recipe(6, 32, "adamw", 3e-3, 4e-3, warmup_epochs=0.5, crop=96, frozen=True, standardized=True),
     ),
     "grocery_full": Task(
         "GroceryStore at 96 pixels, fine-tuning all weights of an ImageNet ResNet-18",
         functools.partial(_folder, size=104),
         _resnet18,
-        Recipe(6, 32, "adamw", 3e-4, 4e-3, warmup_epochs=0.5, crop=96),
+        Recipe(6, 32, "adamw", 3e-4, 4e-3, warmup_epochs=0.5, crop=96, standardized=True),
     ),
 }

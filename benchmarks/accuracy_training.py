@@ -107,7 +107,7 @@ def train(
         dtype="float32",
     )
     features = attach(trunk)
-    model = _classifier(features, head)
+    model = _classifier(features, head, recipe.standardized)
     batches, clock = Batches(training, recipe, seed), _Clock()
     steps_per_call = len(batches) if execution.epoch_in_one_call else 1
     _compile(model, recipe, len(batches), execution.jit_compile, steps_per_call)
@@ -132,8 +132,10 @@ def train(
     }
 
 
-def _classifier(features: keras.Model, head: keras.layers.Layer) -> keras.Model:
+def _classifier(features: keras.Model, head: keras.layers.Layer, standardized: bool) -> keras.Model:
     x = keras.layers.GlobalAveragePooling2D(name="pool")(features.output)
+    if standardized:
+        x = keras.layers.LayerNormalization(center=False, scale=False, name="standardize")(x)
     return keras.Model(features.input, head(x), name="classifier")
 
 
