@@ -134,8 +134,10 @@ def test(environment: Environment) -> dict[str, str]:
     """Tests a cell, and returns what `keras-das info` says of the kernels and what pytest counts."""
     environment.create()
     python = str(environment.python)
-    environment.run("kernels", [python, "-m", "keras_das", "build", "--framework", "tensorflow"])
     info = environment.run("info", [python, "-m", "keras_das", "info"])
+    if not re.search(r"^eager\b.* native$", info, re.MULTILINE):  # the wheel does not contain the kernels
+        environment.run("kernels", [python, "-m", "keras_das", "build", "--framework", "tensorflow"])
+        info = environment.run("info", [python, "-m", "keras_das", "info"])
     found = {
         context: re.search(rf"^{context}\b.* (native|reference)$", info, re.MULTILINE)[1]
         for context in ("eager", "graph", "XLA")
