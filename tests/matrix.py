@@ -3,8 +3,8 @@
     python -m tests.matrix dist/keras_das-0.1.0-py3-none-any.whl build/matrix --cells 3.13/2.21.0/3.15.1
 
 Each cell is an environment of its own, into which uv installs the wheel. The kernels are built once for each
-version of TensorFlow, unless the wheel contains them. Pythons are those that uv finds: with pyenv, list them in
-PYENV_VERSION, as in 3.11.7:3.12.1.
+version of TensorFlow, unless the wheel contains them. Pythons are those that uv finds: with pyenv, list them
+in PYENV_VERSION, as in 3.11.7:3.12.1.
 """
 
 from __future__ import annotations
