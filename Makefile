@@ -94,7 +94,7 @@ gpu-report: $(VENV)/.test $(if $(filter cpu,$(DEVICE)),$(VENV)/.all-kernels) ## 
 test-torch: $(VENV)-torch/.test ## The op on Keras' torch backend, in an environment without TensorFlow
 	KERAS_BACKEND=torch $(VENV)-torch/bin/python -m pytest tests/ops/test_backends.py
 
-# Part of the cells: MATRIX='3.13/2.21.0 3.11/2.18.1/3.7.0'
+# Part of the cells: MATRIX='3.13/2.21.0 3.11/2.18.1/3.15.1'
 test-matrix: $(VENV)/.test ## Test a wheel with several versions of Python, TensorFlow and Keras, each in its own environment
 	rm -rf build/pure
 	$(RUN) -m build --wheel --outdir build/pure

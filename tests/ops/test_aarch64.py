@@ -19,7 +19,7 @@ SOURCES = ("cpu/kernels.cc", "deformable_conv2d.cc", "parallel.cc", "compatibili
 pytestmark = [
     pytest.mark.slow,
     *(
-        pytest.mark.skipif(shutil.which(program) is None, reason=f"Debian's {package} is not installed")
+        pytest.mark.skipif(shutil.which(program) is None, reason=f"no {program}: install Debian's {package}")
         for program, package in ((COMPILER, "g++-aarch64-linux-gnu"), (EMULATOR, "qemu-user"))
     ),
 ]
