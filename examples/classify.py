@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -139,14 +139,14 @@ def train(config: Config) -> dict[str, Any]:
         if config.weights != "none" and not config.resume:
             start = _evaluate(model, dataset, config)
             before["test_accuracy_before"] = scores(start)["test_accuracy"]
-        timer, monitor = _fit(model, dataset, run)
+        timer, monitors = _fit(model, dataset, run)
         print("evaluating on the test split", flush=True)
         confusion = _evaluate(model, dataset, config)
     results = {
         **_describe_run(config, model, dataset),
         **before,
         **timer.figures(),
-        "gate_statistics": {name: [gate._asdict() for gate in of] for name, of in monitor.history.items()},
+        **experiment.gate_figures(monitors),
         **scores(confusion),
         "confusion_matrix": confusion.tolist(),
     }
@@ -196,7 +196,7 @@ def _classifier(
 def _freeze(model: keras.Model, config: Config) -> None:
     """Freezes weights according to `config`."""
     if config.train == "gates":
-        if not list(_gates(model)):
+        if not experiment.gates_of(model):
             raise UserError("--train gates requires --attention das")
         keras_das.freeze_trunk(model)
     if config.freeze_batch_norm:
@@ -241,7 +241,7 @@ def _check_class_count(path: Path, source: keras.Model, model: keras.Model) -> N
 def compile_model(model: keras.Model, config: Config, train_count: int) -> None:
     """Set optimizer, loss and accuracy for epochs of `train_count` images."""
     steps = max(1, train_count // config.batch_size)
-    optimizer = training.make_optimizer(config, steps, model.trainable_variables, list(_gates(model)))
+    optimizer = training.make_optimizer(config, steps, model.trainable_variables, experiment.gates_of(model))
     model.compile(
         optimizer,
         keras.losses.CategoricalCrossentropy(label_smoothing=config.label_smoothing),
@@ -253,16 +253,14 @@ def compile_model(model: keras.Model, config: Config, train_count: int) -> None:
 
 def _fit(
     model: keras.Model, dataset: pipeline.Dataset, run: experiment.Run
-) -> tuple[training.StepTimer, keras_das.visualize.GateMonitor]:
+) -> tuple[training.StepTimer, experiment.Monitors]:
     config, records = run.config, run.records()
     clock, timer = pipeline.EpochClock(config.seed), training.StepTimer()
     classes, splits = len(dataset.class_names), dataset.splits
     layers = augmentation(config.augment, config.data)
     batches = pipeline.training_batches(splits["train"], classes, config.batch_size, clock, layers)
     with training.explaining(dataset, run.backup):
-        monitor = keras_das.visualize.GateMonitor(
-            _examples(dataset, 16)[0], run.output / "logs" if run.chief else None
-        )
+        monitors = run.monitors(model, _examples(dataset, 16)[0])
         model.fit(
             batches,
             validation_data=pipeline.evaluation_batches(splits["val"], classes, config.batch_size),
@@ -274,11 +272,11 @@ def _fit(
                 timer,
                 # Before the backup: a run that ends in between leaves a row too many, trimmed later.
                 *records,
-                *([monitor] if list(_gates(model)) else []),
+                *monitors,
                 training.Backup(run.backup, writes=run.chief),
             ],
         )
-    return timer, monitor
+    return timer, monitors
 
 
 # The results
@@ -302,7 +300,7 @@ def predict(model: keras.Model, split: pipeline.Split, batch_size: int) -> tuple
 
 
 def _describe_run(config: Config, model: keras.Model, dataset: pipeline.Dataset) -> dict[str, Any]:
-    gates = list(_gates(model))
+    gates = experiment.gates_of(model)
     return {
         "arguments": dataclasses.asdict(config),
         "class_names": list(dataset.class_names),
@@ -314,14 +312,6 @@ def _describe_run(config: Config, model: keras.Model, dataset: pipeline.Dataset)
         "devices": [device.device_type for device in tf.config.list_logical_devices()],
         "versions": training.versions(),
     }
-
-
-def _gates(model: keras.Model) -> Iterator[keras_das.DASLayer]:
-    for layer in model.layers:
-        if isinstance(layer, keras.Model):
-            yield from _gates(layer)
-        elif isinstance(layer, keras_das.DASLayer):
-            yield layer
 
 
 def _save(model: keras.Model, confusion: np.ndarray, dataset: pipeline.Dataset, run: experiment.Run) -> None:

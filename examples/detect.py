@@ -121,7 +121,7 @@ def train(config: Config) -> dict[str, Any]:
         predictor = detector.predictor(config.image_size)
         # One graph for all uses. With `predict_on_batch`, every replica would predict the whole batch.
         predict = tf.function(lambda images: predictor(images, training=False), reduce_retracing=True)
-        timer = _fit(detector, predict, found, run)
+        timer, monitors = _fit(detector, predict, found, run)
         print("evaluating on the test split", flush=True)
         detections = detect(predict, found.splits["test"], config)
     results = {
@@ -130,6 +130,7 @@ def train(config: Config) -> dict[str, Any]:
         "images": {name: len(split.truths) for name, split in found.splits.items()},
         "parameters": detector.model.count_params(),
         **timer.figures(),
+        **experiment.gate_figures(monitors),
         **coco_metrics.score(truths_of(found.splits["test"]), detections, found.class_names),
         "versions": training.versions(config.library),
     }
@@ -168,7 +169,7 @@ def build_detector(config: Config, class_count: int) -> detectors.Detector:
 
 def _fit(
     detector: detectors.Detector, predict: Predict, found: data.DetectionData, run: experiment.Run
-) -> training.StepTimer:
+) -> tuple[training.StepTimer, experiment.Monitors]:
     config, records = run.config, run.records()
     if run.chief:
         # The scores precede the callbacks that record them.
@@ -179,6 +180,9 @@ def _fit(
         found.splits["train"], config.image_size, config.batch_size, clock, config.augment == "on"
     )
     train_data = detector.batches(train_data)
+    watched = _first(found.splits["val"], 8)
+    images, _ = next(iter(batches.evaluation_batches(watched, config.image_size, 8)))
+    monitors = run.monitors(detector.model, detector.preprocess(images))
     with training.explaining(found, run.backup):
         if config.strategy == "none":
             training.make_loss_variables(detector.model, train_data)
@@ -187,9 +191,9 @@ def _fit(
             epochs=config.epochs,
             shuffle=False,  # the pipeline shuffles
             verbose=training.verbosity(config.progress),
-            callbacks=[clock, timer, *records, training.Backup(run.backup, writes=run.chief)],
+            callbacks=[clock, timer, *records, *monitors, training.Backup(run.backup, writes=run.chief)],
         )
-    return timer
+    return timer, monitors
 
 
 def _scorer(

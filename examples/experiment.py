@@ -82,6 +82,27 @@ def with_output(config: Any, *parts: str) -> Any:
     return dataclasses.replace(config, output=config.output or str(Path("runs") / name))
 
 
+def gates_of(model: keras.Model) -> list[keras_das.DASLayer]:
+    """Returns the gates of a model and of its nested models."""
+    found = []
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            found += gates_of(layer)
+        elif isinstance(layer, keras_das.DASLayer):
+            found.append(layer)
+    return found
+
+
+Monitors = list[keras_das.visualize.GateMonitor]
+"""The monitor of a model with gates, or none."""
+
+
+def gate_figures(monitors: Monitors) -> dict[str, Any]:
+    """Returns the entry of `results.json` about the gates: their statistics after each epoch."""
+    history = {name: of for monitor in monitors for name, of in monitor.history.items()}
+    return {"gate_statistics": {name: [gate._asdict() for gate in of] for name, of in history.items()}}
+
+
 class Run:
     """One run: its devices, its folders, and its results."""
 
@@ -112,6 +133,12 @@ class Run:
     def records(self) -> list[keras.callbacks.Callback]:
         """The callbacks that record the training."""
         return training.make_records(self.output, bool(self.config.resume)) if self.chief else []
+
+    def monitors(self, model: keras.Model, images: Any) -> Monitors:
+        """Returns the callback that measures the gates on a batch of inputs, if the model has gates."""
+        if not gates_of(model):
+            return []
+        return [keras_das.visualize.GateMonitor(images, self.output / "logs" if self.chief else None)]
 
     def finish(self, results: dict[str, Any], save: Callable[[], None]) -> None:
         """Adds the history to the results, writes everything, and removes the training state.

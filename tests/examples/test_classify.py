@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from examples import backbones, classify, figures, training
+from examples import backbones, classify, experiment, figures, training
 from examples.common import UserError
 from tests import processes
 from tests.models.backbones import randomize
@@ -483,7 +483,7 @@ def test_backbones_of_other_libraries(library: str, weights: str, tmp_path: Path
     model = classify.build_model(config, ("a", "b"))
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert len(list(classify._gates(loaded))) == 4
+    assert len(experiment.gates_of(loaded)) == 4
     pixels = np.random.default_rng(0).uniform(0, 255, (1, 32, 32, 3)).astype("float32")
     np.testing.assert_array_equal(loaded(pixels), model(pixels))
 
@@ -493,7 +493,7 @@ def test_backbones_of_other_libraries(library: str, weights: str, tmp_path: Path
 def test_backbones_of_keras_applications(name: str) -> None:
     config = classify.Config(backbone=name, image_size=64, attention="das")
     model = classify.build_model(config, ("a", "b", "c"))
-    assert len(list(classify._gates(model))) == 4
+    assert len(experiment.gates_of(model)) == 4
     assert model.output_shape == (None, 3)
 
 

@@ -77,6 +77,9 @@ def test_run(coco_folder, whole_run):
     assert len(history["loss"]) == 2
     assert history["coco_AP"][0] is None  # scored every fourth epoch and after the last
     assert history["coco_AP"][1] is not None
+    measured = results["gate_statistics"]
+    assert list(measured) == ["das_p2", "das_p3", "das_p4", "das_p5"]
+    assert all(len(epochs) == 2 and 0 < epochs[-1]["mean"] < 1 for epochs in measured.values())
     found = json.loads((output / "detections.json").read_text())
     assert {entry["category_id"] for entry in found} <= {18}
     assert all(entry["image_id"] in range(100, 120) for entry in found)
