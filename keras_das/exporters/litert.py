@@ -7,7 +7,9 @@ from pathlib import Path
 import keras
 
 from keras_das.exporters import precision
-from keras_das.ops import native
+from keras_das.ops import lookup, native
+from keras_das.ops.deformable import substituted
+from keras_das.ops.pointwise import as_convolutions
 
 _IN_FLOAT32 = ("float16", "bfloat16", "float64")  # LiteRT supports few operations for these
 _LACKING = (*_IN_FLOAT32, "int8", "int4", "float8_e4m3fn", "float8_e5m2")
@@ -18,7 +20,12 @@ def write(model: keras.Model, path: Path, verbose: bool = False) -> None:
     import tensorflow as tf
 
     with tempfile.TemporaryDirectory() as scratch:
-        with native.portable(), precision.in_float32(model, _IN_FLOAT32):
+        with (
+            native.portable(),
+            substituted(lookup.deformable_conv2d),
+            as_convolutions(),
+            precision.in_float32(model, _IN_FLOAT32),
+        ):
             model.export(scratch, format="tf_saved_model", verbose=verbose)
         converter = tf.lite.TFLiteConverter.from_saved_model(scratch, signature_keys=["serving_default"])
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]

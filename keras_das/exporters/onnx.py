@@ -15,6 +15,7 @@ from keras_das._requirements import import_extra
 from keras_das.exporters import onnx_conversion, precision
 from keras_das.ops.deformable import substituted
 from keras_das.ops.geometry import Geometry, Window
+from keras_das.ops.pointwise import as_convolutions
 
 Tensor = Any
 
@@ -31,7 +32,7 @@ def write(model: keras.Model, path: Path, verbose: bool = False) -> None:
     import_extra("tf2onnx", "export")
     marks = _Marks()
     with tempfile.TemporaryDirectory() as scratch:
-        with substituted(marks.mark), precision.in_float32(model, _IN_FLOAT32):
+        with substituted(marks.mark), as_convolutions(), precision.in_float32(model, _IN_FLOAT32):
             model.export(scratch, format="tf_saved_model", verbose=verbose)
         try:
             handlers: onnx_conversion.Handlers = {"PyFuncStateless": (marks.convert, [])}

@@ -5,9 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_das._requirements import import_extra
 from keras_das.exporters import onnx
+
+# OpenVINO 2026.4 has vector code for one group whose channels are a multiple of the vector length, and scalar
+# code otherwise. Up to this many channels, a depthwise convolution is faster as one group, whose kernel has
+# zeros between different channels.
+_FULL_CHANNELS = 64
+_VECTOR = 16
 
 
 def write(model: keras.Model, folder: Path, verbose: bool = False) -> None:
@@ -28,6 +35,10 @@ def _deformable_convolution(node: Any) -> list[Any]:
 
     inputs = [node.get_input(i) for i in range(node.get_input_size())]
     x, kernel, offsets, bias, *mask = inputs
+    groups, filters = node.get_attribute("group"), kernel.get_partial_shape()[0].get_length()
+    full = groups == filters and 1 < groups <= _FULL_CHANNELS and node.get_attribute("offset_group") == 1
+    if full:
+        x, kernel, groups = _pad_channels(x, filters), _full_kernel(kernel, filters), 1
     top, left, bottom, right = node.get_attribute("pads")
     output = opset.deformable_convolution(
         x,
@@ -38,9 +49,27 @@ def _deformable_convolution(node: Any) -> list[Any]:
         [bottom, right],
         list(node.get_attribute("dilations")),
         *mask,
-        group=node.get_attribute("group"),
+        group=groups,
         deformable_group=node.get_attribute("offset_group"),
         bilinear_interpolation_pad=True,  # corners outside the image count as 0
     )
+    if full:
+        output = opset.slice(output, *(opset.constant([value]) for value in (0, filters, 1, 1)))
     by_channel = opset.reshape(bias, opset.constant([1, -1, 1, 1]), special_zero=False)
     return opset.add(output, by_channel).outputs()
+
+
+def _full_kernel(kernel: Any, channels: int) -> Any:
+    """Returns the kernel of one group that is equal to a depthwise kernel `(channels, 1, kh, kw)`."""
+    import openvino.opset8 as opset
+
+    diagonal = opset.constant(np.eye(channels, dtype=kernel.get_element_type().to_dtype())[:, :, None, None])
+    return _pad_channels(opset.multiply(kernel, diagonal), channels, axes=(0, 1))
+
+
+def _pad_channels(x: Any, channels: int, axes: tuple[int, ...] = (1,)) -> Any:
+    """Appends channels of zeros to these axes, up to a multiple of the vector's length."""
+    import openvino.opset8 as opset
+
+    ends = [-channels % _VECTOR if axis in axes else 0 for axis in range(4)]
+    return opset.pad(x, opset.constant([0] * 4), opset.constant(ends), "constant")

@@ -13,6 +13,7 @@ from keras_das.layers.deformable_conv2d import DeformableConv2D, Identifier, Sha
 from keras_das.layers.depthwise import DepthwiseConv2D
 from keras_das.layers.inputs import check_input
 from keras_das.layers.policies import build_layer, check_not_quantized, quantization_of
+from keras_das.ops import pointwise
 from keras_das.ops.arguments import (
     standardize_count,
     standardize_data_format,
@@ -207,8 +208,7 @@ class DASLayer(keras.layers.Layer):
     def _pointwise(self, channels: int, name: str, dtype: Any) -> keras.layers.Dense:
         """A pointwise convolution, as a `Dense` layer on the channels.
 
-        The product is the same, and it is correct for empty batches, unlike TensorFlow's oneDNN convolution
-        (2.21). The norm that follows makes a bias redundant.
+        The norm that follows makes a bias redundant.
         """
         return keras.layers.Dense(
             channels,
@@ -290,7 +290,24 @@ class DASLayer(keras.layers.Layer):
 
     def _deformable_input(self, x: Tensor) -> Tensor:
         """X_c of equation 1, channels last."""
-        return ops.gelu(self.instance_norm(self.reduce(self.depthwise(x))), approximate=False)
+        x = self.depthwise(x)
+        if pointwise.traces_convolutions() and self.reduce.quantization_mode is None:
+            x = self._reduced_by_convolution(x)
+        else:
+            x = self.instance_norm(self.reduce(x))
+        return ops.gelu(x, approximate=False)
+
+    def _reduced_by_convolution(self, x: Tensor) -> Tensor:
+        """`instance_norm(reduce(x))` for exports: no operation requires channels last."""
+        norm = self.instance_norm
+        x, kernel, scale, shift = (
+            ops.cast(value, self.reduce.compute_dtype)
+            for value in (x, self.reduce.kernel, norm.gamma, norm.beta)
+        )
+        x = pointwise.product(x, kernel)
+        x = x - ops.mean(x, axis=(1, 2), keepdims=True)
+        variance = ops.mean(ops.square(x), axis=(1, 2), keepdims=True)
+        return x * (ops.rsqrt(variance + norm.epsilon) * scale) + shift
 
     def _expand_and_normalize(self, x: Tensor) -> Tensor:
         """The pointwise convolution from C' to C, if there is one, and the norm."""

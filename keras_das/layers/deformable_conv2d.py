@@ -18,7 +18,7 @@ from keras_das.ops.arguments import (
     standardize_pair,
 )
 from keras_das.ops.deformable import compute
-from keras_das.ops.geometry import Padding, Window, make_windows
+from keras_das.ops.geometry import Padding, Window, batch_inferred, make_windows
 
 Tensor = Any
 Shape = tuple[int | None, ...]
@@ -258,15 +258,16 @@ class DeformableConv2D(keras.layers.Layer):
         )
         # A matrix, because TensorFlow's oneDNN convolution returns the wrong shape for an empty batch (2.21).
         positions = grid[0] * grid[1] * grid[2]
-        predictions = ops.reshape(predictions, (positions, self.offset_bias.shape[0]))
+        predictions = ops.reshape(predictions, batch_inferred((positions, self.offset_bias.shape[0])))
         predictions = predictions + ops.cast(self.offset_bias, inputs.dtype)
         count = self.offset_groups * self.taps * 2
-        offsets = ops.reshape(predictions[:, :count], (*grid, count))
+        offsets = ops.reshape(predictions[:, :count], batch_inferred((*grid, count)))
         if self.offset_scale != 1:
             offsets = offsets * ops.cast(self.offset_scale, offsets.dtype)
         if not self.modulated:
             return offsets, None
-        return offsets, ops.reshape(ops.sigmoid(predictions[:, count:]), (*grid, count // 2))
+        mask = ops.sigmoid(predictions[:, count:])
+        return offsets, ops.reshape(mask, batch_inferred((*grid, count // 2)))
 
     def _windows(self) -> tuple[Window, Window]:
         return make_windows(self.kernel_size, self.strides, self.dilation_rate, self.padding)

@@ -7,6 +7,8 @@ from typing import Any
 
 from keras import ops
 
+from keras_das.ops.pointwise import product
+
 Tensor = Any
 
 # The default of PyTorch's norms. Keras' default of 1e-3 would flatten feature maps of small variance.
@@ -51,7 +53,7 @@ def normalized_product(
     kernel = kernel - ops.mean(kernel, axis=1, keepdims=True)
     if _folds(kernel):
         x = ops.cast(x, kernel.dtype)
-        variance = ops.sum(ops.matmul(x, _gram(kernel)) * x, axis=-1, keepdims=True)
+        variance = ops.sum(product(x, _gram(kernel)) * x, axis=-1, keepdims=True)
         x = _product(x * _inverse_deviation(variance), kernel * scale, dtype)
     else:
         x = _scale(ops.cast(_product(x, kernel, dtype), kernel.dtype), scale, norm, dtype)
@@ -70,7 +72,7 @@ def _image_norm_of_product(x: Tensor, kernel: Tensor, scale: Tensor, shift: Tens
     common = ops.matmul(place, kernel - ops.mean(kernel, axis=1, keepdims=True))
     variance = ops.mean(ops.square(common), axis=-1, keepdims=True)
     if _folds(kernel):
-        spread = ops.sum(ops.matmul(x, _gram(kernel)) * x, axis=-1, keepdims=True)
+        spread = ops.sum(product(x, _gram(kernel)) * x, axis=-1, keepdims=True)
         scaling = _inverse_deviation(variance + ops.mean(spread, axis=(1, 2), keepdims=True))
         x = _product(x * scaling, kernel * scale, dtype)
     else:
@@ -97,7 +99,7 @@ def _folds(kernel: Tensor) -> bool:
 
 
 def _product(x: Tensor, kernel: Tensor, dtype: str) -> Tensor:
-    return ops.matmul(ops.cast(x, dtype), ops.cast(kernel, dtype))
+    return product(ops.cast(x, dtype), ops.cast(kernel, dtype))
 
 
 def _gram(kernel: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Window arithmetic: sizes of outputs, and positions of the kernel's taps."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 from keras import ops
@@ -52,6 +53,16 @@ class Geometry(NamedTuple):
     def taps(self) -> int:
         """Kernel positions."""
         return self.rows.kernel * self.columns.kernel
+
+
+def batch_inferred(shape: Sequence[Any]) -> tuple[Any, ...]:
+    """Returns a shape to reshape to, with -1 for the batch size if it is the only unknown size.
+
+    Exported graphs then compute no shapes, and LiteRT knows them all before it runs.
+    """
+    batch, *rest = shape
+    inferred = not isinstance(batch, int) and all(isinstance(size, int) for size in rest)
+    return (-1 if inferred else batch, *rest)
 
 
 @functools.lru_cache
