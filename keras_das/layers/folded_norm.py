@@ -69,8 +69,10 @@ def _image_norm_of_product(x: Tensor, kernel: Tensor, scale: Tensor, shift: Tens
     """
     place = ops.mean(x, axis=(1, 2), keepdims=True)
     x = x - place
-    common = ops.matmul(place, kernel - ops.mean(kernel, axis=1, keepdims=True))
+    # A matrix, so that exports know all shapes.
+    common = ops.matmul(ops.squeeze(place, axis=(1, 2)), kernel - ops.mean(kernel, axis=1, keepdims=True))
     variance = ops.mean(ops.square(common), axis=-1, keepdims=True)
+    common, variance = _at_each_place(common), _at_each_place(variance)
     if _folds(kernel):
         spread = ops.sum(product(x, _gram(kernel)) * x, axis=-1, keepdims=True)
         scaling = _inverse_deviation(variance + ops.mean(spread, axis=(1, 2), keepdims=True))
@@ -81,6 +83,11 @@ def _image_norm_of_product(x: Tensor, kernel: Tensor, scale: Tensor, shift: Tens
         scaling = _inverse_deviation(variance + spread)
         x = ops.cast(x * (scaling * scale), dtype)
     return x + ops.cast(common * scaling * scale + shift, dtype)
+
+
+def _at_each_place(x: Tensor) -> Tensor:
+    """Returns `(N, C)` as `(N, 1, 1, C)`."""
+    return ops.expand_dims(ops.expand_dims(x, 1), 1)
 
 
 def _scale(x: Tensor, scale: Tensor, norm: str, dtype: str) -> Tensor:

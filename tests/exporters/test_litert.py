@@ -40,6 +40,21 @@ def test_one_convolution(tmp_path, rng):
     check_export(keras.Sequential([keras.Input((None, None, 3), name="image"), layer]), tmp_path, rng)
 
 
+@pytest.mark.parametrize("size", [12, None])
+def test_a_gate_is_one_lookup(size, tmp_path, rng):
+    """If the sizes of the image are known, the graph computes none, which would disable fast kernels."""
+    gate = keras_das.DASLayer(reduction=0.5, kernel_size=(1, 2), offset_initializer="random_normal")
+    model = keras.Sequential([keras.Input((size, size, 6), name="image"), gate])
+    keras_das.export(model, tmp_path / "model.tflite", format="litert")
+    images = rng.normal(size=(3, 12, 12, 6)).astype("float32")
+    assert_close(run(tmp_path / "model.tflite", images), model(images).numpy())
+    interpreter = Interpreter(str(tmp_path / "model.tflite"))
+    operations = {node["op_name"] for node in interpreter._get_ops_details()}  # there is no public way
+    assert {"GATHER", "BATCH_MATMUL"} <= operations
+    assert "WHILE" not in operations
+    assert ("SHAPE" in operations) == (size is None)
+
+
 def check_export(model, tmp_path, rng):
     keras_das.export(model, tmp_path / "model.tflite", format="litert")
     for shape in [(2, 32, 32, 3), (1, 37, 45, 3)]:

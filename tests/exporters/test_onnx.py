@@ -71,6 +71,25 @@ def test_residual_network_with_four_gates(residual_network, expected, tmp_path):
         assert_close(run(path, image=images), outputs)
 
 
+def test_a_gate_needs_no_transposes_of_the_feature_map(tmp_path, rng):
+    """Only the input, the output, and the predicted offsets and mask are transposed."""
+    gate = keras_das.DASLayer(reduction=0.5, offset_initializer="random_normal")
+    layers = [keras.layers.Conv2D(24, 4), gate, keras.layers.Conv2D(5, 4)]
+    model = keras.Sequential([keras.Input((16, 16, 3), name="image"), *layers])
+    path = tmp_path / "model.onnx"
+    keras_das.export(model, path, format="onnx")
+    images = rng.normal(size=(2, 16, 16, 3)).astype("float32")
+    assert_close(run(path, image=images), model(images).numpy())
+    inferred = onnx.shape_inference.infer_shapes(onnx.load(path)).graph
+    shapes = {
+        value.name: [size.dim_value for size in value.type.tensor_type.shape.dim]
+        for value in (*inferred.value_info, *inferred.output)
+    }
+    transposed = [shapes[node.output[0]] for node in inferred.node if node.op_type == "Transpose"]
+    assert [0, 3, 16, 16] in transposed  # the input
+    assert all({12, 24}.isdisjoint(shape[1:]) for shape in transposed), transposed
+
+
 def test_every_kind_of_convolution(tmp_path, rng):
     model, count = many_convolutions()
     path = tmp_path / "model.onnx"

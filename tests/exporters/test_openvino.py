@@ -43,6 +43,19 @@ def test_every_kind_of_convolution(tmp_path, rng):
         assert_close(network({"image": images})["output_0"], model(images).numpy())
 
 
+@pytest.mark.parametrize(("channels", "groups"), [(3, 1), (32, 1), (70, 70)])
+def test_depthwise_convolutions_of_few_channels_are_one_group(channels, groups, tmp_path, rng):
+    layer = keras_das.DeformableConv2D(
+        channels, 3, padding="same", groups=channels, offset_initializer="random_normal"
+    )
+    model = keras.Sequential([keras.Input((None, None, channels)), layer])
+    keras_das.export(model, tmp_path / "model", format="openvino")
+    (node,) = deformable_convolutions(tmp_path / "model")
+    assert node.get_attributes()["group"] == groups
+    images = rng.normal(size=(2, 6, 7, channels)).astype("float32")
+    assert_close(compiled(tmp_path / "model")(images)[0], model(images).numpy())
+
+
 def test_missing_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
