@@ -143,7 +143,7 @@ def test_borders():
 
 
 def test_a_gate_reads_where_its_offsets_say():
-    model = attach_das(plain_cnn(), at="relu_0")
+    model = attach_das(plain_cnn(), at="relu_0", dilation_rate=1, offset_scale=1)
     gate = model.get_layer("das_relu_0")
     image = np.zeros((1, 32, 32, 3))
     at_rest = visualize.sampling_points(model, image, gate, (17, 13))

@@ -260,6 +260,9 @@ def test_arguments_reach_the_gates():
         gate = gated.get_layer(name)
         assert (gate.reduction, gate.kernel_size, gate.modulated) == (0.5, (1, 1), False)
         assert gate.identity_init
+        assert (gate.dilation_rate, gate.offset_scale) == ((2, 2), 0.1)
+    gate = attach_das(plain_cnn(), at="P2", dilation_rate=1, offset_scale=1).get_layer("das_p2")
+    assert (gate.dilation_rate, gate.offset_scale) == ((1, 1), 1)
     with pytest.raises(ValueError, match="reduction"):
         attach_das(plain_cnn(), reduction=-1)
     with pytest.raises(ValueError, match="each gate is named after the layer"):
