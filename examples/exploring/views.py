@@ -202,7 +202,7 @@ def _image_shape(model: keras.Model, name: str, open_size: int) -> tuple[int, in
     shape = tuple(model.inputs[0].shape)
     if len(shape) != 4 or shape[3] not in (1, 3):
         raise UserError(
-            f"{name} takes {shape}; images of shape (height, width, 3) or (height, width, 1) are required"
+            f"{name} expects {shape}; images of shape (height, width, 3) or (height, width, 1) are required"
         )
     return shape[1] or open_size, shape[2] or open_size, shape[3]
 

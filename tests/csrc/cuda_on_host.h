@@ -73,7 +73,7 @@ class Block {
   template <class A>
   auto publish(const A& value) {
     const int self = current_, parity = threads_[self]->shows++ & 1;
-    static_assert(sizeof value <= sizeof threads_[self]->slot[parity], "there is room for it");
+    static_assert(sizeof value <= sizeof threads_[self]->slot[parity], "the slot is large enough");
     std::memcpy(threads_[self]->slot[parity], &value, sizeof value);
     wait(kAtWarp);
     return [this, first = self - self % kWarp, parity](int lane) {

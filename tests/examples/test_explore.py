@@ -361,7 +361,7 @@ def test_models_to_compare(gated, plain, tmp_path):
 def test_models_that_take_no_images(tmp_path):
     path = tmp_path / "vector.keras"
     keras.Sequential([keras.Input((7,)), keras.layers.Dense(2)]).save(path)
-    with pytest.raises(UserError, match=r"vector takes \(None, 7\); images"):
+    with pytest.raises(UserError, match=r"vector expects \(None, 7\); images"):
         views.load_view(path)
     a, b = keras.Input((8, 8, 3)), keras.Input((8, 8, 3))
     with pytest.raises(UserError, match="two must be a functional or sequential model with one input"):
