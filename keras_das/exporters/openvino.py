@@ -13,7 +13,7 @@ from keras_das.exporters import onnx
 # OpenVINO 2026.4 has vector code for one group whose channels are a multiple of the vector length, and scalar
 # code otherwise. Up to this many channels, a depthwise convolution is faster as one group, whose kernel has
 # zeros between different channels.
-_FULL_CHANNELS = 64
+_ONE_GROUP_CHANNELS = 64
 _VECTOR = 16
 
 
@@ -35,10 +35,11 @@ def _deformable_convolution(node: Any) -> list[Any]:
 
     inputs = [node.get_input(i) for i in range(node.get_input_size())]
     x, kernel, offsets, bias, *mask = inputs
-    groups, filters = node.get_attribute("group"), kernel.get_partial_shape()[0].get_length()
-    full = groups == filters and 1 < groups <= _FULL_CHANNELS and node.get_attribute("offset_group") == 1
-    if full:
-        x, kernel, groups = _pad_channels(x, filters), _full_kernel(kernel, filters), 1
+    groups, offset_groups = node.get_attribute("group"), node.get_attribute("offset_group")
+    filters = kernel.get_partial_shape()[0].get_length()
+    one_group = groups == filters and 1 < filters <= _ONE_GROUP_CHANNELS and offset_groups == 1
+    if one_group:
+        x, kernel, groups = _pad_channels(x, filters), _one_group_kernel(kernel, filters), 1
     top, left, bottom, right = node.get_attribute("pads")
     output = opset.deformable_convolution(
         x,
@@ -50,16 +51,16 @@ def _deformable_convolution(node: Any) -> list[Any]:
         list(node.get_attribute("dilations")),
         *mask,
         group=groups,
-        deformable_group=node.get_attribute("offset_group"),
+        deformable_group=offset_groups,
         bilinear_interpolation_pad=True,  # corners outside the image count as 0
     )
-    if full:
+    if one_group:
         output = opset.slice(output, *(opset.constant([value]) for value in (0, filters, 1, 1)))
     by_channel = opset.reshape(bias, opset.constant([1, -1, 1, 1]), special_zero=False)
     return opset.add(output, by_channel).outputs()
 
 
-def _full_kernel(kernel: Any, channels: int) -> Any:
+def _one_group_kernel(kernel: Any, channels: int) -> Any:
     """Returns the kernel of one group that is equal to a depthwise kernel `(channels, 1, kh, kw)`."""
     import openvino.opset8 as opset
 

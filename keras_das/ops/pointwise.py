@@ -16,11 +16,11 @@ _as_convolutions: contextvars.ContextVar[bool] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def as_convolutions() -> Iterator[None]:
-    """Context in which this thread traces products as convolutions, for exports to channels-first formats.
+    """Context in which this thread traces products as convolutions, for exports.
 
-    There, a matrix product over channels requires transposes of the feature map, and a convolution does not.
-    Elsewhere, the matrix product is at least as fast, and it is correct for empty batches, unlike
-    TensorFlow's oneDNN convolution (2.21).
+    In channels-first formats, a matrix product over channels requires transposes of the feature map. In
+    LiteRT, it computes shapes, which disables the fast kernels. Elsewhere, it is at least as fast as a
+    convolution, and it is correct for empty batches, unlike TensorFlow's oneDNN convolution (2.21).
     """
     token = _as_convolutions.set(True)
     try:
