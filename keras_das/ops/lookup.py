@@ -96,8 +96,10 @@ def _take(frame: reference.Frame, axis: int, *tensors: Tensor) -> list[Tensor]:
 
 def _padded(frame: reference.Frame, offset: Tensor, window: Window, k: np.ndarray, axis: int) -> Tensor:
     """The rows or columns in the padded image before the samples of the taps with index `k` along an axis."""
-    first = ops.arange(frame.grid[axis]) * window.stride - frame.margins[axis - 1] + _PAD
+    first = ops.arange(frame.grid[axis]) * window.stride - frame.margins[axis - 1]
     resting = ops.expand_dims(ops.cast(first, "int32"), 1) + k * window.dilation
     resting = ops.expand_dims(ops.expand_dims(resting, 0), 3 - axis)
     size = frame.height if axis == 1 else frame.width
-    return ops.clip(resting + ops.cast(offset, "int32"), 0, ops.cast(size, "int32") + _PAD)
+    # Not between 0 and 6, which the converter replaces by a ReLU6 that LiteRT does not have for integers.
+    position = ops.clip(resting + ops.cast(offset, "int32"), -_PAD, ops.cast(size, "int32"))
+    return position + _PAD
