@@ -73,6 +73,18 @@ def test_import_brings_nothing_heavy_along():
     assert slots == "None None"
 
 
+def test_kernels_without_a_framework():
+    """The sanitizers and compute-sanitizer run the kernels in processes without the package's imports."""
+    result = _run(
+        """
+        import sys
+        import tests.ops.plain_kernels, tests.ops.random_cases
+        print({"tensorflow", "jax", "keras", "keras_das"} & set(sys.modules))
+        """
+    )
+    assert result.stdout.strip() == "set()"
+
+
 def test_missing_tensorflow_is_one_clear_error():
     # A finder rather than `None` in `sys.modules`, so that the error is that of a missing package.
     result = _run(
