@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
 CLUTTERED = (3, 5, 8, 11, 14, 17, 20)
 """The cluttered test images that are drawn."""
-GATES = ("das_p2", "das_p3")
+GATES = ("das_stage1", "das_stage2")
 PICTURE, POINT = 250, (31.5, 31.5)
 """The image of the test split that is drawn, and the point `(y, x)` whose sampled positions are shown."""
 MAP, WORK, LEARNT = "#dbe7f5", "#f3f3f3", "#fbe6cf"  # feature maps, layers, predictions
