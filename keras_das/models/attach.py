@@ -56,7 +56,7 @@ def attach_das(
             `True`.
         **das_arguments: Further arguments of `keras_das.DASLayer`, except `name`. Here, `dilation_rate`
             defaults to `2` and `offset_scale` to `0.1`: taps that reach farther, with offsets that learn more
-            slowly than the other weights, have the best accuracy. `data_format` defaults to that of the
+            slowly than the other weights, are more accurate than fixed offsets in our benchmark. `data_format` defaults to that of the
             feature map, and `dtype` to the precision of the layer that the gate follows.
 
     Returns:
