@@ -55,9 +55,10 @@ def attach_das(
         identity_init: Boolean. Whether the gates start at exactly 1; see `keras_das.DASLayer`. Defaults to
             `True`.
         **das_arguments: Further arguments of `keras_das.DASLayer`, except `name`. Here, `dilation_rate`
-            defaults to `2` and `offset_scale` to `0.1`: taps that reach farther, with offsets that learn more
-            slowly than the other weights, are more accurate than fixed offsets in our benchmark. `data_format` defaults to that of the
-            feature map, and `dtype` to the precision of the layer that the gate follows.
+            defaults to `2` and `offset_scale` to `0.1`: in `benchmarks/RESULTS.md`, taps that reach farther,
+            with offsets that learn more slowly than the other weights, are ahead of fixed offsets.
+            `data_format` defaults to that of the feature map, and `dtype` to the precision of the layer that
+            the gate follows.
 
     Returns:
         The new model. Gates are named `das_p2` to `das_p5` for levels and `das_<layer>` for layers.
