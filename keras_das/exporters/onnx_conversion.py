@@ -75,20 +75,48 @@ def _convert(folder: Path, handlers: Handlers, domain: str) -> tuple[Any, Specs,
     ends = {"input_names": list(inputs.values()), "output_names": list(outputs.values())}
     # If given a function, tf2onnx converts each captured constant to an input.
     graph = tf2onnx.tf_loader.from_function(signature, *ends.values())
-    proto, _ = tf2onnx.convert.from_graph_def(
-        graph,
-        **ends,
-        tensors_to_rename={tensor: name for name, tensor in (inputs | outputs).items()},
-        opset=_OPSET,
-        custom_op_handlers={"Erfc": (_convert_erfc, []), **handlers},
-        extra_opset=[onnx.helper.make_opsetid(domain, 1)],
-    )
+    with tf.device("/cpu:0"), tf.Graph().as_default() as imported:
+        tf.import_graph_def(graph, name="")
+        converted = tf2onnx.tfonnx.process_tf_graph(
+            imported,
+            **ends,
+            continue_on_error=True,
+            tensors_to_rename={tensor: name for name, tensor in (inputs | outputs).items()},
+            opset=_OPSET,
+            custom_op_handlers={"Erfc": (_convert_erfc, []), **handlers},
+            extra_opset=[onnx.helper.make_opsetid(domain, 1)],
+        )
+    proto = _optimized(converted).make_model("Converted by keras_das")
     input_specs, output_specs = signature.structured_input_signature[1], signature.structured_outputs
     return (
         proto,
         {name: input_specs[name] for name in inputs},
         {name: output_specs[name] for name in outputs},
     )
+
+
+def _optimized(graph: Any) -> Any:
+    """Optimizes a graph of tf2onnx, transposes first.
+
+    tf2onnx's optimizer of transposes replaces a transpose with several consumers by one per consumer and may
+    then stop, so that the number of transposes depends on the order of sets of strings (tf2onnx 1.17).
+    """
+    import tf2onnx.optimizer
+    from tf2onnx.optimizer.const_fold_optimizer import ConstFoldOptimizer
+    from tf2onnx.optimizer.transpose_optimizer import TransposeOptimizer, is_transpose
+
+    class Transposes(TransposeOptimizer):
+        def _handle_nhwc_tranpose(self, node: Any) -> bool:
+            if super()._handle_nhwc_tranpose(node):
+                return True
+            if self._g.get_node_by_name(node.name) is not None:
+                return False
+            branches = filter(is_transpose, self._g.find_output_consumers(node.input[0]))
+            return any(super(Transposes, self)._handle_nhwc_tranpose(branch) for branch in branches)
+
+    first = {"transposes": Transposes, "constants": ConstFoldOptimizer}
+    graph = tf2onnx.optimizer.optimize_graph(graph, optimizers=first)
+    return tf2onnx.optimizer.optimize_graph(graph)
 
 
 def _check_operations(proto: Any, errors: list[str]) -> None:
