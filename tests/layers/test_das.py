@@ -204,6 +204,10 @@ def test_configurations_of_earlier_versions_keep_their_meaning():
     assert keras_das.DeformableConv2D.from_config(deform).offset_scale == 1
 
 
+@pytest.mark.skipif(
+    "input_axes" not in keras.initializers.GlorotUniform().get_config(),
+    reason="the file was written by Keras 3.15, whose initializers older versions cannot read",
+)
 def test_files_of_earlier_versions():
     """A model saved by version 0.1.0 reproduces its original outputs, except for rounding."""
     expected = np.load(DATA / "expected_0_1.npz")
