@@ -12,10 +12,13 @@ import report
 
 HERE = pathlib.Path(__file__).parent
 Line = dict[str, Any]
-_BASES = ("none", "SE", "the same layers, added")
+_ADDED = "the same layers, added"
+_BASES = ("none", "SE", _ADDED)
+_ADDED_TO = {"DAS, dense": f"{_ADDED}, dense", "DAS, dense, offsets frozen at 0": f"{_ADDED}, dense"}
 _PAIRS = {  # of one form of the gate, with learned offsets and without
     "DAS": "DAS, offsets frozen at 0",
     "DAS, dilation 2, slow offsets": "DAS, dilation 2, offsets frozen at 0",
+    "DAS, dense": "DAS, dense, offsets frozen at 0",
 }
 
 
@@ -104,6 +107,8 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _difference(scores: Mapping[str, Mapping[int, float]], variant: str, base: str) -> str:
+    if base == _ADDED:
+        base = _ADDED_TO.get(variant, base)
     if variant == base or base not in scores:
         return "-"
     found = compare(scores[variant], scores[base])

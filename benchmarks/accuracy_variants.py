@@ -91,6 +91,8 @@ VARIANTS: dict[str, Attach] = {
     "DAS, gain 1": _das(**_FAR, identity_gain=1.0),
     "DAS, gain 2": _das(**_FAR, identity_gain=2.0),
     "DAS, gain 8": _das(**_FAR, identity_gain=8.0),
+    "the same layers, added, dense": _layers(Added, identity_init=True, **_FAR, deformable="dense"),
+    "DAS, dense, offsets frozen at 0": _das(dilation_rate=2, offset_scale=0, deformable="dense"),
     "DAS, dense": _das(**_FAR, deformable="dense"),
     "DAS, alpha 0.1": _das(**_FAR, reduction=0.1),
     "DAS, alpha 0.5": _das(**_FAR, reduction=0.5),

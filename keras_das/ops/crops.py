@@ -7,6 +7,7 @@ image, in float32.
 
 from typing import Any
 
+import numpy as np
 from keras import ops
 
 from keras_das.ops import native, reference
@@ -30,20 +31,21 @@ def deformable_conv2d(
     """
     if dtype == "float64" or geometry.offset_groups > 1 or native.tensorflow_in_xla():
         return reference.deformable_conv2d(inputs, kernel, offsets, mask, bias, geometry, dtype)
+    import tensorflow as tf
+
     frame = reference.Frame(inputs, geometry, "float32")
-    taps, grid = geometry.taps, frame.grid[:3]
+    batch, height, width = grid = frame.grid[:3]
     # One pixel of zeros on each side, towards which samples on the border are interpolated.
     padded = ops.pad(ops.cast(inputs, frame.dtype), ((0, 0), (1, 1), (1, 1), (0, 0)))
-    kernel = ops.reshape(kernel, (taps, *kernel.shape[2:]))
-    offsets = ops.transpose(ops.reshape(offsets, (*grid, taps, 2)), (3, 4, 0, 1, 2))
-    if mask is not None:
-        mask = ops.transpose(ops.reshape(mask, (*grid, taps)), (3, 0, 1, 2))
+    image = ops.repeat(ops.arange(batch, dtype="int32"), height * width)
+    kernel = ops.reshape(kernel, (geometry.taps, *kernel.shape[2:]))
+    boxes, factors = _locate(frame, offsets, mask)
 
     def add_tap(tap: Tensor, output: Tensor) -> tuple[Tensor]:
-        offset = ops.cast(ops.take(offsets, tap, axis=0), frame.dtype)
-        columns = _sample(frame, padded, offset, reference.at_tap(frame, mask, tap), tap)
+        samples = tf.image.crop_and_resize(padded, tf.gather(boxes, tap), image, (1, 1))
+        samples = ops.reshape(samples, frame.columns_shape) * tf.gather(factors, tap)
         return (
-            output + reference.apply_kernel(columns, reference.at_tap(frame, kernel, tap), geometry.groups),
+            output + reference.apply_kernel(samples, reference.at_tap(frame, kernel, tap), geometry.groups),
         )
 
     (output,) = reference.over_taps(frame, add_tap, ops.zeros((*grid, kernel.shape[-1]), dtype=frame.dtype))
@@ -52,29 +54,36 @@ def deformable_conv2d(
     return ops.cast(output, dtype)
 
 
-def _sample(
-    frame: reference.Frame, padded: Tensor, offset: Tensor, mask: Tensor | None, tap: Tensor
-) -> Tensor:
-    """The samples of one tap, multiplied by its mask: `(N, Ho, Wo, C)`."""
-    import tensorflow as tf
-
-    batch, height, width = frame.grid[:3]
-    columns = frame.geometry.columns.kernel
-    (y, inside_y), (x, inside_x) = (
-        _relative(reference.resting_position(frame, k, axis)[..., 0] + offset[axis - 1], size)
-        for k, axis, size in ((tap // columns, 1, frame.height), (tap % columns, 2, frame.width))
-    )
+def _locate(frame: reference.Frame, offsets: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The positions of all samples, as boxes `(taps, N * Ho * Wo, 4)`, and their factors
+    `(taps, N, Ho, Wo, 1)`: the mask, or NaN where the offset is NaN.
+    """
+    geometry, taps, grid = frame.geometry, frame.geometry.taps, frame.grid[:3]
+    offsets = ops.reshape(ops.cast(offsets, frame.dtype), (*grid, taps, 2))
+    offset_y, offset_x = ops.unstack(ops.transpose(offsets, (4, 3, 0, 1, 2)), 2)
+    tap = np.arange(taps)
+    y, inside_y = _relative(_resting(frame, tap // geometry.columns.kernel, 1) + offset_y, frame.height)
+    x, inside_x = _relative(_resting(frame, tap % geometry.columns.kernel, 2) + offset_x, frame.width)
     # Samples outside the image read the corner of the padding. A NaN is not inside.
     inside = ops.logical_and(inside_y, inside_x)
     y, x = (ops.where(inside, position, ops.zeros_like(position)) for position in (y, x))
-    boxes = ops.reshape(ops.stack([y, x, y, x], axis=-1), (-1, 4))
-    image = ops.repeat(ops.arange(batch, dtype="int32"), height * width)
-    samples = tf.image.crop_and_resize(padded, boxes, image, (1, 1))
-    samples = ops.reshape(samples, frame.columns_shape)
-    is_nan = ops.logical_or(ops.isnan(offset[0]), ops.isnan(offset[1]))
-    factor = ops.ones_like(y) if mask is None else mask
+    boxes = ops.reshape(ops.stack([y, x, y, x], axis=-1), (taps, -1, 4))
+    if mask is None:
+        factor = ops.ones_like(y)
+    else:
+        factor = ops.transpose(ops.reshape(ops.cast(mask, frame.dtype), (*grid, taps)), (3, 0, 1, 2))
+    is_nan = ops.logical_or(ops.isnan(offset_y), ops.isnan(offset_x))
     factor = ops.where(is_nan, ops.full_like(factor, float("nan")), factor)
-    return samples * ops.expand_dims(factor, -1)
+    return boxes, ops.expand_dims(factor, -1)
+
+
+def _resting(frame: reference.Frame, k: np.ndarray, axis: int) -> Tensor:
+    """The positions at offset zero of the taps with index `k` along an axis of the grid."""
+    window = frame.geometry.rows if axis == 1 else frame.geometry.columns
+    first = ops.arange(frame.grid[axis]) * window.stride - frame.margins[axis - 1]
+    shifts = (k * window.dilation).astype(frame.dtype)
+    resting = ops.cast(first, frame.dtype) + ops.reshape(shifts, (len(k), 1))
+    return ops.expand_dims(ops.expand_dims(resting, 1), 4 - axis)
 
 
 def _relative(position: Tensor, size: Any) -> tuple[Tensor, Tensor]:

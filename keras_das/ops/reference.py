@@ -133,8 +133,8 @@ def _locate(frame: Frame, offsets: Tensor, tap: Tensor) -> _Sample:
     offset_y, offset_x = (ops.cast(ops.take(offsets, axis, axis=-1), frame.dtype) for axis in (0, 1))
     ky, kx = tap // geometry.columns.kernel, tap % geometry.columns.kernel
     floor_y, floor_x = ops.floor(offset_y), ops.floor(offset_x)
-    y, fraction_y = resting_position(frame, ky, axis=1) + floor_y, offset_y - floor_y
-    x, fraction_x = resting_position(frame, kx, axis=2) + floor_x, offset_x - floor_x
+    y, fraction_y = _resting_position(frame, ky, axis=1) + floor_y, offset_y - floor_y
+    x, fraction_x = _resting_position(frame, kx, axis=2) + floor_x, offset_x - floor_x
     # False for NaN.
     inside = ops.logical_and(_on_image(y, fraction_y, frame.height), _on_image(x, fraction_x, frame.width))
     # Outside the image, all corners are zero and the fraction is 0, or NaN if the offset is NaN.
@@ -162,7 +162,7 @@ def _locate(frame: Frame, offsets: Tensor, tap: Tensor) -> _Sample:
     return _Sample((first, first + groups, below, below + groups), weights, fraction_y, fraction_x)
 
 
-def resting_position(frame: Frame, k: Tensor, axis: int) -> Tensor:
+def _resting_position(frame: Frame, k: Tensor, axis: int) -> Tensor:
     """The integer positions of tap row or column `k` at offset zero, along one axis of the grid."""
     window = frame.geometry.rows if axis == 1 else frame.geometry.columns
     shape = [1, 1, 1, 1]

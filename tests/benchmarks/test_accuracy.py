@@ -70,6 +70,15 @@ def test_learned_offsets_beside_frozen_ones():
     assert accuracy_report._learned_minus_frozen({"DAS": {0: 3.0, 1: 5.0}}) == []
 
 
+def test_dense_gates_are_compared_with_dense_layers():
+    added = "the same layers, added"
+    scores = {"DAS": {0: 5.0, 1: 5.0}, "DAS, dense": {0: 7.0, 1: 7.0}, added: {0: 4.0, 1: 4.0}}
+    assert accuracy_report._difference(scores, "DAS, dense", added) == "-"
+    scores[f"{added}, dense"] = {0: 6.0, 1: 6.0}
+    assert accuracy_report._difference(scores, "DAS, dense", added) == "+1.00 (+1.00 to +1.00)"
+    assert accuracy_report._difference(scores, "DAS", added) == "+1.00 (+1.00 to +1.00)"
+
+
 # Tasks
 
 
