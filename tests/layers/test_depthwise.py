@@ -9,7 +9,7 @@ from keras_das.layers import depthwise
 from keras_das.layers.depthwise import DepthwiseConv2D
 from keras_das.ops import native
 
-BOUNDS = {"float16": 2e-3, "bfloat16": 2e-2, "float32": 1e-6, "float64": 1e-13}
+BOUNDS = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 1e-6, "float64": 1e-13}
 
 
 def _call(layer, images, upstream):
@@ -37,11 +37,15 @@ def _is_lowered_to_convolution(layer, images):
 def test_agrees_with_tensorflow(kernel_size, dtype, rng):
     layer = DepthwiseConv2D(kernel_size, padding="same", use_bias=False, dtype=dtype)
     images, upstream = (tf.cast(rng.normal(size=(3, 7, 5, 6)), dtype) for _ in range(2))
-    expected = _call(layer, images, upstream)
     found = tf.function(_call, jit_compile=True)(layer, images, upstream)
     assert not _is_lowered_to_convolution(layer, images)
+    # In float64, because TensorFlow sums half types in their own precision.
+    exact = keras.layers.DepthwiseConv2D(kernel_size, padding="same", use_bias=False, dtype="float64")
+    exact.build(images.shape)
+    exact.kernel.assign(layer.kernel)
+    expected = _call(exact, tf.cast(images, "float64"), tf.cast(upstream, "float64"))
     for ours, theirs in zip(found, expected, strict=True):
-        assert ours.dtype == theirs.dtype
+        assert ours.dtype == dtype
         ours, theirs = np.asarray(ours, "float64"), np.asarray(theirs, "float64")
         assert np.abs(ours - theirs).max() <= BOUNDS[dtype] * np.abs(theirs).max()
 
