@@ -201,7 +201,7 @@ class Scaled(keras.layers.Layer):
 
 def adapted():
     layer = keras.layers.Normalization()
-    layer.adapt(np.random.default_rng(1).normal(3, 2, (20, 4, 4, 3)))
+    layer.adapt(np.random.default_rng(0).normal(3, 2, (20, 4, 4, 3)))
     return layer
 
 
