@@ -8,6 +8,8 @@ TENSORFLOW ?= tensorflow
 # By default, torch installs several GB of CUDA; `make test-torch TORCH=...` selects another build.
 TORCH ?= torch==2.13.0
 export TF_CPP_MIN_LOG_LEVEL ?= 2
+# Containers often set this variable. uv does not compile Python files, so every process would compile TensorFlow's again.
+unexport PYTHONDONTWRITEBYTECODE
 CSRC := $(wildcard keras_das/csrc/*.* keras_das/csrc/*/*)
 KERNEL_SOURCES := $(CSRC) keras_das/kernels/targets.py
 DEMO_MODEL := runs/demo/model.keras
