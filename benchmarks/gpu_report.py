@@ -97,6 +97,8 @@ def prepare_environment(device: str) -> None:
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ |= {**harness.DEVICES[device], "PYTHONPATH": os.pathsep.join(paths)}
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # Unpacked wheels contain no bytecode. Without a cache, each check compiles the sources of TensorFlow.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 def phase_ends(device: str, phases: list[str], now: float, budget: float) -> dict[str, float]:

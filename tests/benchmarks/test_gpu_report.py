@@ -1,6 +1,7 @@
 """Tests of the GPU report: time budget, resuming after an interruption, and a dry run on the CPU."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -60,6 +61,12 @@ def test_budget_and_resumption(tmp_path):
     assert gpu_runner.Journal(path, about).outcomes == journal.outcomes
     assert not gpu_runner.Journal(path, {"gpu": "another"}).outcomes
     assert path.with_name("report.jsonl.old").exists()
+
+
+def test_checks_share_a_cache_of_bytecode(monkeypatch):
+    monkeypatch.setattr(os, "environ", {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
+    gpu_report.prepare_environment("cpu")
+    assert "PYTHONDONTWRITEBYTECODE" not in os.environ
 
 
 @pytest.mark.slow
