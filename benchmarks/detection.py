@@ -27,7 +27,8 @@ RECORD = HERE / "detection.jsonl"
 RUNS = ROOT / "runs" / "detection"
 VARIANTS = {
     "none": ["--attention", "none"],
-    "DAS": ["--attention", "das"],
+    "DAS": ["--attention", "das", "--gate-rate", "10"],
+    "DAS, gates at the rate of the other weights": ["--attention", "das"],
 }
 # Fixed before the first comparison, and the same for all variants.
 RECIPE = {"image-size": 256, "head-layers": 1, "batch-size": 8, "epochs": 10, "learning-rate": 5e-4}

@@ -48,7 +48,6 @@ class Config(experiment.Config):
     backbone: str = "resnet50"
     small_stem: bool = False
     train: str = "all"
-    gate_rate: float = 1.0
     freeze_batch_norm: bool = False
     dropout: float = 0.0
     epochs: int = 6
@@ -353,7 +352,6 @@ HELP = {
     "weights": "none (train from scratch), imagenet or preset (fine-tune), or a .weights.h5 or .keras file; "
     "gates can be attached to a .keras file of a model without gates",
     "train": "all weights, or only the gates and the head, with the trunk frozen",
-    "gate_rate": "learning rate of the gates relative to that of the other weights",
     "freeze_batch_norm": "freeze statistics, scales and shifts of batch normalization",
     "baseline": "folder of another run whose test accuracy is printed for comparison",
     "jit": "compile with XLA; auto: the default of Keras",

@@ -115,8 +115,7 @@ def train(config: Config) -> dict[str, Any]:
     with training.dtype_policy(config.mixed_precision):
         with run.strategy.scope():
             detector = build_detector(config, len(found.class_names))
-            optimizer = training.make_optimizer(config, steps, detector.model.trainable_variables)
-            detectors.compile_model(detector, optimizer)
+            compile_detector(detector, config, steps)
         run.prepare_backup(found.class_names, "library")
         predictor = detector.predictor(config.image_size)
         # One graph for all uses. With `predict_on_batch`, every replica would predict the whole batch.
@@ -165,6 +164,12 @@ def build_detector(config: Config, class_count: int) -> detectors.Detector:
     for layer in training.batch_norms(detector.model):
         layer.momentum = config.norm_momentum
     return detector
+
+
+def compile_detector(detector: detectors.Detector, config: Config, steps: int) -> None:
+    """Compiles the detector with the optimizer of `config`, for epochs of `steps` steps."""
+    variables, gates = detector.model.trainable_variables, experiment.gates_of(detector.model)
+    detectors.compile_model(detector, training.make_optimizer(config, steps, variables, gates))
 
 
 def _fit(

@@ -36,6 +36,7 @@ class Config:
     batch_size: int
     optimizer: str = "adamw"
     learning_rate: float
+    gate_rate: float = 1.0
     schedule: str = "cosine"
     warmup_epochs: float = 1.0
     weight_decay: float
@@ -64,6 +65,7 @@ HELP = {
     "identity_init": "start gates at exactly 1; auto: only with trained weights",
     "norm_momentum": "momentum of the moving averages of batch normalization",
     "optimizer": "AdamW, or SGD with momentum 0.9",
+    "gate_rate": "learning rate of the gates relative to that of the other weights",
     "schedule": "schedule of the learning rate; steps: multiply by 0.1 after 30, 60 and 90 %% of the epochs",
     "warmup_epochs": "epochs of linear warm-up of the cosine schedule",
     "mixed_precision": "Keras dtype policy",

@@ -210,10 +210,9 @@ def make_optimizer(
     Biases and norms do not decay. The optimizer is built here because TensorFlow traces a step twice if it
     creates variables, which is slow for large models.
     """
-    factor = getattr(config, "gate_rate", 1.0)
     optimizer = _one_optimizer(config, config.learning_rate, steps)
-    if factor != 1 and gates:
-        of_gates = _one_optimizer(config, factor * config.learning_rate, steps)
+    if config.gate_rate != 1 and gates:
+        of_gates = _one_optimizer(config, config.gate_rate * config.learning_rate, steps)
         paths = {variable.path for gate in gates for variable in gate.trainable_variables}
         optimizers = keras.optimizers.OptimizerMap(optimizer, dict.fromkeys(paths, of_gates))
         optimizer = keras.optimizers.MultiOptimizer(optimizers)

@@ -63,7 +63,7 @@ def config_of(*words):
 
 
 def train_two_epochs(data, output, *words):
-    return detect.train(config_of("--data", data, "--output", str(output), "--epochs", "2", *words))
+    return detect.train(config_of("--data", data, "--output", str(output), "--epochs", "2", "--gate-rate", "2", *words))
 
 
 @pytest.mark.slow
@@ -161,6 +161,22 @@ def test_the_recipe_starts_from_the_presets_weights(preset):
     np.testing.assert_array_equal(layer.kernel, preset[0].get_layer("conv1_conv").kernel)
     norms = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
     assert {norm.momentum for norm in norms} == {0.99}
+
+
+def test_gates_at_a_rate_of_their_own(small):
+    config = config_of("--gate-rate", "10", "--learning-rate", "1e-3", "--schedule", "constant")
+    detector = detect.build_detector(config, 2)
+    detect.compile_detector(detector, config, 3)
+    gates = {gate.path for gate in detector.model._flatten_layers() if isinstance(gate, keras_das.DASLayer)}
+    assert len(gates) == 4
+    rates = {}
+    for optimizer in detector.model.optimizer.optimizers:
+        for variable in optimizer._trainable_variables:
+            rates[variable.path] = float(optimizer.learning_rate)
+    assert len(rates) == len(detector.model.trainable_variables)
+    for path, rate in rates.items():
+        of_a_gate = any(path.startswith(f"{gate}/") for gate in gates)
+        assert rate == pytest.approx(1e-2 if of_a_gate else 1e-3), path
 
 
 def test_boxes_in_pixels_of_the_original_images(coco_folder):
