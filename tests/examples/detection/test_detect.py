@@ -63,7 +63,8 @@ def config_of(*words):
 
 
 def train_two_epochs(data, output, *words):
-    return detect.train(config_of("--data", data, "--output", str(output), "--epochs", "2", "--gate-rate", "2", *words))
+    words = ["--data", data, "--output", str(output), "--epochs", "2", "--gate-rate", "2", *words]
+    return detect.train(config_of(*words))
 
 
 @pytest.mark.slow
