@@ -9,6 +9,7 @@ from keras import activations, constraints, initializers, ops, regularizers
 from keras_das.layers.arguments import standardize_factor
 from keras_das.layers.inputs import check_input
 from keras_das.layers.policies import check_not_quantized
+from keras_das.ops import dilated
 from keras_das.ops.arguments import (
     Settings,
     standardize_count,
@@ -243,18 +244,13 @@ class DeformableConv2D(keras.layers.Layer):
 
     def _predict(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
         batch, height, width, _ = ops.shape(inputs)
-        rows, columns = self._windows()
+        rows, columns = windows = self._windows()
         grid = (batch, rows.output_size(height), columns.output_size(width))
         padding = self.padding
         if not isinstance(padding, str):
             inputs, padding = ops.pad(inputs, ((0, 0), *padding, (0, 0))), "valid"
-        predictions = ops.conv(
-            inputs,
-            ops.cast(self.offset_kernel, inputs.dtype),
-            strides=self.strides,
-            padding=padding,
-            data_format="channels_last",
-            dilation_rate=self.dilation_rate,
+        predictions = dilated.convolution(
+            inputs, ops.cast(self.offset_kernel, inputs.dtype), windows, padding
         )
         # A matrix, because TensorFlow's oneDNN convolution returns the wrong shape for an empty batch (2.21).
         positions = grid[0] * grid[1] * grid[2]

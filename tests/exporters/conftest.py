@@ -47,6 +47,7 @@ def many_convolutions():
     kinds = [
         {"strides": 2, "padding": "same"},  # the padding depends on the size
         {"dilation_rate": (2, 1), "padding": ((2, 0), (1, 3)), "use_bias": False},
+        {"dilation_rate": (2, 3), "padding": "same", "kernel_size": (3, 2)},
         {"groups": 2, "offset_groups": 4, "padding": "same", "kernel_size": (3, 2)},
         {"modulated": False, "strides": (1, 2), "bias_initializer": uniform},
         {"groups": 8, "offset_groups": 2, "padding": "same", "kernel_size": 1},

@@ -96,6 +96,22 @@ def test_a_gate_needs_no_transposes_of_the_feature_map(order, tmp_path, rng, mon
     assert all({12, 24}.isdisjoint(shape[1:]) for shape in transposed), transposed
 
 
+def test_offsets_are_predicted_by_one_dilated_convolution(tmp_path):
+    gate = keras_das.DASLayer(dilation_rate=2)
+    model = keras.Sequential([keras.Input((None, None, 8), name="image"), gate])
+    path = tmp_path / "model.onnx"
+    keras_das.export(model, path, format="onnx")
+    nodes = onnx.load(path).graph.node
+    assert {"SpaceToDepth", "DepthToSpace"}.isdisjoint(node.op_type for node in nodes)
+    convolutions = [
+        {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+        for node in nodes
+        if node.op_type == "Conv"
+    ]
+    (dilated,) = [found for found in convolutions if found.get("dilations") == [2, 2]]
+    assert dilated["pads"] == [2, 2, 2, 2]
+
+
 def test_every_kind_of_convolution(tmp_path, rng):
     model, count = many_convolutions()
     path = tmp_path / "model.onnx"
