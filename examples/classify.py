@@ -98,9 +98,9 @@ Arguments on the command line override them."""
 
 def attach_das(backbone: backbones.Backbone, config: Config) -> keras.Model:
     """Calls `keras_das.attach_das` on the backbone's stages; invalid arguments raise a `UserError`."""
-    identity = config.identity_init == "on"
+    arguments = {"identity_init": config.identity_init == "on", **config.das}
     try:
-        return keras_das.attach_das(backbone.model, backbone.stages, identity_init=identity, **config.das)
+        return keras_das.attach_das(backbone.model, backbone.stages, **arguments)
     except (TypeError, ValueError) as error:
         given = "".join(f" --das {key}={value}" for key, value in config.das.items())
         line = common.first_line(error)

@@ -261,7 +261,7 @@ def attach_das(identity_init: bool, das: Mapping[str, Any]) -> Callable[[keras.M
 
     def attach(backbone: keras.Model) -> keras.Model:
         try:
-            return keras_das.attach_das(backbone, identity_init=identity_init, **das)
+            return keras_das.attach_das(backbone, **{"identity_init": identity_init, **das})
         except (TypeError, ValueError) as error:
             raise UserError(f"cannot attach gates: {first_line(error)}") from error
 

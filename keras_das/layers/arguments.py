@@ -5,6 +5,15 @@ import numbers
 from collections.abc import Collection
 from typing import Any
 
+import numpy as np
+
+
+def standardize_flag(value: bool, name: str) -> bool:
+    """Returns `value` as a bool if it is one, including NumPy's, or raises a ValueError."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"`{name}` must be True or False. Received: {name}={value!r}")
+    return bool(value)
+
 
 def standardize_factor(value: float, name: str) -> float:
     """Returns `value` as a float if it is a finite number of at least 0, or raises a ValueError."""

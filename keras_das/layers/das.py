@@ -8,7 +8,7 @@ import keras
 from keras import constraints, initializers, ops, regularizers
 
 from keras_das.layers import folded_norm
-from keras_das.layers.arguments import standardize_choice, standardize_factor
+from keras_das.layers.arguments import standardize_choice, standardize_factor, standardize_flag
 from keras_das.layers.deformable_conv2d import DeformableConv2D, Identifier, Shape, Tensor
 from keras_das.layers.depthwise import DepthwiseConv2D
 from keras_das.layers.inputs import check_input
@@ -132,10 +132,10 @@ class DASLayer(keras.layers.Layer):
         self.kernel_size = standardize_pair(kernel_size, "kernel_size")
         self.dilation_rate = standardize_pair(dilation_rate, "dilation_rate")
         self.offset_groups = standardize_count(offset_groups, "offset_groups")
-        self.modulated = modulated
+        self.modulated = standardize_flag(modulated, "modulated")
         self.deformable = standardize_choice(deformable, "deformable", ("separable", "dense"))
         self.norm = standardize_choice(norm, "norm", ("image", "channels"))
-        self.identity_init = identity_init
+        self.identity_init = standardize_flag(identity_init, "identity_init")
         self.identity_gain = standardize_positive(identity_gain, "identity_gain")
         self.offset_scale = standardize_factor(offset_scale, "offset_scale")
         self.data_format = standardize_data_format(data_format)

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 from keras import activations, constraints, initializers, ops, regularizers
 
-from keras_das.layers.arguments import standardize_factor
+from keras_das.layers.arguments import standardize_factor, standardize_flag
 from keras_das.layers.inputs import check_input
 from keras_das.layers.policies import check_not_quantized
 from keras_das.ops import dilated
@@ -128,10 +128,10 @@ class DeformableConv2D(keras.layers.Layer):
         self.dilation_rate = standardize_pair(dilation_rate, "dilation_rate")
         self.groups = standardize_count(groups, "groups")
         self.offset_groups = standardize_count(offset_groups, "offset_groups")
-        self.modulated = modulated
+        self.modulated = standardize_flag(modulated, "modulated")
         self.offset_scale = standardize_factor(offset_scale, "offset_scale")
         self.activation = activations.get(activation)
-        self.use_bias = use_bias
+        self.use_bias = standardize_flag(use_bias, "use_bias")
         self.kernel_initializer = initializers.get(kernel_initializer)
         self.bias_initializer = initializers.get(bias_initializer)
         self.offset_initializer = initializers.get(offset_initializer)

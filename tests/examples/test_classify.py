@@ -430,6 +430,12 @@ def test_gates_alone_and_at_a_rate_of_their_own() -> None:
         classify._freeze(classify.build_model(classify.Config(attention="none"), ("a", "b")), config)
 
 
+def test_das_arguments_precede_those_of_the_script() -> None:
+    config, _ = classify.parse_arguments(["--backbone", "resnet20", "--das", "identity_init=True"])
+    gates = experiment.gates_of(classify.build_model(config, ("a", "b")))
+    assert [gate.identity_init for gate in gates] == [True] * len(gates) != []
+
+
 def test_batch_norms_are_frozen() -> None:
     config = classify.Config(backbone="resnet18", freeze_batch_norm=True, attention="none")
     model = classify.build_model(config, ("a", "b"))

@@ -353,6 +353,8 @@ def test_the_samples_follow_the_offsets():
         ({"offset_groups": -1}, ["`offset_groups`", "offset_groups=-1"]),
         ({"deformable": "depthwise"}, ["`deformable`", "'depthwise'"]),
         ({"norm": "layer"}, ["`norm`", "'layer'", '"image" or "channels"']),
+        ({"identity_init": "False"}, ["`identity_init`", "'False'"]),
+        ({"modulated": None}, ["`modulated`", "None"]),
         ({"identity_gain": 0}, ["`identity_gain`", "identity_gain=0"]),
         ({"identity_gain": float("inf")}, ["`identity_gain`", "inf"]),
         ({"offset_scale": -1}, ["`offset_scale`", "offset_scale=-1"]),

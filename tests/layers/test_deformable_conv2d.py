@@ -179,6 +179,8 @@ def test_mask_of_the_input_ends_here():
         ({"kernel_size": (3, 3, 3)}, ["`kernel_size`", "(3, 3, 3)"]),
         ({"kernel_size": 0}, ["`kernel_size`", "kernel_size=0"]),
         ({"strides": -1}, ["`strides`", "strides=-1"]),
+        ({"use_bias": 1}, ["`use_bias`", "use_bias=1"]),
+        ({"modulated": "no"}, ["`modulated`", "'no'"]),
         ({"dilation_rate": "2"}, ["`dilation_rate`", "'2'"]),
         ({"strides": 2, "dilation_rate": 2}, ["`strides`", "`dilation_rate`", "(2, 2)"]),
         ({"padding": "full"}, ["`padding`", "'full'"]),
