@@ -11,7 +11,7 @@ import numpy as np
 from scipy import ndimage
 
 SIZE = 64
-_FRAGMENT = (0.3, 0.5)  # sides of a fragment relative to those of its digit
+FRAGMENT = (0.3, 0.5)  # sides of a fragment relative to those of its digit
 _TURN = 30.0  # degrees
 
 
@@ -24,7 +24,13 @@ class Images:
     boxes: np.ndarray  # (N, 1, 4): top, left, bottom, right in pixels
 
 
-def load(train: int, test: int, fragments: int, scale: tuple[float, float]) -> tuple[Images, Images]:
+def load(
+    train: int,
+    test: int,
+    fragments: int,
+    scale: tuple[float, float],
+    fragment: tuple[float, float] = FRAGMENT,
+) -> tuple[Images, Images]:
     """Returns the same training and test images at every call.
 
     Args:
@@ -32,6 +38,7 @@ def load(train: int, test: int, fragments: int, scale: tuple[float, float]) -> t
         test: Number of test images.
         fragments: Fragments in each image.
         scale: Smallest and largest scale of the digits, relative to their 8x8 pixels.
+        fragment: Smallest and largest sides of a fragment, relative to those of its digit.
     """
     from sklearn.datasets import load_digits
 
@@ -40,18 +47,18 @@ def load(train: int, test: int, fragments: int, scale: tuple[float, float]) -> t
     split = len(order) * 2 // 3
     parts = ((order[:split], train, 1), (order[split:], test, 2))
     return tuple(
-        _draw(digits.images[chosen] / 16, digits.target[chosen], count, fragments, scale, seed)
+        _draw(digits.images[chosen] / 16, digits.target[chosen], count, fragments, scale, fragment, seed)
         for chosen, count, seed in parts
     )
 
 
-def _draw(digits, targets, count, fragments, scale, seed) -> Images:
+def _draw(digits, targets, count, fragments, scale, fragment, seed) -> Images:
     rng = np.random.default_rng(seed)
     images = np.zeros((count, SIZE, SIZE))
     labels, boxes = np.zeros(count, "int64"), np.zeros((count, 1, 4))
     for index in range(count):
         for digit in digits[rng.integers(len(digits), size=fragments)]:
-            _place(images[index], _cut(_transform(digit, scale, rng), rng), rng)
+            _place(images[index], _cut(_transform(digit, scale, rng), fragment, rng), rng)
         chosen = rng.integers(len(digits))
         labels[index] = targets[chosen]
         boxes[index, 0] = _place(images[index], _transform(digits[chosen], scale, rng), rng)
@@ -70,9 +77,9 @@ def _transform(digit: np.ndarray, scale: tuple[float, float], rng: np.random.Gen
     return enlarged[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
-def _cut(patch: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _cut(patch: np.ndarray, fragment: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
     """A random part of a digit."""
-    size = np.ceil(rng.uniform(*_FRAGMENT, size=2) * patch.shape).astype(int)
+    size = np.ceil(rng.uniform(*fragment, size=2) * patch.shape).astype(int)
     top, left = (rng.integers(whole - part + 1) for whole, part in zip(patch.shape, size, strict=True))
     return patch[top : top + size[0], left : left + size[1]]
 
