@@ -181,13 +181,16 @@ def _backbone(library: str, name: str, image_size: int, pretrained: bool) -> bac
 
 
 def _load_backbone(model: keras.Model, path: Path) -> None:
-    """Load the backbone's weights, without attention, from the `.keras` file of a classifier."""
+    """Copy the backbone's weights, except those of gates, from the `.keras` file of a classifier."""
+    wanted = {layer.name: layer for layer in model.layers if layer.weights}
     try:
         classifier = keras.models.load_model(path, compile=False)
-        source = next(layer for layer in classifier.layers if isinstance(layer, type(model)))
-        model.set_weights(source.get_weights())
+        models = [layer for layer in classifier.layers if isinstance(layer, keras.Model)]
+        source = next(each for each in models if wanted.keys() <= {layer.name for layer in each.layers})
+        for name, layer in wanted.items():
+            layer.set_weights(source.get_layer(name).get_weights())
     except StopIteration as error:
-        raise UserError(f"--weights: {path} has no {type(model).__name__} in it") from error
+        raise UserError(f"--weights: {path} does not contain the layers of {model.name}") from error
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"--weights: {path} does not fit the backbone: {first_line(error)}") from error
 

@@ -139,10 +139,12 @@ def test_the_predictor_goes_from_pixels_to_boxes(plain, images):
     np.testing.assert_array_equal(found["count"], 0)  # no score exceeds the prior yet
 
 
-def test_backbone_of_a_trained_classifier(tmp_path):
+@pytest.mark.parametrize("gated", [False, True])
+def test_backbone_of_a_trained_classifier(tmp_path, gated):
     backbone = detectors._backbone("keras_hub", "resnet18", SIZE, False).model
+    features = keras_das.attach_das(backbone) if gated else backbone
     inputs = keras.Input((SIZE, SIZE, 3))
-    x = keras.layers.GlobalAveragePooling2D()(backbone(inputs))
+    x = keras.layers.GlobalAveragePooling2D()(features(inputs))
     keras.Model(inputs, keras.layers.Dense(2)(x)).save(tmp_path / "classifier.keras")
     detector = build("keras_hub", weights=str(tmp_path / "classifier.keras"))
     theirs = {w.path.split("/", 1)[-1]: w.numpy() for w in backbone.weights}
