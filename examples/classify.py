@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Collection
@@ -164,18 +165,23 @@ def build_model(config: Config, class_names: tuple[str, ...]) -> keras.Model:
     """
     pretrained = config.weights in ("imagenet", "preset")
     file = None if pretrained or config.weights == "none" else Path(config.weights)
+    source = None if file is None else _read(file)
     backbone = backbones.build(config.backbone, config.image_size, pretrained, config.small_stem)
     plain = _classifier(backbone.model, backbone, config, len(class_names))
-    attach_to_file = file is not None and config.attention != "none" and _holds(file, plain)
+    attach_to_file = (
+        source is not None and config.attention != "none" and len(source.weights) == len(plain.weights)
+    )
     if attach_to_file:
-        load_weights(plain, file)
+        _load(plain, file, source)
     if config.identity_init == "auto":
-        config = dataclasses.replace(config, identity_init="on" if pretrained or attach_to_file else "off")
+        gates = experiment.gates_of(source) if source else []
+        at_one = pretrained or attach_to_file or any(gate.identity_init for gate in gates)
+        config = dataclasses.replace(config, identity_init="on" if at_one else "off")
     features = ATTENTIONS[config.attention](backbone, config)
     model = _classifier(features, backbone, config, len(class_names))
     model.get_layer("classes").set_weights(plain.get_layer("classes").get_weights())
     if file is not None and not attach_to_file:
-        load_weights(model, file)
+        _load(model, file, source)
     return model
 
 
@@ -203,25 +209,25 @@ def _freeze(model: keras.Model, config: Config) -> None:
             layer.trainable = False
 
 
-def _holds(path: Path, model: keras.Model) -> bool:
-    """Whether a `.keras` file contains a model with as many weights as `model`; `False` for other files."""
-    if path.suffix != ".keras" or not path.is_file():
-        return False
-    try:
-        return len(keras.models.load_model(path, compile=False).weights) == len(model.weights)
-    except (OSError, ValueError, TypeError):
-        return False  # `load_weights` reports the problem
-
-
-def load_weights(model: keras.Model, path: Path) -> None:
-    """Load `model` from a `.weights.h5` or `.keras` file of the same architecture and class count."""
+def _read(path: Path) -> keras.Model | None:
+    """Returns the model of a `.keras` file, or `None` for a file that contains only weights."""
     if not path.is_file():
         raise UserError(f"--weights: no such file: {path} (other values: none, imagenet, preset)")
+    if path.suffix != ".keras":
+        return None
     try:
-        if path.suffix == ".keras":
-            source = keras.models.load_model(path, compile=False)
+        return keras.models.load_model(path, compile=False)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"--weights: cannot read {path}: {common.first_line(error)}") from error
+
+
+def _load(model: keras.Model, path: Path, source: keras.Model | None) -> None:
+    """Copies the weights of `source`, the model of the file, or of a file that contains only weights."""
+    try:
+        if source is not None:
             _check_class_count(path, source, model)
             model.set_weights(source.get_weights())
+            _check_gates(path, source, model)
             return
         with warnings.catch_warnings():
             # Keras only warns about weights that the file lacks.
@@ -235,6 +241,18 @@ def _check_class_count(path: Path, source: keras.Model, model: keras.Model) -> N
     theirs, ours = source.output_shape[-1], model.output_shape[-1]
     if theirs != ours:
         raise UserError(f"--weights: {path} was trained for {theirs} classes, the data has {ours}")
+
+
+def _check_gates(path: Path, source: keras.Model, model: keras.Model) -> None:
+    """Checks that the gates of both models compute the same."""
+    pairs = zip(experiment.gates_of(source), experiment.gates_of(model), strict=True)
+    for theirs, ours in ((their.get_config(), our.get_config()) for their, our in pairs):
+        for setting in ("identity_init", "identity_gain", "norm", "dilation_rate", "offset_scale"):
+            if theirs[setting] != ours[setting]:
+                raise UserError(
+                    f"--weights: the gates of {path} have {setting}={theirs[setting]}, those of this model "
+                    f"{ours[setting]}; pass --das {shlex.quote(f'{setting}={theirs[setting]}')}"
+                )
 
 
 def compile_model(model: keras.Model, config: Config, train_count: int) -> None:

@@ -45,6 +45,7 @@ STEMS = {
     ],
     "stride 8": lambda: [mean(2, 2, "valid"), box(4, 2, "same"), box(3, 2, "valid")],
     "cropped": lambda: [keras.layers.Cropping2D(((5, 2), (1, 4))), mean(2, 2, "same")],
+    "cropped to its centre": lambda: [keras.layers.CenterCrop(91, 120), mean(2, 2, "same")],
     "resized": lambda: [keras.layers.Resizing(40, 96), box(3, 1, "same")],
     "upsampled": lambda: [mean(4, 4, "valid"), keras.layers.UpSampling2D(2, interpolation="bilinear")],
 }
@@ -167,7 +168,7 @@ def test_offset_groups_and_no_mask():
     np.testing.assert_array_equal(found.mask, 1)
 
 
-def test_stacked_layers(rng):
+def test_stacked_layers(rng, monkeypatch):
     layers = {}
     for name in ("first", "second"):
         layers[name] = keras_das.DASLayer(name=name, reduction=1, offset_initializer="random_normal")
@@ -175,7 +176,16 @@ def test_stacked_layers(rng):
         [keras.Input((64, 64, 2)), box(3, 2, "same"), layers["first"], box(3, 2, "same"), layers["second"]]
     )
     image = rng.normal(size=(64, 64, 2)).astype("float32")
+    predictions = []
+    predict = keras_das.DASLayer.predict_offsets
+
+    def counted(layer, x):
+        predictions.append(layer.name)
+        return predict(layer, x)
+
+    monkeypatch.setattr(keras_das.DASLayer, "predict_offsets", counted)
     found = visualize.stacked_sampling_points(model, image, ["second", "first"], (31, 33))
+    monkeypatch.undo()
     assert found.points.shape == (1, 81, 2)
     outer = visualize.sampling_points(model, image, "second", (31, 33))
     for tap in (0, 5):
@@ -185,6 +195,8 @@ def test_stacked_layers(rng):
         np.testing.assert_allclose(found.points[0, mine], inner.points[0])
         np.testing.assert_allclose(found.mask[0, mine], mask * inner.mask[0], rtol=1e-6)
     np.testing.assert_array_equal(found.center, outer.center)
+    for layer in layers.values():
+        assert predictions.count(layer.name) == 1
     corner = visualize.stacked_sampling_points(model, image, ["first", "second"], (0, 0))
     alone = visualize.sampling_points(model, image, "second", (0, 0))
     assert not corner.inside[0].reshape(9, 9)[~alone.inside[0]].any()
@@ -385,6 +397,33 @@ def test_grad_cam_of_gradients_that_differ_by_place(rng):
     np.testing.assert_allclose(found, expected / expected.max(), rtol=1e-4, atol=1e-5)
 
 
+def test_grad_cam_in_float16_of_a_confident_prediction(rng):
+    """Gradients that are smaller than the smallest float16 do not become 0."""
+    image = rng.normal(size=(28, 28, 3)).astype("float32")
+    other, best = np.sort(np.maximum(image, 0).mean(axis=(0, 1)) @ WEIGHTS)
+    confident = 11 / (best - other) * WEIGHTS
+    maps = {}
+    for policy in ("float32", "mixed_float16"):
+        layers = [keras.layers.ReLU(name="features", dtype=policy)]
+        layers += [keras.layers.GlobalAveragePooling2D(dtype=policy), keras.layers.Dense(2, "softmax")]
+        model = keras.Sequential([keras.Input(image.shape), *layers])
+        model.layers[-1].set_weights([confident, np.zeros(2, "float32")])
+        maps[policy] = visualize.grad_cam(model, image, "features")
+    assert 1e-6 < 1 - model(image[None]).numpy().max() < 1e-4
+    np.testing.assert_allclose(maps["mixed_float16"], maps["float32"], atol=2e-3)
+
+
+def test_grad_cam_of_a_layer_that_is_called_with_a_keyword(rng):
+    image = keras.Input((6, 5, 3))
+    features = keras.layers.AveragePooling2D(1, name="features")
+    pooled = keras.layers.GlobalAveragePooling2D()(features(inputs=image))
+    model = keras.Model(image, keras.layers.Dense(2, use_bias=False)(pooled))
+    model.layers[-1].set_weights([WEIGHTS])
+    pixels = rng.normal(size=(6, 5, 3)).astype("float32")
+    expected = visualize.grad_cam(classifier(), pixels, "features", 0)
+    np.testing.assert_allclose(visualize.grad_cam(model, pixels, "features", 0), expected, rtol=1e-5)
+
+
 def test_grad_cam_of_nothing():
     """Returns zeros instead of 0/0 if no pixel supports the class."""
     image = np.zeros((6, 5, 3), "float32") + [0, 0, 1]
@@ -528,20 +567,22 @@ def test_picture_of_something_else_than_pixels(rng):
     picture = rng.integers(0, 255, (8, 8, 3)).astype("uint8")
     axes = visualize.plot_sampling_points(model, image, "gate", (4, 4), picture).axes[0]
     np.testing.assert_allclose(axes.images[0].get_array(), picture / 255)
+    black = visualize.plot_sampling_points(model, image, "gate", (4, 4), np.full((8, 8), -1.0)).axes[0]
+    np.testing.assert_array_equal(black.images[0].get_array(), 0)
     with pytest.raises(ValueError, match=r"`picture` must have the shape \(8, 8\) or \(8, 8, 3\)"):
         visualize.plot_sampling_points(model, image, "gate", (4, 4), picture[:4])
 
 
 def test_plot_history(tmp_path):
-    (tmp_path / "a.csv").write_text("epoch,loss,val_loss,note\n0,3.0,4.0,x\n1,2.0,,y\n")
+    (tmp_path / "a.csv").write_text("epoch,loss,val_loss,note\n0,3.0,4.0,x\n1,2.0,,y\n2,1.0,NA,z\n")
     (tmp_path / "b.csv").write_text("epoch,accuracy,loss\n0,0.5,1.0\n")
     files = {"a": tmp_path / "a.csv", "b": tmp_path / "b.csv"}
     figure = visualize.plot_history(files)
     assert [axes.get_title() for axes in figure.axes] == ["loss", "accuracy"]
     lines = {line.get_label(): line for line in figure.axes[0].lines}
     assert list(lines) == ["a", "a, validation", "b"]
-    np.testing.assert_array_equal(lines["a"].get_xydata(), [[0, 3], [1, 2]])
-    np.testing.assert_array_equal(lines["a, validation"].get_ydata(), [4, np.nan])
+    np.testing.assert_array_equal(lines["a"].get_xydata(), [[0, 3], [1, 2], [2, 1]])
+    np.testing.assert_array_equal(lines["a, validation"].get_ydata(), [4, np.nan, np.nan])
     assert len(visualize.plot_history(files, ["accuracy"]).axes) == 1
     with pytest.raises(ValueError, match=r"`metrics` must be among \['loss', 'accuracy'\]"):
         visualize.plot_history(files, ["recall"])

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_das.models.graph import run
 from keras_das.ops import crops, native
+from keras_das.ops.arguments import standardize_count, standardize_pair
 from keras_das.ops.deformable import substituted
 
 Tensor = Any
@@ -32,8 +34,12 @@ class Serving:
         """Validates the options that do not depend on the model."""
         if not self.serving_bytes and (self.image_size is not None or self.preprocessing is not None):
             raise ValueError("`image_size` and `preprocessing` require serving_bytes=True.")
-        if any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in self.warmup):
-            raise ValueError(f"`warmup` must contain batch sizes. Received: warmup={self.warmup!r}")
+        if self.labels is not None and not isinstance(self.labels, str):
+            self.labels = tuple(self.labels)
+        if self.image_size is not None:
+            self.image_size = standardize_pair(self.image_size, "image_size")
+        sizes = self.warmup if isinstance(self.warmup, Sequence | np.ndarray) else [self.warmup]
+        self.warmup = tuple(standardize_count(size, "warmup") for size in sizes)
 
     def is_plain(self) -> bool:
         """Whether no options are set."""
@@ -108,10 +114,12 @@ def _write_signatures(model: keras.Model, folder: Path, verbose: bool, serving: 
             "`labels`, `serving_bytes` and `warmup` require Keras on TensorFlow. "
             f"Received: backend {keras.backend.backend()!r}"
         )
-    if len(model.inputs) != 1 or len(model.outputs) != 1:
+    is_graph = isinstance(model, keras.Function | keras.Sequential)
+    if not is_graph or len(model.inputs) != 1 or len(model.outputs) != 1:
         raise ValueError(
-            "`model` must have one input and one output for `labels`, `serving_bytes` and `warmup`. "
-            f"Received: {len(model.inputs)} inputs, {len(model.outputs)} outputs"
+            "`model` must be a functional or sequential model with one input and one output for `labels`, "
+            f"`serving_bytes` and `warmup`. Received: model={model} of class {type(model).__name__}"
+            + (f" with {len(model.inputs)} inputs and {len(model.outputs)} outputs" if is_graph else "")
         )
     image = model.inputs[0]
     _check_labels(model, serving.labels)
@@ -133,7 +141,8 @@ def _write_signatures(model: keras.Model, folder: Path, verbose: bool, serving: 
                 images = serving.preprocessing(images)
             elif channels_first:
                 images = tf.transpose(images, (0, 3, 1, 2))
-            return serve(tf.cast(images, image.dtype))
+            rounded = tf.round(images) if tf.as_dtype(image.dtype).is_integer else images
+            return serve(tf.cast(rounded, image.dtype))
 
         archive.add_endpoint(
             "serving_bytes", from_bytes, [tf.TensorSpec((None,), tf.string, name="image_bytes")]
@@ -205,7 +214,8 @@ def _blank_images(image: Tensor, count: int, serving: Serving) -> Tensor:
 
     shape = list(image.shape[1:])
     if None in shape and serving.image_size is not None:
-        shape = [*serving.image_size, 3]
+        size, channels_first = _image_layout(image, serving.image_size)
+        shape = [3, *size] if channels_first else [*size, 3]
     if None in shape:
         raise ValueError(
             f"`warmup` requires a model of images of one size, or `image_size`. Received: shape {image.shape}"

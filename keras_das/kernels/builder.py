@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import json
@@ -79,7 +80,6 @@ def build(
     compiler = find_compiler()
     nvcc = find_nvcc() if target.cuda else None
     try:
-        root.mkdir(parents=True, exist_ok=True)
         with _locked(root, report) as waited:
             if (waited or not force) and (file := _present(target, root)):
                 report(f"Another process has built the kernel library for {target}: {file}")
@@ -114,8 +114,7 @@ def clean(root: pathlib.Path | None = None, report: Report = print) -> None:
                 shutil.rmtree(folder)
                 report(f"Removed {folder}")
             _remove_unfinished(root)
-        if not any(root.iterdir()):
-            root.rmdir()
+        _remove_if_empty(root)
         if not folders:
             report(f"Nothing to remove: no kernel library in {root}")
     except OSError as error:
@@ -136,10 +135,18 @@ def _processors() -> int:
 
 @contextlib.contextmanager
 def _locked(root: pathlib.Path, report: Report) -> Iterator[bool]:
-    """Holds the lock of a folder, which a dying process releases too. Yields whether it had to wait."""
+    """Holds the lock of a folder, which a dying process releases too. Yields whether it had to wait.
+
+    Creates the folder if it does not exist or the previous holder has removed it.
+    """
     waited = False
     while True:
-        with (root / _LOCK).open("a") as lock:
+        root.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = (root / _LOCK).open("a")
+        except FileNotFoundError:
+            continue  # the previous holder has removed the folder
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -160,6 +167,15 @@ def _is_file(path: pathlib.Path, descriptor: int) -> bool:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:
         return False
+
+
+def _remove_if_empty(folder: pathlib.Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError as error:
+        # It contains other files, such as the lock of a waiting process, or another process has removed it.
+        if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
+            raise
 
 
 def _remove_unfinished(root: pathlib.Path) -> None:

@@ -332,7 +332,8 @@ class DASLayer(keras.layers.Layer):
 
     def call(self, inputs: Tensor) -> Tensor:
         """Multiplies the feature map by its gate."""
-        return inputs * self.gate(inputs)
+        gate = self.gate(inputs)
+        return ops.cast(inputs, gate.dtype) * gate  # they differ with `autocast=False`
 
     def predict_offsets(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
         """Predicts where the gate samples the feature map; see `DeformableConv2D.predict_offsets`.

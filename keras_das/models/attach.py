@@ -3,7 +3,7 @@
 import difflib
 import importlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -153,6 +153,8 @@ def _sites(
         chosen = list(_default_levels(base, taps).items())
     else:
         single = isinstance(at, str | keras.Operation)
+        if not single and not isinstance(at, Iterable):
+            raise ValueError(f"`at` must contain layers, or names of layers or levels. Received: at={at!r}")
         names = [_name_of(base, nodes, site) for site in ([at] if single else at)]
         chosen = _named(base, layers, taps, names)
     sites: dict[str, Tensor] = {}

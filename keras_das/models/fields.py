@@ -181,13 +181,13 @@ def _after(
     field = _union(known)
     if isinstance(operation, _WINDOWS):
         return through(field, windows_of(operation))
-    before = _pixels_before(operation, data_format)
+    before = _pixels_before(operation, field, data_format)
     if before is not None:
         return field[0].moved(before[0], size[0]), field[1].moved(before[1], size[1])
     return field[0].resized(size[0]), field[1].resized(size[1])
 
 
-def _pixels_before(operation: Any, data_format: str) -> tuple[int, int] | None:
+def _pixels_before(operation: Any, field: Field, data_format: str) -> tuple[int, int] | None:
     """Pixels that a padding or cropping adds before rows and columns; `None` for other operations."""
     if isinstance(operation, keras.layers.ZeroPadding2D):
         (top, _), (left, _) = operation.padding
@@ -195,6 +195,10 @@ def _pixels_before(operation: Any, data_format: str) -> tuple[int, int] | None:
     if isinstance(operation, keras.layers.Cropping2D):
         (top, _), (left, _) = operation.cropping
         return -top, -left
+    if isinstance(operation, keras.layers.CenterCrop):
+        above, left = field[0].size - operation.height, field[1].size - operation.width
+        if above >= 0 and left >= 0:  # a smaller image is resized
+            return -(above // 2), -(left // 2)
     if type(operation).__name__ == "Pad" and len(operation.pad_width) == 4:  # `keras.ops.pad` in a graph
         first = 1 if data_format == "channels_last" else 2
         return operation.pad_width[first][0], operation.pad_width[first + 1][0]

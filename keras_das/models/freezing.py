@@ -13,7 +13,9 @@ def freeze_trunk(model: keras.Model, freeze: bool = True) -> None:
     """Freezes the layers that the gates of a model depend on, so that only gates and head are trained.
 
     A layer belongs to the trunk if the input of a gate depends on it. Gates stay trainable, and so do the
-    layers after the last gate, such as the head of a classifier or the feature pyramid of a detector. Frozen
+    layers after the last gate, such as the head of a classifier or the feature pyramid of a detector. The
+    same holds for layers next to a gate in the `call` method of a custom layer that no other gate follows:
+    their order is not known. Frozen
     batch normalization runs in inference mode, so its statistics do not change either.
 
     Call this function before `model.compile`.
@@ -38,21 +40,25 @@ def freeze_trunk(model: keras.Model, freeze: bool = True) -> None:
     if not isinstance(model, keras.Model):
         raise ValueError(f"`model` must be a Keras model. Received: model={model!r}")
     graphs = [layer for layer in flatten_layers(model) if isinstance(layer, keras.Function)]
-    nodes = [node for graph in graphs for node in sort_nodes(graph.outputs) if _has_gates(node.operation)]
+    nodes = [node for graph in graphs for node in sort_nodes(graph.outputs) if _gates_in(node.operation)]
     if not nodes:
         raise ValueError(
             "`model` must have gates in a graph of layers; see `keras_das.attach_das`. "
             f"Received: model={model} of class {type(model).__name__}"
         )
     for node in sort_nodes(tensor for gated in nodes for tensor in gated.input_tensors):
-        if isinstance(node.operation, keras.Layer) and not _has_gates(node.operation):
-            for layer in flatten_layers(node.operation):
+        if isinstance(node.operation, keras.Layer):
+            for layer in _without_gates(node.operation):
                 layer.trainable = not freeze
 
 
-def _has_gates(operation: Any) -> bool:
-    """Whether a layer is a gate or a model that contains gates."""
-    if isinstance(operation, DASLayer):
-        return True
-    is_model = isinstance(operation, keras.Model)
-    return is_model and any(isinstance(layer, DASLayer) for layer in flatten_layers(operation))
+def _gates_in(operation: Any) -> list[DASLayer]:
+    """Returns the gates in an operation, which can be a gate itself."""
+    layers = flatten_layers(operation) if isinstance(operation, keras.Layer) else []
+    return [layer for layer in layers if isinstance(layer, DASLayer)]
+
+
+def _without_gates(layer: keras.Layer) -> list[keras.Layer]:
+    """Returns the layer and those inside it, except gates, their parts, and what contains gates."""
+    parts = {id(part) for gate in _gates_in(layer) for part in flatten_layers(gate)}
+    return [each for each in flatten_layers(layer) if id(each) not in parts and not _gates_in(each)]

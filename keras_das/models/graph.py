@@ -24,16 +24,23 @@ def sort_nodes(tensors: Iterable[Tensor]) -> list[Node]:
 
 
 def data_format_of(tensor: Tensor) -> str:
-    """Returns the data format of the nearest preceding layer that has one."""
+    """Returns the data format of the nearest preceding layer that has one, also inside nested models."""
+    return _nearest_data_format(tensor) or keras.config.image_data_format()
+
+
+def _nearest_data_format(tensor: Tensor) -> str | None:
     nodes = [node_of(tensor)]
     seen = set(nodes)
     for node in nodes:
-        if data_format := getattr(node.operation, "data_format", None):
+        operation = node.operation
+        nested = isinstance(operation, keras.Function | keras.Sequential)
+        inside = _nearest_data_format(operation.outputs[0]) if nested else None
+        if data_format := inside or getattr(operation, "data_format", None):
             return data_format
         parents = [parent for parent in dict.fromkeys(node.parent_nodes) if parent not in seen]
         seen.update(parents)
         nodes.extend(parents)
-    return keras.config.image_data_format()
+    return None
 
 
 def shapes_of(

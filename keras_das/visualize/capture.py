@@ -1,6 +1,7 @@
 """Runs a model and captures or replaces what its layers compute."""
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -49,6 +50,8 @@ def replaced_call(
         original = layer.call
 
         def call(*args: Any, **kwargs: Any) -> Any:
+            if not args:  # the input is passed by its name
+                args = (kwargs.pop(next(iter(inspect.signature(original).parameters))),)
             output = replacement(layer, lambda x: original(x, *args[1:], **kwargs), args[0])
             seen[id(layer)].append((args[0], output))
             return output

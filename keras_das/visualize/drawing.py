@@ -42,7 +42,7 @@ def standardize_picture(model: keras.Model, pixels: np.ndarray, picture: np.ndar
     if low >= 0 and high <= 255:
         is_bytes = high > 1 or np.issubdtype(picture.dtype, np.integer)
         return values / 255 if is_bytes else values
-    return (values - low) / (high - low)
+    return (values - low) / ((high - low) or 1)
 
 
 def show_picture(axes: Any, picture: np.ndarray, gray: bool = False) -> None:

@@ -1,5 +1,6 @@
 """`grad_cam`: the pixels of a feature map that contribute to the score of a class."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -64,14 +65,32 @@ def grad_cam(
 
     def score(change: Tensor) -> Tensor:
         with replaced_call([found], lambda of, call, x: call(x) + change):
-            return sample.run()[0, class_index]
+            return ops.cast(sample.run()[0, class_index], "float32")
 
-    gradient = to_numpy(_gradient(score, ops.zeros_like(features)))
+    gradient = _scaled_gradient(score, ops.zeros_like(features))
     features = to_numpy(features)
     if data_format_of(model) == "channels_first":
         features, gradient = (np.moveaxis(x, 1, -1) for x in (features, gradient))
     cam = np.maximum(np.sum(features * gradient.mean(axis=(1, 2), keepdims=True), axis=-1), 0)[0]
     return cam / cam.max() if cam.max() > 0 else cam
+
+
+def _scaled_gradient(score: Callable[[Tensor], Tensor], at: Tensor) -> np.ndarray:
+    """Returns a positive multiple of the gradient of a scalar function, in float32.
+
+    Gradients of confident predictions are smaller than the smallest float16. The largest power of two without
+    an overflow scales them.
+    """
+    scale = 2.0**24 if keras.backend.standardize_dtype(at.dtype) == "float16" else 1.0
+    while True:
+        gradient = to_numpy(_gradient(functools.partial(_multiplied, score, scale), at))
+        if scale == 1 or np.isfinite(gradient).all():
+            return gradient
+        scale /= 16
+
+
+def _multiplied(score: Callable[[Tensor], Tensor], factor: float, x: Tensor) -> Tensor:
+    return factor * score(x)
 
 
 def _gradient(score: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:

@@ -26,6 +26,8 @@ from keras_das.visualize.sampling import (
     stacked_sampling_points,
 )
 
+_MISSING = (None, "", "NA")  # cells without a number
+
 
 def plot_sampling_points(
     model: keras.Model,
@@ -258,7 +260,7 @@ def plot_history(
 
 
 def _columns(path: str | os.PathLike, epoch: str) -> dict[str, list[float]]:
-    """Reads the columns of numbers of a CSV file. An empty cell is NaN."""
+    """Reads the columns of numbers of a CSV file. A cell that is empty or "NA", as in Keras' logs, is NaN."""
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     if not rows or epoch not in rows[0]:
@@ -268,5 +270,5 @@ def _columns(path: str | os.PathLike, epoch: str) -> dict[str, list[float]]:
     columns = {}
     for name in rows[0]:
         with contextlib.suppress(ValueError):  # columns of text are not drawn
-            columns[name] = [float(row[name] or math.nan) for row in rows]
+            columns[name] = [math.nan if row[name] in _MISSING else float(row[name]) for row in rows]
     return columns

@@ -1,5 +1,7 @@
 """`sampling_points`: the positions in an image that gates and deformable convolutions sample."""
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -105,16 +107,23 @@ def stacked_sampling_points(
     return found._replace(points=points[None], mask=mask[None], inside=inside[None])
 
 
-class Reading(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Reading:
     """One layer in one run of the model, with its input."""
 
     layer: Any
     inputs: Tensor
     fields: Fields
 
+    @functools.cached_property
+    def predicted(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """The offsets and masks of all output positions."""
+        offsets, mask = self.layer.predict_offsets(self.inputs)
+        return to_numpy(offsets)[0], None if mask is None else to_numpy(mask)[0]
+
     def at(self, point: Sequence[float]) -> SamplingPoints:
         """Returns the sampling points of the output position nearest to a point in the image."""
-        offsets, mask = self.layer.predict_offsets(self.inputs)
+        offsets, mask = self.predicted
         windows = windows_of(self.layer)
         grid = through(self.fields.inputs, windows)
         row, column = (axis.nearest(value) for axis, value in zip(grid, point, strict=True))
@@ -123,13 +132,13 @@ class Reading(NamedTuple):
             index * window.stride - window.pad_before(axis.size)
             for index, window, axis in zip((row, column), windows, self.fields.inputs, strict=True)
         ]
-        moved = to_numpy(offsets)[0, row, column].reshape(-1, len(taps), 2)  # dy before dx
+        moved = offsets[row, column].reshape(-1, len(taps), 2)  # dy before dx
         at = np.array(first) + taps * [window.dilation for window in windows] + moved
         sizes = np.array([axis.size for axis in self.fields.inputs])
         located = [axis.locate(at[..., i]) for i, axis in enumerate(self.fields.inputs)]
         return SamplingPoints(
             np.stack(located, axis=-1),
-            np.ones(at.shape[:2]) if mask is None else to_numpy(mask)[0, row, column].reshape(at.shape[:2]),
+            np.ones(at.shape[:2]) if mask is None else mask[row, column].reshape(at.shape[:2]),
             np.all((at > -1) & (at < sizes), axis=-1),
             (row, column),
             np.array([axis.locate(index) for axis, index in zip(grid, (row, column), strict=True)]),

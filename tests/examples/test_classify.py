@@ -344,17 +344,24 @@ def test_weights_files(tmp_path: Path) -> None:
     gated = classify.build_model(config, ("green", "red"))  # from the file without gates; gates start at 1
     assert gated.count_params() > first.count_params()
     np.testing.assert_allclose(gated(pixels), first(pixels), rtol=1e-5)
+    randomize(gated, np.random.default_rng(1))
     gated.save(tmp_path / "gated.keras")
-    config.weights, config.identity_init = str(tmp_path / "gated.keras"), "on"
+    config.weights = str(tmp_path / "gated.keras")  # as before, gates start at 1
     again = classify.build_model(config, ("green", "red"))
     np.testing.assert_array_equal(again(pixels), gated(pixels))
+    with pytest.raises(
+        UserError, match=r"have dilation_rate=\(2, 2\), .* pass --das 'dilation_rate=\(2, 2\)'"
+    ):
+        classify.build_model(
+            dataclasses.replace(config, das={**config.das, "dilation_rate": 1}), ("green", "red")
+        )
 
     config.attention = "none"
     config.weights = str(path)
     with pytest.raises(UserError, match="was trained for 2 classes, the data has 3"):
         classify.build_model(config, ("blue", "green", "red"))
     path.write_bytes(b"not a model")
-    with pytest.raises(UserError, match="does not fit this model"):
+    with pytest.raises(UserError, match=f"--weights: cannot read {path}"):
         classify.build_model(config, ("green", "red"))
 
 

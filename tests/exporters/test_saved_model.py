@@ -10,7 +10,7 @@ from PIL import Image
 from tensorflow_serving.apis import prediction_log_pb2
 
 import keras_das
-from keras_das.exporters.saved_model import custom_operations
+from keras_das.exporters.saved_model import Serving, custom_operations
 from tests.models.backbones import randomize
 
 NAMES = ["ant", "bee", "cat", "dog", "elk", "fox", "gnu"]
@@ -174,6 +174,34 @@ def test_warmup_requests(exported):
     ]
 
 
+def test_warmup_of_channels_first_models_of_any_size(tmp_path):
+    layers = [keras.layers.GlobalAveragePooling2D(data_format="channels_first"), keras.layers.Dense(2)]
+    model = keras.Sequential([keras.Input((3, None, None)), *layers])
+    keras_das.export(model, tmp_path / "1", serving_bytes=True, image_size=(16, 24), warmup=(2,))
+    records = tf.data.TFRecordDataset(str(tmp_path / "1" / "assets.extra" / "tf_serving_warmup_requests"))
+    first = prediction_log_pb2.PredictionLog.FromString(next(iter(records)).numpy())
+    (images,) = first.predict_log.request.inputs.values()
+    assert tf.make_ndarray(images).shape == (2, 3, 16, 24)
+
+
+def test_pixels_are_rounded_for_models_of_integers(tmp_path, rng):
+    model = keras.Sequential([keras.Input((24, 32, 3), dtype="uint8"), keras.layers.Rescaling(1.0)])
+    keras_das.export(model, tmp_path / "1", serving_bytes=True)
+    pixels = photograph(rng, (48, 64))
+    served = tf.saved_model.load(tmp_path / "1").serving_bytes(tf.constant([encode(pixels, "PNG")]))
+    expected = tf.round(tf.image.resize(pixels, (24, 32), antialias=True))
+    np.testing.assert_array_equal(served["output_0"][0], expected)
+
+
+def test_options_as_other_sequences():
+    options = Serving(labels=np.array(NAMES), warmup=np.array([1, 3]))
+    assert options.labels == tuple(NAMES)
+    assert options.warmup == (1, 3)
+    assert not options.is_plain()
+    assert Serving(warmup=[]).is_plain()
+    assert Serving(serving_bytes=True, image_size=24).image_size == (24, 24)
+
+
 def test_bad_arguments(tmp_path):
     model = simple()
 
@@ -190,10 +218,14 @@ def test_bad_arguments(tmp_path):
         export(serving_bytes=True, image_size=(8, 8))
     with pytest.raises(ValueError, match=r"`image_size` must be .*Received: image_size=None"):
         export(simple(size=(None, None)), serving_bytes=True)
-    with pytest.raises(ValueError, match=r"`warmup` must contain batch sizes. Received: warmup=\(0,\)"):
+    with pytest.raises(ValueError, match=r"`warmup` must be a positive integer. Received: warmup=0"):
         export(warmup=(0,))
     with pytest.raises(ValueError, match="`warmup` requires a model of images of one size"):
         export(simple(size=(None, None)), warmup=(1,))
+    subclass = type("Subclass", (keras.Model,), {"call": lambda self, images: images})()
+    subclass(np.zeros((1, 7)))
+    with pytest.raises(ValueError, match="must be a functional or sequential model with one input"):
+        export(subclass, labels=NAMES)
     with pytest.raises(
         ValueError, match='`labels`, `serving_bytes` and `warmup` require format="saved_model"'
     ):

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -200,3 +201,17 @@ def test_two_processes_at_once_build_once(target, root, tmp_path, monkeypatch):
     assert "Built in" in built
     assert found.startswith("Another process has built")
     assert sum(" -c " in line for line in log.read_text().splitlines()) == 2
+
+
+def test_a_folder_that_another_process_removes_is_created_again(monkeypatch, root):
+    """`build --clean` can remove the folder while `build` waits for its lock."""
+    is_file = builder._is_file
+
+    def removed(path, descriptor):
+        monkeypatch.setattr(builder, "_is_file", is_file)
+        shutil.rmtree(path.parent)
+        return is_file(path, descriptor)
+
+    monkeypatch.setattr(builder, "_is_file", removed)
+    with builder._locked(root, print):
+        assert (root / "lock").exists()

@@ -330,6 +330,17 @@ def test_identity_start_at_the_limit_of_float16(arguments, dtype, rng):
         assert np.isfinite(np.asarray(layer.gate(images))).all()
 
 
+def test_without_autocast(rng):
+    """The layer computes in half precision from inputs that Keras does not cast."""
+    x = rng.normal(size=(2, 6, 5, 4)).astype("float32")
+    keras.utils.set_random_seed(1)
+    expected = keras_das.DASLayer(dtype="mixed_float16")(x)
+    keras.utils.set_random_seed(1)
+    found = keras_das.DASLayer(dtype="mixed_float16", autocast=False)(x)
+    assert found.dtype == expected.dtype == tf.float16
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_the_samples_follow_the_offsets():
     """Constant offsets shift the positions that the gate samples, in (row, column) order."""
     layer = keras_das.DASLayer(reduction=1, kernel_size=1, modulated=False, norm="channels")

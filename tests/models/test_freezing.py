@@ -37,6 +37,63 @@ def test_a_model_inside_a_model_and_what_lies_ahead_of_it():
     assert trainable(model) == {"das_p2", "das_p3", "head"}
 
 
+def test_two_gated_models_in_a_row():
+    """A gate of the second model depends on all layers of the first, also on those after its last gate."""
+    image = keras.Input((16, 16, 3))
+    x = image
+    for name in ("first", "second"):
+        inner = keras.Input((16, 16, 3))
+        y = keras.layers.Conv2D(3, 1, name=f"{name}_conv")(inner)
+        y = keras_das.DASLayer(name=f"{name}_gate", **SMALL_GATE)(y)
+        y = keras.layers.Conv2D(3, 1, name=f"{name}_tail")(y)
+        x = keras.Model(inner, y, name=name)(x)
+    model = keras.Model(image, x)
+    keras_das.freeze_trunk(model)
+    assert trainable(model) == {"first_gate", "second_gate", "second_tail"}
+    keras_das.freeze_trunk(model, False)
+    assert all(weight.trainable for weight in model.weights)
+
+
+class Block(keras.layers.Layer):
+    """A layer with a gate inside, whose order of calls is not known."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.conv = keras.layers.Conv2D(3, 1, name="block_conv")
+        self.gate = keras_das.DASLayer(name="block_gate", **SMALL_GATE)
+
+    def build(self, input_shape):
+        self.conv.build(input_shape)
+        self.gate.build(input_shape)
+
+    def call(self, inputs):
+        return self.gate(self.conv(inputs))
+
+
+def test_gates_in_custom_layers():
+    image = keras.Input((16, 16, 3))
+    x = keras.layers.Conv2D(3, 1, name="stem")(image)
+    x = keras_das.DASLayer(name="gate", **SMALL_GATE)(Block()(x))
+    model = keras.Model(image, keras.layers.Conv2D(3, 1, name="head")(x))
+    keras_das.freeze_trunk(model)
+    names = {part for weight in model.trainable_weights for part in weight.path.split("/")}
+    assert names & {"stem", "block_conv", "block_gate", "gate", "head"} == {"block_gate", "gate", "head"}
+
+
+def test_a_model_for_each_time_step():
+    gated = keras_das.attach_das(plain_cnn(), **SMALL_GATE)
+    image = keras.Input((2, 32, 32, 3))
+    x = keras.layers.TimeDistributed(keras.layers.Conv2D(3, 1), name="stem")(image)
+    model = keras.Model(image, keras.layers.TimeDistributed(gated)(x))
+    keras_das.freeze_trunk(model)
+    assert not model.get_layer("stem").trainable
+    assert all(
+        layer.trainable == (layer.name in ("das_p2", "das_p3", "classes"))
+        for layer in gated.layers
+        if layer.weights
+    )
+
+
 @pytest.mark.slow
 def test_a_classifier_on_a_backbone_trains_and_keeps_its_trunk(rng):
     keras_hub = pytest.importorskip("keras_hub")

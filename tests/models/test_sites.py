@@ -176,3 +176,18 @@ def test_a_backbone_whose_layers_do_not_serialize():
     with pytest.raises(ValueError, match="The class is keras_hub's and does not serialize") as caught:
         attach_das(base)
     assert len(str(caught.value)) < 400
+
+
+def test_the_data_format_of_a_nested_model():
+    inner_image = keras.Input((3, 16, 24))
+    x = keras.layers.Conv2D(4, 3, padding="same", data_format="channels_first")(inner_image)
+    inner = keras.Model(inner_image, x, name="inner")
+    bare = keras.Sequential([keras.Input((4, 16, 24)), keras.layers.ReLU()], name="bare")  # has no format
+    image = keras.Input((3, 16, 24))
+    gated = attach_das(keras.Model(image, bare(inner(image))), at=["inner", "bare"], **SMALL_GATE)
+    assert [gated.get_layer(name).data_format for name in gates(gated)] == ["channels_first"] * 2
+
+
+def test_a_site_that_is_neither_layer_nor_name():
+    with pytest.raises(ValueError, match=r"`at` must contain layers, or names .*Received: at=5"):
+        attach_das(plain_cnn(), at=5)
