@@ -116,7 +116,7 @@ def _build(gated):
     features = backbones.resnet18(None)
     if gated:
         stages = [f"stage{number}" for number in range(1, 5)]
-        # Offsets of one pixel or more, as in trained gates; zero offsets would sample whole pixels.
+        # Zero offsets would sample whole pixels. These are 0.03 to 0.08 pixels (root mean square).
         offsets = keras.initializers.RandomNormal(stddev=0.05)
         features = keras_das.attach_das(features, stages, identity_init=False, offset_initializer=offsets)
     head = [keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(10, "softmax")]
