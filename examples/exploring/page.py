@@ -77,7 +77,7 @@ class Controls:
         self.stacked = gr.Radio(
             [("this gate alone", False), ("this gate through the one before it", True)],
             value=False,
-            label="Points that are read by",
+            label="Points sampled by",
             visible=len(most.gates) > 1,
             elem_id="stacked",
         )
@@ -165,10 +165,10 @@ class Panel:
         self.scores = gr.HTML(self._write_scores(picture), padding=False, elem_id=f"{name}-scores")
         with gr.Row():
             self.slots = [
-                Slot("Where it reads" if view.gates else "Picture", style.CLICK, places, f"{name}-points")
+                Slot("Sampled positions" if view.gates else "Picture", style.CLICK, places, f"{name}-points")
             ]
             if view.gates:
-                self.slots.append(Slot("What the gate keeps", style.KEPT, more.pop(0), f"{name}-gate"))
+                self.slots.append(Slot("Gate", style.KEPT, more.pop(0), f"{name}-gate"))
             else:
                 with gr.Column(min_width=200, elem_classes="slot"):
                     gr.HTML(style.NO_GATES, padding=False)

@@ -13,14 +13,14 @@ SCORE = (
 )
 HEADING = """
 <h1>Where the gates look</h1>
-<p>Click a point of the picture. The gate of the chosen stage decides how much of its feature map to keep
-there, and for that it reads the map at positions that it chooses by what the picture shows.</p>
+<p>Click a point of the picture. The gate of the selected stage scales the feature map there. To compute its
+value, it samples the feature map at positions that depend on the picture.</p>
 """
 LEGEND = """
 <div class="legend">
 <p>points by their mask, 0 <span class="ramp"></span> 1</p>
-<p><b class="cross">&times;</b> off the feature map: counts as 0</p>
-<p><b class="ring">&#9711;</b> clicked &nbsp; <b class="plus">+</b> nearest place of the map</p>
+<p><b class="cross">&times;</b> outside the feature map: 0</p>
+<p><b class="ring">&#9711;</b> clicked &nbsp; <b class="plus">+</b> nearest position</p>
 </div>
 """
 _STOPS = ", ".join(colors.to_hex(colormaps["viridis"](share)) for share in np.linspace(0, 1, 9))

@@ -139,7 +139,7 @@ class View:
         """The picture and the place, for models without gates."""
         axes = Figure().subplots()
         axes.imshow(self.fit(picture), cmap="gray", vmin=0, vmax=255)
-        return Drawing(self._draw(axes, self.point(place)), "no gates: no layer reads at learnt positions")
+        return Drawing(self._draw(axes, self.point(place)), "no gates")
 
     def gate(self, picture: Image.Image, number: int) -> Drawing:
         """The share of its feature map that a gate keeps."""
