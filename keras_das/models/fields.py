@@ -100,8 +100,8 @@ def fields_of(
 
     The receptive field of a window (convolution, pooling) is the union of those of its taps. The same holds
     for the inputs of a sum, product or concatenation. Padding and cropping shift the feature map. A gate does
-    not change it. All other layers that change the size of a feature map (resizing, upsampling) are assumed
-    to keep its ends in place.
+    not change it. All other operations that change the size of a feature map (resizing, upsampling, slicing)
+    are assumed to keep its ends in place.
 
     Args:
         model: Functional or sequential model.
