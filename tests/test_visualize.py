@@ -410,7 +410,7 @@ def test_grad_cam_in_float16_of_a_confident_prediction(rng):
         model.layers[-1].set_weights([confident, np.zeros(2, "float32")])
         maps[policy] = visualize.grad_cam(model, image, "features")
     assert 1e-6 < 1 - model(image[None]).numpy().max() < 1e-4
-    np.testing.assert_allclose(maps["mixed_float16"], maps["float32"], atol=2e-3)
+    np.testing.assert_allclose(maps["mixed_float16"], maps["float32"], atol=2e-2)
 
 
 def test_grad_cam_of_a_layer_that_is_called_with_a_keyword(rng):
