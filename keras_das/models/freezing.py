@@ -15,8 +15,8 @@ def freeze_trunk(model: keras.Model, freeze: bool = True) -> None:
     A layer belongs to the trunk if the input of a gate depends on it. Gates stay trainable, and so do the
     layers after the last gate, such as the head of a classifier or the feature pyramid of a detector. The
     same holds for layers next to a gate in the `call` method of a custom layer that no other gate follows:
-    their order is not known. Frozen
-    batch normalization runs in inference mode, so its statistics do not change either.
+    their order is not known. Frozen batch normalization runs in inference mode, so its statistics do not
+    change either.
 
     Call this function before `model.compile`.
 
