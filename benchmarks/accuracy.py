@@ -3,6 +3,7 @@
     python benchmarks/accuracy.py run clutter --seeds 0,1,2 --jobs 2
     python benchmarks/accuracy.py run woof --data FOLDER --variants "none;SE;DAS"
     python benchmarks/accuracy.py run grocery --data FOLDER --weights resnet18_imagenet.npz
+    python benchmarks/accuracy.py run grocery_mobile --data FOLDER --weights mobilenet_v2.keras
     python benchmarks/accuracy.py report               # the tables, from accuracy.jsonl
 
 Each run is a separate process with one thread. With the same seed, all variants see the same images in the
@@ -120,7 +121,9 @@ def main() -> int:
     for command in (runner, worker):
         command.add_argument("--data", type=pathlib.Path, help="folder with train/CLASS and test/CLASS")
         command.add_argument(
-            "--weights", type=pathlib.Path, help="archive of the ResNet-18's ImageNet weights"
+            "--weights",
+            type=pathlib.Path,
+            help="archive of the ResNet-18's ImageNet weights, or the MobileNetV2 as a Keras file",
         )
     commands.add_parser("report", help="write the tables into RESULTS.md")
     options = parser.parse_args()

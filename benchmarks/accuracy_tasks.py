@@ -9,6 +9,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras_das.models.stages import find_stages
 from PIL import Image
 
 import clutter
@@ -186,6 +187,14 @@ def _resnet18(size: int, weights: pathlib.Path | None) -> Trunk:
     return Trunk(_flat(shifted, layers, shift), stages)
 
 
+def _keras_file(size: int, weights: pathlib.Path | None) -> Trunk:
+    """The network without a head of a Keras file, whose inputs are RGB images of 0..255."""
+    if weights is None:
+        raise SystemExit("--weights is required: the Keras file of the network")
+    model = keras.models.load_model(weights)
+    return Trunk(model, [stage._keras_history.operation.name for stage in find_stages(model).values()])
+
+
 def _flat(model: keras.Model, inner: keras.Model, first: keras.layers.Layer) -> keras.Model:
     """Merges `first` and the layers of `inner` into one graph."""
     inputs = keras.Input(model.input.shape[1:], name="image")
@@ -210,6 +219,7 @@ def _fill(backbone: keras.Model, name: str, arrays: Any) -> None:
 
 # Fixed before the first comparison, and the same for all variants.
 _CLUTTER = Recipe(epochs=10, batch_size=64, optimizer="adamw", learning_rate=3e-3, weight_decay=4e-3)
+_ADAPTERS = Recipe(6, 32, "adamw", 3e-3, 4e-3, warmup_epochs=0.5, crop=96, frozen=True, standardized=True)
 TASKS = {
     "clutter": Task(
         "Clutter: digits scaled 1.5 to 4 times among 8 fragments, four convolutions, from scratch",
@@ -241,7 +251,13 @@ TASKS = {
         "GroceryStore at 96 pixels, adapters on a frozen ImageNet ResNet-18",
         functools.partial(_folder, size=104),
         _resnet18,
-        Recipe(6, 32, "adamw", 3e-3, 4e-3, warmup_epochs=0.5, crop=96, frozen=True, standardized=True),
+        _ADAPTERS,
+    ),
+    "grocery_mobile": Task(
+        "GroceryStore at 96 pixels, adapters on a frozen ImageNet MobileNetV2",
+        functools.partial(_folder, size=104),
+        _keras_file,
+        _ADAPTERS,
     ),
     "grocery_full": Task(
         "GroceryStore at 96 pixels, fine-tuning all weights of an ImageNet ResNet-18",

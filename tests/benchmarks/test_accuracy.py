@@ -218,6 +218,21 @@ def test_one_run_and_its_report(trunk, rng, tmp_path):
     assert f"| {das['gates'][0]['name']}, 7x7 |" in text
 
 
+def test_a_keras_file_is_a_trunk_with_the_stages_of_attach_das(tmp_path, rng):
+    inputs = keras.Input((64, 64, 3))
+    x = inputs
+    for number, stride in enumerate((4, 2, 2, 2)):
+        x = keras.layers.Conv2D(4, 3, stride, "same", name=f"conv{number}")(x)
+    model = keras.Model(inputs, x)
+    model.save(tmp_path / "network.keras")
+    trunk = accuracy_tasks.TASKS["grocery_mobile"].trunk(64, tmp_path / "network.keras")
+    assert trunk.stages == ["conv0", "conv1", "conv2", "conv3"]
+    images = rng.uniform(0, 255, (2, 64, 64, 3)).astype("float32")
+    np.testing.assert_array_equal(trunk.model(images), model(images))
+    with pytest.raises(SystemExit, match="--weights is required"):
+        accuracy_tasks.TASKS["grocery_mobile"].trunk(64, None)
+
+
 @EAGERLY
 @pytest.mark.usefixtures("eagerly")
 def test_a_frozen_trunk_keeps_its_weights(trunk, rng):
