@@ -130,7 +130,9 @@ def main() -> int:
     if options.command == "report":
         import accuracy_report
 
-        accuracy_report.write(read_record(), {name: task.title for name, task in TASKS.items()})
+        order = list(VARIANTS)
+        record = sorted(read_record(), key=lambda line: (order.index(line["variant"]), line["seed"]))
+        accuracy_report.write(record, {name: task.title for name, task in TASKS.items()})
         return 0
     if options.command == "worker":
         work(options.task, options.variant, options.seed, options.data, options.weights)

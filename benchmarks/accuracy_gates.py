@@ -36,7 +36,7 @@ def _describe_gate(gate: keras_das.DASLayer, x: Tensor, inside: Any) -> dict[str
         "offset_rms_pixels": float(np.sqrt((moved**2).sum(-1).mean())),
         "mean": float(values.mean()),
         "deviation": float(values.std()),
-        "deviation_over_place": float(by_place.std(axis=(1, 2)).mean()),
+        "spatial_deviation": float(by_place.std(axis=(1, 2)).mean()),
     }
     if inside is not None:
         described["auc"] = area_under_curve(by_place, *inside)

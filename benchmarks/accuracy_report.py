@@ -17,7 +17,7 @@ _BASES = ("none", "SE", _ADDED)
 _ADDED_TO = {"DAS, dense": f"{_ADDED}, dense", "DAS, dense, offsets frozen at 0": f"{_ADDED}, dense"}
 _PAIRS = {  # of one form of the gate, with learned offsets and without
     "DAS": "DAS, offsets frozen at 0",
-    "DAS, dilation 2, slow offsets": "DAS, dilation 2, offsets frozen at 0",
+    "DAS, dilation 1, offset scale 1": "DAS, dilation 1, offsets frozen at 0",
     "DAS, dense": "DAS, dense, offsets frozen at 0",
 }
 
@@ -121,7 +121,7 @@ def _gates(lines: Sequence[Line]) -> list[str]:
     for variant, runs in _by_variant(lines).items():
         for of_seeds in zip(*(line["gates"] for line in runs.values()), strict=True):
             rows.append([variant, *_describe(of_seeds, with_boxes)])
-    heading = ["attention", "gate", "offsets, pixels (root mean square)", "values", "deviation over place"]
+    heading = ["attention", "gate", "offsets, pixels (root mean square)", "values", "spatial deviation"]
     return report.table([*heading, *(["area under ROC"] if with_boxes else [])], rows)
 
 
@@ -133,5 +133,5 @@ def _describe(of_seeds: Sequence[Line], with_boxes: bool) -> list[str]:
 
     height, width = of_seeds[0]["map"]
     cells = [f"{of_seeds[0]['name']}, {height}x{width}", f"{mean('offset_rms_pixels'):.2f}"]
-    cells += [f"{mean('mean'):.2f} ± {mean('deviation'):.2f}", f"{mean('deviation_over_place'):.3f}"]
+    cells += [f"{mean('mean'):.2f} ± {mean('deviation'):.2f}", f"{mean('spatial_deviation'):.3f}"]
     return [*cells, *([f"{mean('auc'):.2f}"] if with_boxes else [])]

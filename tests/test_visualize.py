@@ -497,7 +497,7 @@ def test_gate_statistics(rng):
     model = keras.Sequential([keras.Input((3, 4, 6)), first])
     first.gate = lambda x: keras.ops.convert_to_tensor(np.moveaxis(values, -1, 0)[None].astype("float32"))
     (found,) = visualize.gate_statistics(model, np.ones((1, 3, 4, 6), "float32"))
-    assert found.deviation_over_place == pytest.approx(values.mean(-1).std())
+    assert found.spatial_deviation == pytest.approx(values.mean(-1).std())
 
 
 def _epochs(callback, model, count):

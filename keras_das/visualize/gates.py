@@ -76,7 +76,7 @@ class GateStatistics(NamedTuple):
     name: str
     mean: float
     deviation: float
-    deviation_over_place: float
+    spatial_deviation: float
 
 
 def gate_statistics(model: keras.Model, images: Any) -> list[GateStatistics]:
@@ -88,7 +88,7 @@ def gate_statistics(model: keras.Model, images: Any) -> list[GateStatistics]:
 
     Returns:
         One `GateStatistics` for each gate, in the order of execution: `name`, the `mean` and the standard
-        `deviation` of all values of the gate, and `deviation_over_place`, the standard deviation over rows
+        `deviation` of all values of the gate, and `spatial_deviation`, the standard deviation over rows
         and columns of the gate's mean over channels, averaged over the images. If the last is near 0, the
         gate selects channels but not locations.
 
@@ -98,7 +98,7 @@ def gate_statistics(model: keras.Model, images: Any) -> list[GateStatistics]:
     Example:
 
     >>> for gate in keras_das.visualize.gate_statistics(model, images):
-    ...     print(gate.name, round(gate.deviation_over_place, 3))
+    ...     print(gate.name, round(gate.spatial_deviation, 3))
     das_p4 0.118
     das_p5 0.154
     """

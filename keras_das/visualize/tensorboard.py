@@ -108,7 +108,7 @@ class GateMonitor(keras.callbacks.Callback):
 
     >>> monitor = keras_das.visualize.GateMonitor(images[:32])
     >>> model.fit(images, targets, callbacks=[monitor])
-    >>> monitor.history["das_p5"][-1].deviation_over_place
+    >>> monitor.history["das_p5"][-1].spatial_deviation
     0.154
     """
 
