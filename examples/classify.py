@@ -75,6 +75,7 @@ _PAPER: dict[str, Any] = {
     "warmup_epochs": 0.0,
     "label_smoothing": 0.0,
     "epochs": 100,
+    "das": experiment.PAPER_OFFSETS,
 }
 RECIPES: dict[str, dict[str, Any]] = {
     "imagenet": {

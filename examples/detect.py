@@ -72,6 +72,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "schedule": "steps",
         "weight_decay": 1e-3,  # decoupled from the gradient; as part of it, momentum multiplies 1e-4 by ten
         "clip_norm": 10.0,
+        "das": experiment.PAPER_OFFSETS,
     },
 }
 """The usual arguments for COCO, with a square of a multiple of 128 pixels instead of 800x1333."""

@@ -50,6 +50,9 @@ class Config:
     progress: str = "auto"
 
 
+PAPER_OFFSETS = {"dilation_rate": 1, "offset_scale": 1.0}
+"""The paper's gates. SGD hardly moves the slow offsets that `attach_das` uses by default."""
+
 CHOICES: dict[str, Collection[str]] = {
     "attention": ("none", "das"),
     "identity_init": ("auto", "on", "off"),

@@ -50,7 +50,8 @@ class Interface:
                 self._add_argument(parser, field)
         given = vars(parser.parse_args(arguments))
         recipe, debug, das = given.pop("recipe"), given.pop("debug"), dict(given.pop("das"))
-        return self.config(**{**self.recipes.get(recipe, {}), **given, "das": das}), debug
+        defaults = dict(self.recipes.get(recipe, {}))
+        return self.config(**{**defaults, **given, "das": {**defaults.get("das", {}), **das}}), debug
 
     def _add_argument(self, parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
         # No argparse default, so that arguments that are not given do not override the recipe.

@@ -212,6 +212,8 @@ def make_optimizer(
     """
     optimizer = _one_optimizer(config, config.learning_rate, steps)
     if config.gate_rate != 1 and gates:
+        if not hasattr(keras.optimizers, "MultiOptimizer"):
+            raise UserError(f"--gate-rate requires Keras 3.15; this is {keras.__version__}")
         of_gates = _one_optimizer(config, config.gate_rate * config.learning_rate, steps)
         paths = {variable.path for gate in gates for variable in gate.trainable_variables}
         optimizers = keras.optimizers.OptimizerMap(optimizer, dict.fromkeys(paths, of_gates))

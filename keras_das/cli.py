@@ -49,7 +49,7 @@ def _backend() -> dict[str, str]:
     return {
         "keras backend": backend,
         "platform": f"{platform.system()} {platform.machine()}",
-        "devices": ", ".join(devices) or "none that Keras names",
+        "devices": ", ".join(devices) or "none listed by Keras",
         "image data format": keras.config.image_data_format(),
         "dtype policy": keras.config.dtype_policy().name,
     }
@@ -205,9 +205,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise ValueError
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, not {text!r}")
+    return int(text)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -225,7 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.clean:
             return clean(options.output)
         if options.arch and not options.cuda:
-            parser.error("--arch is of use with --cuda only")
+            parser.error("--arch requires --cuda")
         return build(
             options.framework, options.force, options.jobs, options.output, options.cuda, options.arch
         )

@@ -64,8 +64,8 @@ def export(
         image_size: `(rows, columns)` to resize encoded images to, for a model that accepts any size. Defaults
             to `None`.
         preprocessing: Function of TensorFlow operations or Keras layers that maps the resized images, float32
-            pixels of 0..255 `(N, rows, columns, 3)`, to inputs of the model. Defaults to `None`, for a model
-            of such pixels.
+            pixels of 0..255 `(N, rows, columns, 3)`, to inputs of the model. Defaults to `None`: the model
+            receives these pixels.
         warmup: Sequence of integers. Batch sizes for which TensorFlow Serving runs each signature on blank
             images before it accepts requests, for example `(1,)`. Defaults to `()`.
 

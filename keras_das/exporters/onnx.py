@@ -120,7 +120,7 @@ class _Marks:
 
 
 def _never_run(*tensors: Any) -> Any:
-    raise RuntimeError("This graph stands for an ONNX graph and cannot be run.")
+    raise RuntimeError("This graph is a placeholder for an ONNX graph and cannot be run.")
 
 
 def _attributes(geometry: Geometry, sides: list[tuple[int, int]]) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def build(
     except OSError as error:
         raise BuildError(
             f"{error.filename or root} cannot be written ({error.strerror}); "
-            f"{library.CACHE_VARIABLE} names another folder than {root}"
+            f"set {library.CACHE_VARIABLE} to use another folder than {root}"
         ) from error
 
 

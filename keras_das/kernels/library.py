@@ -192,7 +192,7 @@ def find_in(root: pathlib.Path, wanted: Target) -> pathlib.Path | None:
         return None
     except OSError as error:
         raise BrokenLibrary(
-            f"{root} cannot be read ({error.strerror}); {CACHE_VARIABLE} names another folder"
+            f"{root} cannot be read ({error.strerror}); set {CACHE_VARIABLE} to use another folder"
         ) from None
     file = folder / FILE
     try:
@@ -255,7 +255,9 @@ def load_tensorflow(file: pathlib.Path) -> Any:
     # it unusable.
     loaded = getattr(tf, _LOADED, str(file))
     if loaded != str(file):
-        raise BrokenLibrary(f"this process has already loaded another kernel library than {file}: {loaded}")
+        raise BrokenLibrary(
+            f"this process has already loaded another kernel library, {loaded}; restart Python to load {file}"
+        )
     try:
         ops = tf.load_op_library(str(file))
     except (OSError, RuntimeError, tf.errors.OpError) as error:

@@ -57,10 +57,10 @@ class DASLayer(keras.layers.Layer):
         identity_init: Boolean. If `True`, the gate is `2 * sigmoid` and the scale of its norm starts at 0,
             so the gate is exactly 1 and the layer is the identity until it is trained. If `False`, the gate
             is that of the paper. Defaults to `False`.
-        identity_gain: Positive float. Factor before the sigmoid if `identity_init=True`. The scale and the
-            shift of the norm then start at 0, and an optimizer such as Adam changes them by about its
-            learning rate per step; the gain makes the gate leave 1 faster by this factor. Has no effect
-            without `identity_init`. Defaults to `4.0`.
+        identity_gain: Positive float. Factor on the argument of the sigmoid if `identity_init=True`. The
+            scale and the shift of the norm then start at 0, and an optimizer such as Adam changes them by
+            about its learning rate per step; with the gain, the gate moves away from 1 faster by this factor.
+            Has no effect without `identity_init`. Defaults to `4.0`.
         offset_scale: Non-negative float. Factor on the predicted offsets. Below 1, offsets learn more slowly
             than the other weights: steps of Adam shrink by this factor, steps of SGD by its square. With 0,
             offsets stay 0. Defaults to `1.0`.

@@ -366,7 +366,7 @@ def _index_dtype(rows: Any) -> str:
         return "int32"
     if keras.backend.backend() == "jax":
         raise ValueError(
-            "On JAX `inputs` must have fewer than 2**31 pixels times offset groups, its padding included. "
+            "On JAX, the padded rows x columns x offset groups of `inputs` must be below 2**31. "
             f"Received: {rows}"
         )
     return "int64"

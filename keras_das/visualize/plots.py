@@ -93,7 +93,7 @@ def plot_gates(
     """Draws the share of the feature map that each gate keeps (`gate_map`) over each image; brighter is more.
 
     The colour scale ends at the largest possible value of the gate: 1, or 2 for gates with `identity_init`.
-    The title of a column contains the mean of its gate and the deviation over locations (`gate_statistics`).
+    The title of a column contains the mean and the standard deviation over locations of the maps drawn.
 
     Args:
         model: Keras model; see `sampling_points`.

@@ -405,7 +405,10 @@ def test_recipes_are_defaults() -> None:
     imagenet, _ = classify.parse_arguments(
         ["--das", "reduction=0.1", "--recipe", "imagenet", "--data", "folder:x"]
     )
-    assert (imagenet.data, imagenet.epochs, imagenet.das) == ("folder:x", 100, {"reduction": 0.1})
+    das = {"dilation_rate": 1, "offset_scale": 1.0, "reduction": 0.1}
+    assert (imagenet.data, imagenet.epochs, imagenet.das) == ("folder:x", 100, das)
+    overridden, _ = classify.parse_arguments(["--recipe", "imagenet", "--das", "offset_scale=0.3"])
+    assert overridden.das == {"dilation_rate": 1, "offset_scale": 0.3}
     for recipe in classify.RECIPES.values():
         classify.INTERFACE.check(classify.Config(**recipe))
 

@@ -111,7 +111,7 @@ def test_unknown_architecture(nvcc, cache, capsys, arguments, message):
 def test_arch_without_cuda(capsys):
     with pytest.raises(SystemExit):
         cli.main(["build", "--arch", "sm_90"])
-    assert "--arch is of use with --cuda only" in capsys.readouterr().err
+    assert "--arch requires --cuda" in capsys.readouterr().err
 
 
 def test_without_nvcc_one_line_and_status_1(monkeypatch, cache, capfd):

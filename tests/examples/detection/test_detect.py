@@ -124,6 +124,7 @@ def test_recipe():
     assert (config.data, config.epochs, config.batch_size) == ("tfds:coco/2017", 12, 8)
     assert (config.optimizer, config.schedule) == ("sgd", "steps")
     assert config.image_size == 1024
+    assert config.das == {"dilation_rate": 1, "offset_scale": 1.0}
 
 
 @pytest.fixture
