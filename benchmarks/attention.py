@@ -71,6 +71,3 @@ def _gate(logits: Tensor) -> Tensor:
 
 def _units(channels: int, reduction: int) -> int:
     return max(_MIN_UNITS, channels // reduction)
-
-
-LAYERS = {"se": SE, "cbam": CBAM}

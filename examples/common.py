@@ -99,6 +99,10 @@ def reserve(folder: Path, size: int) -> None:
 
     For writers that do not fail cleanly: HDF5 can crash the process on a full disk.
     """
+    if not hasattr(os, "posix_fallocate"):  # macOS, Windows
+        if shutil.disk_usage(folder).free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+        return
     with tempfile.NamedTemporaryFile(dir=folder) as file:
         os.posix_fallocate(file.fileno(), 0, max(1, size))
 

@@ -124,6 +124,9 @@ def build(
     names = [framework]
     if framework == "all":
         names = [name for name in targets.FRAMEWORKS if importlib.util.find_spec(name)]
+        if not names:
+            problem = f"none of {', '.join(targets.FRAMEWORKS)} is installed"
+            return _report_error(targets.LibraryUnavailable(problem), _CANNOT_BUILD)
     try:
         for name in names:
             if name not in targets.FRAMEWORKS:

@@ -247,7 +247,7 @@ def test_receptive_fields_by_the_gradient(size):
     inner = keras.Model(inner_inputs, branches(inner_inputs))
     x = keras.layers.Activation("linear", name="end")(inner(stem(x)))
     model = keras.Model(inputs, x)
-    from keras_das.models.fields import fields_of
+    from keras_das.visualize.fields import fields_of
 
     fields = fields_of(model, size, "channels_last")[id(model.get_layer("end"))].outputs
     index = (6, 8)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from examples.data import pipeline, voc
+from examples.data import pipeline
 from examples.detection import splits
 from examples.detection.splits import Split, Truth
 
@@ -36,7 +36,6 @@ def training_batches(
     batch_size: int,
     clock: pipeline.EpochClock,
     augment: bool,
-    max_boxes: int | None = None,
 ) -> tf.data.Dataset:
     """Shuffled batches of one epoch, whose order and augmentation depend only on `clock.key`.
 
@@ -50,16 +49,14 @@ def training_batches(
         batch_size: The number of images per batch.
         clock: Provides the seed and the epoch.
         augment: Whether to augment.
-        max_boxes: M, at least 1. If an image has more boxes, only the largest are used, and the number of
-            such images is printed. Defaults to the largest number of boxes in an image, or 1.
 
     Returns:
         Pairs of images, float32 `(N, image_size, image_size, 3)` of 0..255, and `{"boxes": ..., "classes":
-        ...}`, float32 `(N, M, 4)` and `(N, M)`: `(x1, y1, x2, y2)` in pixels of the square, and labels. Both
-        are -1 in the padding rows of images with fewer than M boxes.
+        ...}`, float32 `(N, M, 4)` and `(N, M)`: `(x1, y1, x2, y2)` in pixels of the square, and labels. M is
+        the largest number of boxes in an image, or 1. Both are -1 in the padding rows of images with fewer.
     """
-    chosen = _choose_boxes(split.truths, max_boxes)
-    slots = max_boxes or max(1, *(len(indices) for indices in chosen))
+    chosen = _without_crowds(split.truths)
+    slots = max(1, *(len(indices) for indices in chosen))
     boxes, labels, starts, scales = _as_tensors(split.truths, chosen, image_size)
 
     def read(position: tf.Tensor, index: tf.Tensor) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
@@ -99,7 +96,7 @@ def evaluation_batches(split: Split, image_size: int, batch_size: int) -> tf.dat
 
 def scored_batches(split: Split, image_size: int, batch_size: int) -> tf.data.Dataset:
     """`evaluation_batches` with the targets of `training_batches` instead of indices."""
-    chosen = _choose_boxes(split.truths, None)
+    chosen = _without_crowds(split.truths)
     slots = max(1, *(len(indices) for indices in chosen))
     boxes = np.full((len(chosen), slots, 4), -1, "float32")
     labels = np.full((len(chosen), slots), -1, "float32")
@@ -118,18 +115,9 @@ def scored_batches(split: Split, image_size: int, batch_size: int) -> tf.data.Da
 # The boxes
 
 
-def _choose_boxes(truths: Sequence[Truth], max_boxes: int | None) -> list[np.ndarray]:
-    """The indices of the boxes for training: the `max_boxes` largest of each image, without crowds."""
-    chosen = [np.flatnonzero(~truth.crowd) for truth in truths]
-    crowded = [i for i, indices in enumerate(chosen) if max_boxes is not None and len(indices) > max_boxes]
-    for i in crowded:
-        area = voc.area(truths[i].boxes[chosen[i]])
-        largest = np.argsort(-area, kind="stable")[:max_boxes]
-        chosen[i] = chosen[i][np.sort(largest)]
-    if crowded:
-        count = f"{len(crowded)} of {len(truths)} images"
-        print(f"{count} have more than {max_boxes} boxes: the largest are trained on", flush=True)
-    return chosen
+def _without_crowds(truths: Sequence[Truth]) -> list[np.ndarray]:
+    """The indices of the boxes of each image that are trained on."""
+    return [np.flatnonzero(~truth.crowd) for truth in truths]
 
 
 def _as_tensors(

@@ -89,11 +89,8 @@ def _by_class(evaluation: Any, class_names: Sequence[str]) -> dict[str, float | 
     return dict(zip(class_names, means, strict=True))
 
 
-def coco_dataset(
-    truths: Sequence[Boxes], class_names: Sequence[str], category_ids: Sequence[int] | None = None
-) -> dict[str, Any]:
-    """The truths in COCO format; without `category_ids`, classes are numbered from 1."""
-    ids = category_ids or range(1, len(class_names) + 1)
+def coco_dataset(truths: Sequence[Boxes], class_names: Sequence[str]) -> dict[str, Any]:
+    """The truths in COCO format; classes are numbered from 1."""
     annotations = []
     for truth in truths:
         crowd = np.zeros(len(truth.boxes), bool) if truth.crowd is None else truth.crowd
@@ -103,7 +100,7 @@ def coco_dataset(
                 {
                     "id": len(annotations) + 1,
                     "image_id": truth.image_id,
-                    "category_id": ids[int(label)],
+                    "category_id": int(label) + 1,
                     "bbox": [x, y, width, height],
                     "area": width * height,
                     "iscrowd": int(iscrowd),
@@ -111,7 +108,7 @@ def coco_dataset(
             )
     return {
         "images": [{"id": truth.image_id} for truth in truths],
-        "categories": [{"id": id_, "name": name} for id_, name in zip(ids, class_names, strict=True)],
+        "categories": [{"id": id_, "name": name} for id_, name in enumerate(class_names, 1)],
         "annotations": annotations,
     }
 

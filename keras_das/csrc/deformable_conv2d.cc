@@ -22,6 +22,8 @@ KERAS_DAS_DECLARE(avx512)
 
 namespace {
 
+constexpr int64_t kLimit = int64_t{1} << 30;  // sums of products of two such numbers are far below 2^63
+
 std::string shown(const int64_t* values, int count) {
   std::string text = "[";
   for (int i = 0; i < count; ++i) text += (i ? ", " : "") + std::to_string(values[i]);
@@ -54,7 +56,6 @@ bool addressable(std::initializer_list<int64_t> sizes) {
 }
 
 std::string check_settings(const Settings& settings) {
-  constexpr int64_t kLimit = int64_t{1} << 30;  // sums of products of two such numbers are far below 2^63
   const auto in = [](int64_t value, int64_t least) { return value >= least && value <= kLimit; };
   if (!in(settings.stride[0], 1) || !in(settings.stride[1], 1)) {
     return "`strides` must be positive and at most 2^30. Received: strides=" + shown(settings.stride, 2);
@@ -77,7 +78,6 @@ std::string check_settings(const Settings& settings) {
 }
 
 std::string check_shapes(const int64_t inputs[4], const int64_t kernel[4], const Settings& settings) {
-  constexpr int64_t kLimit = int64_t{1} << 30;
   for (int axis = 0; axis < 4; ++axis) {
     if (inputs[axis] < 0 || (axis && inputs[axis] > kLimit)) {
       return "`inputs` must have sizes of at most 2^30. Received: inputs.shape=" + shown(inputs, 4);
@@ -93,8 +93,7 @@ std::string check_shapes(const int64_t inputs[4], const int64_t kernel[4], const
   }
   if (channels % depth || kernel[3] % (channels / depth)) {
     return "`kernel` must have shape (kh, kw, C / groups, filters) with groups dividing both the channels C "
-           "of "
-           "`inputs` (" +
+           "of `inputs` (" +
            std::to_string(channels) + ") and the filters. Received: kernel.shape=" + shown(kernel, 4);
   }
   if (channels % settings.offset_groups) {
@@ -167,7 +166,7 @@ std::string make_geometry(const int64_t inputs_shape[4], const int64_t kernel_sh
                              settings.padding, &g.pad_top);
   g.out_width = output_size(g.width, g.kernel_width, g.stride[1], g.dilation[1], settings.same,
                             settings.padding + 2, &g.pad_left);
-  // As in other convolutions, an image without pixels has an output without pixels.
+  // As in other convolutions, an image without pixels may have an output without pixels.
   if (g.height > 0 && g.width > 0 && (g.out_height < 1 || g.out_width < 1)) {
     return "`kernel` with its dilation must not be larger than the padded `inputs`. Received: kernel.shape=" +
            shown(kernel_shape, 4) + ", dilation_rate=" + shown(settings.dilation, 2) +
@@ -179,8 +178,7 @@ std::string make_geometry(const int64_t inputs_shape[4], const int64_t kernel_sh
       !addressable(
           {g.batch, g.out_height, g.out_width, g.offset_groups, g.kernel_height, g.kernel_width, 2})) {
     return "`inputs`, `kernel`, the offsets and the output must each have fewer than 2^58 elements. "
-           "Received: "
-           "inputs.shape=" +
+           "Received: inputs.shape=" +
            shown(inputs_shape, 4) + ", kernel.shape=" + shown(kernel_shape, 4);
   }
   return "";

@@ -49,7 +49,12 @@ void parallel_for(const Workers& workers, int64_t count, void (*task)(void* cont
   progress->task = task;
   progress->context = context;
   progress->count = count;
-  for (int64_t i = 0; i < helpers; ++i) workers.schedule([progress] { progress->work(); });
+  try {
+    for (int64_t i = 0; i < helpers; ++i) workers.schedule([progress] { progress->work(); });
+  } catch (const std::bad_alloc&) {
+    // The helpers that have started and this thread do all tasks. They still use `context`: do not unwind
+    // here.
+  }
   progress->work();
   std::unique_lock<std::mutex> lock(progress->mutex);
   progress->all_done.wait(lock, [&] { return progress->done.load() == count; });

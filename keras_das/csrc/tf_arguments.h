@@ -37,8 +37,7 @@ absl::Status read_attributes(Context* context, Attributes* attributes, DType* dt
   if ((sum_type == tensorflow::DT_DOUBLE) != (*dtype == DType::kFloat64)) {
     return absl::InvalidArgumentError(
         "`A`, the type of all tensors but `inputs` and its output, must be double if `T` is, else float. "
-        "Received: "
-        "T=" +
+        "Received: T=" +
         tensorflow::DataType_Name(inputs_type) + ", A=" + tensorflow::DataType_Name(sum_type));
   }
   Settings settings;

@@ -9,9 +9,9 @@ from typing import Any
 
 import keras
 
-from keras_das._requirements import check_keras_3
 from keras_das.exporters import litert, onnx, openvino, saved_model
 from keras_das.exporters.saved_model import Serving
+from keras_das.models.graph import check_built
 
 FORMATS = ("saved_model", "onnx", "litert", "openvino")
 _SUFFIXES = {"onnx": ".onnx", "litert": ".tflite"}  # of formats that are a file
@@ -92,9 +92,7 @@ def export(
     """
     if format not in FORMATS:
         raise ValueError(f"`format` must be one of {FORMATS}. Received: format={format!r}")
-    check_keras_3("model", model)
-    if not isinstance(model, keras.Model) or not model.built:
-        raise ValueError(f"`model` must be a Keras model that has been built. Received: model={model!r}")
+    check_built(model)
     serving = Serving(labels, serving_bytes, image_size, preprocessing, warmup)
     if format != "saved_model" and not serving.is_plain():
         raise ValueError(

@@ -4,7 +4,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -139,6 +138,8 @@ def _locked(root: pathlib.Path, report: Report) -> Iterator[bool]:
 
     Creates the folder if it does not exist or the previous holder has removed it.
     """
+    import fcntl  # Windows, where there are no kernels, does not have it
+
     waited = False
     while True:
         root.mkdir(parents=True, exist_ok=True)
@@ -225,10 +226,8 @@ def _check_runtime(file: pathlib.Path) -> None:
 
     TensorFlow exports another one. Kernels registered with that one would never be found.
     """
-    listed = subprocess.run(
-        ["nm", "-D", "--undefined-only", str(file)], capture_output=True, text=True, check=True
-    )
-    if missing := re.findall(r" U ((?:__)?cuda\w+)", listed.stdout):
+    symbols = _run(["nm", "-D", "--undefined-only", str(file)], "listing the library's symbols")
+    if missing := re.findall(r" U ((?:__)?cuda\w+)", symbols):
         raise BuildError(
             f"linking failed: the library lacks a CUDA runtime of its own ({', '.join(missing)})"
         )
@@ -272,8 +271,12 @@ def _compile_all(
     return [objects / f"{number}.o" for number in range(len(units))]
 
 
-def _run(command: list[str], purpose: str, stop: threading.Event | None = None) -> None:
-    """Runs a command until it ends or `stop` is set. Raises a BuildError with the output if it fails."""
+def _run(command: list[str], purpose: str, stop: threading.Event | None = None) -> str:
+    """Runs a command until it ends or `stop` is set, and returns its output.
+
+    Raises:
+        BuildError: If it fails; the message ends with the output.
+    """
     stop = stop or threading.Event()
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         try:
@@ -287,10 +290,12 @@ def _run(command: list[str], purpose: str, stop: threading.Event | None = None) 
         else:
             process.terminate()
             process.wait()
+        output.seek(0)
+        printed = output.read()
         if process.returncode:
-            output.seek(0)
-            lines = output.read().strip().splitlines()[-_LAST_LINES:]
+            lines = printed.strip().splitlines()[-_LAST_LINES:]
             raise BuildError("\n".join([f"{purpose} failed (exit status {process.returncode}):", *lines]))
+        return printed
 
 
 def _write_record(target: Target, compiler: list[str], file: pathlib.Path) -> None:

@@ -1,11 +1,14 @@
-"""Validation of arguments that only the layers have."""
+"""Validation of the layers' inputs and of arguments that only they have."""
 
 import math
 import numbers
 from collections.abc import Collection
 from typing import Any
 
+import keras
 import numpy as np
+
+from keras_das._requirements import check_keras_3
 
 
 def standardize_flag(value: bool, name: str) -> bool:
@@ -28,3 +31,17 @@ def standardize_choice(value: Any, name: str, choices: Collection[str]) -> str:
         listed = " or ".join(f'"{choice}"' for choice in choices)
         raise ValueError(f"`{name}` must be {listed}. Received: {name}={value!r}")
     return value
+
+
+def check_input(inputs: Any) -> None:
+    """Raises a ValueError for inputs of Keras 2 and for inputs that are not floating point."""
+    check_keras_3("inputs", inputs)
+    dtype = getattr(inputs, "dtype", None)
+    if dtype is None:  # not a tensor yet
+        return
+    name = keras.backend.standardize_dtype(dtype)
+    if not keras.backend.is_float_dtype(name):
+        raise ValueError(
+            "`inputs` must have a floating dtype. Cast them, or add a `keras.layers.Rescaling` before the "
+            f"layer. Received: inputs.dtype={name}"
+        )

@@ -8,11 +8,10 @@ import keras
 from keras import constraints, initializers, ops, regularizers
 
 from keras_das.layers import folded_norm
-from keras_das.layers.arguments import standardize_choice, standardize_factor, standardize_flag
+from keras_das.layers.arguments import check_input, standardize_choice, standardize_factor, standardize_flag
 from keras_das.layers.deformable_conv2d import DeformableConv2D, Identifier, Shape, Tensor
 from keras_das.layers.depthwise import DepthwiseConv2D
-from keras_das.layers.inputs import check_input
-from keras_das.layers.policies import build_layer, check_not_quantized, quantization_of
+from keras_das.layers.quantization import build_layer, check_not_quantized, quantization_of
 from keras_das.ops import pointwise
 from keras_das.ops.arguments import (
     standardize_count,

@@ -6,9 +6,8 @@ from typing import Any
 import keras
 from keras import activations, constraints, initializers, ops, regularizers
 
-from keras_das.layers.arguments import standardize_factor, standardize_flag
-from keras_das.layers.inputs import check_input
-from keras_das.layers.policies import check_not_quantized
+from keras_das.layers.arguments import check_input, standardize_factor, standardize_flag
+from keras_das.layers.quantization import check_not_quantized
 from keras_das.ops import dilated
 from keras_das.ops.arguments import (
     Settings,

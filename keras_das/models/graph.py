@@ -1,4 +1,4 @@
-"""Functional graphs: traversal, shapes and execution."""
+"""Models and their functional graphs: traversal, shapes and execution."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -6,6 +6,14 @@ from typing import Any
 import keras
 
 from keras_das._keras_internals import Node, Tensor, node_of
+from keras_das._requirements import check_keras_3
+
+
+def check_built(model: keras.Model) -> None:
+    """Raises a ValueError for anything except a built Keras 3 model."""
+    check_keras_3("model", model)
+    if not isinstance(model, keras.Model) or not model.built:
+        raise ValueError(f"`model` must be a Keras model that has been built. Received: model={model!r}")
 
 
 def sort_nodes(tensors: Iterable[Tensor]) -> list[Node]:

@@ -59,7 +59,7 @@ def find_stages(model: keras.Model) -> dict[str, Tensor]:
         if end is None:
             raise ValueError(
                 f"No single layer of model '{model.name}' ends its level P{level} (1/{2**level} of the "
-                "image's rows and columns): a skip connection bypasses each candidate. Name the layers to gate "
+                "image's rows and columns): a skip connection bypasses each candidate. Name layers to gate "
                 "in `at`" + _examples(nodes, levels, dominators, level)
             )
         stages[f"P{level}"] = end.outputs[0]

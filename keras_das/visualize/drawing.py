@@ -6,8 +6,8 @@ import keras
 import numpy as np
 
 from keras_das._requirements import import_extra
-from keras_das.models.fields import Axis, Field
-from keras_das.visualize.lookup import data_format_of, image_size
+from keras_das.visualize.fields import Axis, Field
+from keras_das.visualize.lookup import image_format, image_size
 from keras_das.visualize.sampling import SamplingPoints
 
 _DPI = 120
@@ -29,9 +29,9 @@ def to_pixels(figure: Any) -> np.ndarray:
 
 def standardize_picture(model: keras.Model, pixels: np.ndarray, picture: np.ndarray | None) -> np.ndarray:
     """Returns the picture to draw for an image: float32 in 0..1, `(H, W)` or `(H, W, 3)`."""
-    size = image_size(pixels.shape, data_format_of(model))
+    size = image_size(pixels.shape, image_format(model))
     if picture is None:
-        pixels = pixels if data_format_of(model) == "channels_last" else np.moveaxis(pixels, 0, -1)
+        pixels = pixels if image_format(model) == "channels_last" else np.moveaxis(pixels, 0, -1)
         picture = pixels if pixels.shape[2] == 3 else pixels.mean(axis=2)
     if picture.shape not in (size, (*size, 3)):
         raise ValueError(

@@ -6,9 +6,9 @@ import keras
 import numpy as np
 
 from keras_das.layers import DASLayer
-from keras_das.models.samples import sample_of
 from keras_das.visualize.capture import inputs_of, run_batch
 from keras_das.visualize.lookup import find_layer, layers_of_kind, to_numpy
+from keras_das.visualize.samples import sample_of
 
 Tensor = Any
 

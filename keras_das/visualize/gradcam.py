@@ -8,9 +8,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_das.models.samples import sample_of
 from keras_das.visualize.capture import only_call, replaced_call
-from keras_das.visualize.lookup import data_format_of, find_layer, to_numpy
+from keras_das.visualize.lookup import find_layer, image_format, to_numpy
+from keras_das.visualize.samples import sample_of
 
 Tensor = Any
 
@@ -69,7 +69,7 @@ def grad_cam(
 
     gradient = _scaled_gradient(score, ops.zeros_like(features))
     features = to_numpy(features)
-    if data_format_of(model) == "channels_first":
+    if (getattr(found, "data_format", None) or image_format(model)) == "channels_first":
         features, gradient = (np.moveaxis(x, 1, -1) for x in (features, gradient))
     cam = np.maximum(np.sum(features * gradient.mean(axis=(1, 2), keepdims=True), axis=-1), 0)[0]
     return cam / cam.max() if cam.max() > 0 else cam

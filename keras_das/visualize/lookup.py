@@ -1,4 +1,4 @@
-"""Layers of a model by name or class, its data format, and the size of its images."""
+"""Layers of a model by name or class, and the format and size of its images."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,17 +8,10 @@ import numpy as np
 from keras import ops
 
 from keras_das._keras_internals import layers_inside
-from keras_das._requirements import check_keras_3
 from keras_das.layers import DASLayer
+from keras_das.models.graph import check_built
 
 Tensor = Any
-
-
-def check_built(model: keras.Model) -> None:
-    """Raises a ValueError for anything except a built Keras 3 model."""
-    check_keras_3("model", model)
-    if not isinstance(model, keras.Model) or not model.built:
-        raise ValueError(f"`model` must be a Keras model that has been built. Received: model={model!r}")
 
 
 def layers_of_kind(model: keras.Model, kinds: tuple[type, ...]) -> list[Any]:
@@ -43,8 +36,8 @@ def find_layer(model: keras.Model, layer: str | keras.layers.Layer, kinds: tuple
     )
 
 
-def data_format_of(model: keras.Model) -> str:
-    """Returns the model's data format: that of its first layer that has one."""
+def image_format(model: keras.Model) -> str:
+    """Returns the data format of the model's images: that of its first layer that has one."""
     for layer in layers_inside(model):
         if data_format := getattr(layer, "data_format", None):
             return data_format

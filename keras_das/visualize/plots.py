@@ -11,11 +11,12 @@ import keras
 import numpy as np
 
 from keras_das.layers import DASLayer
-from keras_das.models.samples import sample_of
+from keras_das.models.graph import check_built
 from keras_das.visualize import drawing
 from keras_das.visualize.gates import reduced_gate
 from keras_das.visualize.gradcam import grad_cam
-from keras_das.visualize.lookup import check_built, find_layer, layers_of_kind
+from keras_das.visualize.lookup import find_layer, layers_of_kind
+from keras_das.visualize.samples import sample_of
 from keras_das.visualize.sampling import (
     SAMPLING_LAYERS,
     Reading,

@@ -10,10 +10,11 @@ import numpy as np
 
 from keras_das._keras_internals import layers_inside
 from keras_das.layers import DASLayer, DeformableConv2D
-from keras_das.models.fields import Fields, fields_of, through, windows_of
-from keras_das.models.samples import Sample, sample_of
+from keras_das.models.graph import check_built
 from keras_das.visualize.capture import inputs_of
-from keras_das.visualize.lookup import check_built, data_format_of, find_layer, image_size, to_numpy
+from keras_das.visualize.fields import Fields, fields_of, through, windows_of
+from keras_das.visualize.lookup import find_layer, image_format, image_size, to_numpy
+from keras_das.visualize.samples import Sample, sample_of
 
 Tensor = Any
 Point = tuple[float, float]
@@ -165,7 +166,7 @@ def read_layers(
 def fields_in(sample: Sample, layers: Sequence[Any]) -> list[Fields]:
     """Returns the positions of the inputs and outputs of the layers."""
     model = sample.model
-    data_format = data_format_of(model)
+    data_format = image_format(model)
     size = image_size(sample.pixels.shape, data_format)
     several: dict[str, Any] = (
         {} if len(sample.arrays) == 1 else {"shapes": sample.shapes, "image": sample.image}
@@ -194,7 +195,7 @@ def _networks(model: keras.Model) -> list[keras.Model]:
 
 def check_point(model: keras.Model, image: np.ndarray, point: Sequence[float]) -> Point:
     """Returns the argument `point` if it lies on the image, or raises a ValueError."""
-    size = image_size(image.shape, data_format_of(model))
+    size = image_size(image.shape, image_format(model))
     values = np.asarray(point, "float64")
     if values.shape != (2,) or not all(-0.5 <= at <= end - 0.5 for at, end in zip(values, size, strict=True)):
         raise ValueError(

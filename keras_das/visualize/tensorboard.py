@@ -9,12 +9,12 @@ import numpy as np
 
 from keras_das._requirements import import_extra
 from keras_das.layers import DASLayer
-from keras_das.models.samples import sample_of
 from keras_das.ops.arguments import standardize_count
 from keras_das.visualize.drawing import to_pixels
 from keras_das.visualize.gates import GateStatistics, gate_statistics
-from keras_das.visualize.lookup import data_format_of, image_size, layers_of_kind
+from keras_das.visualize.lookup import image_format, image_size, layers_of_kind
 from keras_das.visualize.plots import plot_gates, plot_sampling_points
+from keras_das.visualize.samples import sample_of
 
 _IDLE = 0.02  # deviation from 1 below which a gate counts as idle
 
@@ -81,7 +81,7 @@ class TensorBoardFigures(keras.callbacks.Callback):
     def _figures(self) -> Iterator[tuple[str, Any]]:
         gates = layers_of_kind(self.model, (DASLayer,))
         shape = sample_of(self.model, self.images[0], gates).pixels.shape
-        rows, columns = image_size(shape, data_format_of(self.model))
+        rows, columns = image_size(shape, image_format(self.model))
         point = ((rows - 1) / 2, (columns - 1) / 2) if self.point is None else self.point
         yield "gates", plot_gates(self.model, self.images, None, point, self.labels, self.pictures)
         picture = None if self.pictures is None else self.pictures[0]

@@ -313,7 +313,7 @@ def test_gate_name_that_is_taken():
         (["P2", "relu_0"], "names the layer 'relu_0' twice"),
         (["conv_1", "conv_1"], "names the layer 'conv_1' twice"),
         ("image", "'image' is an input"),
-        ("classes", r"makes no feature map: its output has the shape \(None, 3\)"),
+        ("classes", r"does not output a feature map: its output has the shape \(None, 3\)"),
     ],
 )
 def test_bad_at(at, message):

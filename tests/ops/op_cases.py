@@ -100,6 +100,7 @@ CASES = [
     Case("one_row", image=(1, 7), kernel_size=(1, 3), channels=1, filters=1, batch=3),
     Case("wide_padding", image=(2, 3), padding=((4, 4), (4, 4)), kernel_size=(2, 2)),
     Case("empty_batch", batch=0, padding="same"),
+    Case("empty_image", image=(0, 4), padding=((1, 2), (0, 0)), kernel_size=(1, 2)),
 ]
 
 # Cases for graphs and XLA. They have few taps, because the compilation time grows with the number of taps.

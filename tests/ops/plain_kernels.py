@@ -176,4 +176,6 @@ def _settings(strides, padding, dilation_rate, offset_groups):
 
 
 def _pointers(arrays):
-    return (ctypes.c_void_p * len(arrays))(*(None if a is None else a.ctypes.data for a in arrays))
+    """The addresses of arrays: null for `None`, and for empty ones, as frameworks may pass them."""
+    addresses = (None if a is None or not a.size else a.ctypes.data for a in arrays)
+    return (ctypes.c_void_p * len(arrays))(*addresses)

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <climits>
 #include <initializer_list>
+#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -101,7 +102,10 @@ void sum_rows(const Device& device, const A* from, int64_t rows, int64_t columns
 }
 
 template <class T, class A>
-Field<T, A> make_field(const Geometry& g, const void* inputs, const void* offsets, const void* mask) {
+Field<T, A> make_field(const Device& device, const Geometry& g, const void* inputs, const void* offsets,
+                       const void* mask) {
+  // Kernels load corners off the image from the first pixel and ignore the values; see `Corners`.
+  if (g.height * g.width == 0) inputs = device.allocate<T>(g.channels);
   return {g,
           g.taps(),
           g.width * g.channels,
@@ -161,7 +165,7 @@ template <class T, class A>
 void dense_forward(const Device& device, const Geometry& g, const ForwardBuffers& buffers) {
   const Columns<A> columns(device, g);
   Samples<T, A> samples{};
-  samples.field = make_field<T, A>(g, buffers.inputs, buffers.offsets, buffers.mask);
+  samples.field = make_field<T, A>(device, g, buffers.inputs, buffers.offsets, buffers.mask);
   samples.columns = columns.memory;
   Operands<T, A> operands = make_operands<T, A>(g, buffers.kernel);
   operands.columns = columns.memory;
@@ -181,7 +185,7 @@ void forward_of(const Device& device, const Geometry& g, const ForwardBuffers& b
   if (output_elements(g) == 0) return;
   if (!is_depthwise(g)) return dense_forward<T, A>(device, g, buffers);
   Samples<T, A> samples{};
-  samples.field = make_field<T, A>(g, buffers.inputs, buffers.offsets, buffers.mask);
+  samples.field = make_field<T, A>(device, g, buffers.inputs, buffers.offsets, buffers.mask);
   samples.pixels = g.batch * g.out_pixels();
   samples.kernel = static_cast<const A*>(buffers.kernel);
   samples.bias = static_cast<const A*>(buffers.bias);
@@ -218,7 +222,7 @@ class Gatherer {
  public:
   Gatherer(const Device& device, const Geometry& g, const BackwardBuffers& buffers) : device_(device) {
     if (g.taps() > INT_MAX) throw std::runtime_error("more than 2^31 taps cannot be sorted");
-    lists_.field = make_field<A, A>(g, nullptr, buffers.offsets, buffers.mask);
+    lists_.field = make_field<A, A>(device_, g, nullptr, buffers.offsets, buffers.mask);
     lists_.cells = (g.height + 1) * (g.width + 1);
     const int64_t of_entries =
         (2 * int64_t{sizeof(int)} + 4 * int64_t{sizeof(A)}) * g.offset_groups * g.taps();
@@ -269,10 +273,10 @@ class Gatherer {
 };
 
 template <class T, class A>
-Gradients<T, A> make_gradients(const Geometry& g, const BackwardBuffers& buffers, bool scatter) {
+Gradients<T, A> make_gradients(const Device& device, const Geometry& g, const BackwardBuffers& buffers) {
   Gradients<T, A> a{};
-  a.field = make_field<T, A>(g, buffers.inputs, buffers.offsets, buffers.mask);
-  a.grad_inputs = scatter ? static_cast<A*>(buffers.grad_inputs) : nullptr;
+  a.field = make_field<T, A>(device, g, buffers.inputs, buffers.offsets, buffers.mask);
+  a.grad_inputs = device.deterministic() ? nullptr : static_cast<A*>(buffers.grad_inputs);
   a.grad_offsets = static_cast<A*>(buffers.grad_offsets);
   a.grad_mask = static_cast<A*>(buffers.grad_mask);
   return a;
@@ -280,7 +284,7 @@ Gradients<T, A> make_gradients(const Geometry& g, const BackwardBuffers& buffers
 
 template <class T, class A>
 void depthwise_backward(const Device& device, const Geometry& g, const BackwardBuffers& buffers) {
-  Gradients<T, A> a = make_gradients<T, A>(g, buffers, !device.deterministic());
+  Gradients<T, A> a = make_gradients<T, A>(device, g, buffers);
   const int64_t weights = g.taps() * g.channels;
   a.pixels = g.batch * g.out_pixels();
   a.ranges = count_ranges(g, a.pixels, device.workspace_bytes() / (weights * int64_t{sizeof(A)}));
@@ -303,7 +307,7 @@ void depthwise_backward(const Device& device, const Geometry& g, const BackwardB
 template <class T, class A>
 void dense_backward(const Device& device, const Geometry& g, const BackwardBuffers& buffers) {
   const Columns<A> columns(device, g);
-  Gradients<T, A> a = make_gradients<T, A>(g, buffers, !device.deterministic());
+  Gradients<T, A> a = make_gradients<T, A>(device, g, buffers);
   a.columns = columns.memory;
   Gatherer<A> gatherer(device, g, buffers);
   Gathering<A> gathering{};
@@ -358,6 +362,8 @@ std::string run(const F& function) {
   try {
     function();
     return "";
+  } catch (const std::bad_alloc&) {
+    return "out of memory: there is none on the host";
   } catch (const std::runtime_error& error) {
     return error.what();
   }

@@ -279,24 +279,6 @@ def test_pictures_without_any_box(augment: bool) -> None:
     np.testing.assert_array_equal(classes, np.full((2, 1), -1))
 
 
-def test_the_largest_boxes_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
-    blank = np.zeros((64, 64, 3), "uint8")
-    boxes = [(0, 0, 9, 9), (0, 0, 2, 2), (0, 0, 5, 5)]
-    split = split_of([(blank, boxes), (blank, boxes[:2]), (blank, [])])
-    _, found, classes = read(training_batches(split, 64, 3, clock_at(0), False, max_boxes=2))
-    assert "1 of 3 images have more than 2 boxes: the largest are trained on\n" in capsys.readouterr().out
-    assert sorted(classes.tolist()) == [[-1, -1], [0, 1], [0, 2]]
-    assert found[classes[:, 1] == 2].tolist() == [[[0, 0, 9, 9], [0, 0, 5, 5]]]
-    for enough in (3, None):
-        training_batches(split, 64, 3, clock_at(0), False, max_boxes=enough)
-    assert capsys.readouterr().out == ""
-
-
-def test_max_boxes_decides_the_width_where_no_image_has_so_many() -> None:
-    _, boxes, _ = read(training_batches(numbered(3), 16, 3, clock_at(0), False, max_boxes=7))
-    assert boxes.shape == (3, 7, 4)
-
-
 def test_crowds_are_left_out_of_training() -> None:
     image = np.zeros((64, 64, 3), "uint8")
     marked = truth(0, image, [(0, 0, 60, 60), (1, 2, 3, 4)], [True, False])
