@@ -587,7 +587,7 @@ def test_plot_history(tmp_path):
     with pytest.raises(ValueError, match=r"`metrics` must be among \['loss', 'accuracy'\]"):
         visualize.plot_history(files, ["recall"])
     (tmp_path / "c.csv").write_text("step,loss\n0,1.0\n")
-    with pytest.raises(ValueError, match=r"`files` must contain rows with the column 'epoch'.*c\.csv"):
+    with pytest.raises(ValueError, match=r"numbers in the column 'epoch'.*c\.csv"):
         visualize.plot_history({"c": tmp_path / "c.csv"})
 
 
@@ -642,13 +642,13 @@ def test_bad_arguments():
             points(image=np.zeros(wrong))
     with pytest.raises(ValueError, match="`model` must be a Keras model that has been built"):
         points(of="model.keras")
-    with pytest.raises(ValueError, match="`layers` must be a sequence"):
-        visualize.stacked_sampling_points(model, image, "das_p2", (1, 1))
+    with pytest.raises(ValueError, match="`layers` must be a layer or name, or a sequence"):
+        visualize.stacked_sampling_points(model, image, [], (1, 1))
     with pytest.raises(ValueError, match="`reduce` must be"):
         visualize.gate_map(model, image, "das_p2", reduce="max")
     with pytest.raises(ValueError, match="`layer` must be a DASLayer of the model"):
         visualize.gate_map(model, image, "relu_0")
-    with pytest.raises(ValueError, match="`class_index` must be from 0 to 2"):
+    with pytest.raises(ValueError, match="`class_index` must be an integer from 0 to 2"):
         visualize.grad_cam(model, image, "das_p2", 3)
     with pytest.raises(ValueError, match="`layer` must return a feature map"):
         visualize.grad_cam(model, image, "pool", 0)
@@ -656,7 +656,7 @@ def test_bad_arguments():
         visualize.plot_gates(model, [image], labels=["a", "b"])
     with pytest.raises(ValueError, match="`model` must contain gates"):
         visualize.plot_gates(plain_cnn(), [image])
-    with pytest.raises(ValueError, match="`models` must contain at least one model"):
+    with pytest.raises(ValueError, match="`models` must be a dict with at least one model"):
         visualize.plot_grad_cam({}, image)
 
 
@@ -664,7 +664,7 @@ def test_a_layer_that_is_called_twice():
     shared = keras_das.DASLayer(name="gate")
     inputs = keras.Input((8, 8, 4))
     model = keras.Model(inputs, shared(shared(inputs)))
-    with pytest.raises(ValueError, match=r"`layer` must be called once.*'gate', which is called 2 times"):
+    with pytest.raises(ValueError, match=r"must be called once.*'gate', which is called 2 times"):
         visualize.sampling_points(model, np.zeros((8, 8, 4)), "gate", (0, 0))
 
 

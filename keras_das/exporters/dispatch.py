@@ -61,8 +61,8 @@ def export(
         serving_bytes: Boolean. Whether to add a signature `serving_bytes` to the SavedModel, from
             `image_bytes`, strings `(N,)` of encoded JPEG, PNG, BMP or GIF files, to the same outputs. Images
             are resized to the size of the model, bilinearly with antialiasing. Defaults to `False`.
-        image_size: `(rows, columns)` to resize encoded images to, for a model that accepts any size. Defaults
-            to `None`.
+        image_size: `(rows, columns)` of resized images and of warm-up requests, for a model that accepts
+            any size. Defaults to `None`.
         preprocessing: Function of TensorFlow operations or Keras layers that maps the resized images, float32
             pixels of 0..255 `(N, rows, columns, 3)`, to inputs of the model. Defaults to `None`: the model
             receives these pixels.

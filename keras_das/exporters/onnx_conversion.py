@@ -90,7 +90,7 @@ def _convert(folder: Path, handlers: Handlers, domain: str) -> tuple[Any, Specs,
     input_specs, output_specs = signature.structured_input_signature[1], signature.structured_outputs
     return (
         proto,
-        {name: input_specs[name] for name in inputs},
+        {name: input_specs[saved_model.sanitized(name)] for name in inputs},
         {name: output_specs[name] for name in outputs},
     )
 

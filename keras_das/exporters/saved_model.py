@@ -32,8 +32,10 @@ class Serving:
 
     def __post_init__(self) -> None:
         """Validates the options that do not depend on the model."""
-        if not self.serving_bytes and (self.image_size is not None or self.preprocessing is not None):
-            raise ValueError("`image_size` and `preprocessing` require serving_bytes=True.")
+        if self.preprocessing is not None and not self.serving_bytes:
+            raise ValueError("`preprocessing` requires serving_bytes=True.")
+        if self.image_size is not None and not (self.serving_bytes or np.size(self.warmup)):
+            raise ValueError("`image_size` requires serving_bytes=True or `warmup`.")
         if self.labels is not None and not isinstance(self.labels, str):
             self.labels = tuple(self.labels)
         if self.image_size is not None:
@@ -130,8 +132,11 @@ def _write_signatures(model: keras.Model, folder: Path, verbose: bool, serving: 
 
     archive = keras.export.ExportArchive()
     archive.track(model)
-    archive.add_endpoint("serve", serve, [tf.TensorSpec(image.shape, image.dtype, name=image.name)])
-    requests = [(image.name, "serving_default", lambda count: _blank_images(image, count, serving))]
+    shape = (None, *image.shape[1:])
+    archive.add_endpoint("serve", serve, [tf.TensorSpec(shape, image.dtype, name=image.name)])
+    requests = [
+        (sanitized(image.name), "serving_default", lambda count: _blank_images(image, count, serving))
+    ]
     if serving.serving_bytes:
         size, channels_first = _image_layout(image, serving.image_size)
 
@@ -157,11 +162,18 @@ def _check_labels(model: keras.Model, labels: Sequence[str] | None) -> None:
     if labels is None:
         return
     shape = model.outputs[0].shape
-    if len(shape) != 2 or isinstance(labels, str) or len(labels) != shape[1]:
+    names = not isinstance(labels, str) and all(isinstance(label, str) for label in labels)
+    if len(shape) != 2 or not names or len(labels) != shape[1]:
         raise ValueError(
-            f"`labels` must name each class of the model's output (N, classes), here {shape}. "
-            f"Received: {labels if isinstance(labels, str) else len(labels)}"
+            "`labels` must contain a string for each class of the model's output (N, classes), here "
+            f"{shape}. Received: {len(labels) if names else repr(labels)}"
         )
+
+
+def sanitized(name: str) -> str:
+    """Returns the name of an input in TensorFlow's signatures, which are those of Python functions."""
+    name = "".join(character if character.isalnum() else "_" for character in name)
+    return name if name[0].isalpha() else f"arg_{name}"
 
 
 def _named(scores: Tensor, labels: Sequence[str] | None) -> dict[str, Tensor]:

@@ -168,6 +168,11 @@ def _sites(
         gate_name = f"das_{name}" if name in layers else f"das_{name.lower()}"
         if gate_name in layers:
             raise ValueError(f"Model '{base.name}' has a layer '{gate_name}' already.")
+        if gate_name in sites:
+            raise ValueError(
+                f"`at` names two feature maps whose gates would both be '{gate_name}', a level and a layer "
+                f"of its name. Name the layer that ends the level instead. Received: at={at}"
+            )
         sites[gate_name] = tensor
     return sites
 

@@ -103,6 +103,12 @@ def _copy_flags_of_weights(source: keras.layers.Layer, target: keras.layers.Laye
 
     Weights are paired by name, because a layer that is built quantized has them in a different order.
     """
+    if len(source.weights) != len(target.weights):
+        raise ValueError(
+            f"The layer '{source.name}' cannot be copied: it has {len(source.weights)} weights, and the "
+            f"layer made from its configuration {len(target.weights)}. Merge weights that were added later, "
+            "such as those of `enable_lora`, by saving and loading the model."
+        )
     pairs = [sorted(layer.weights, key=lambda weight: weight.name) for layer in (source, target)]
     for old, new in zip(*pairs, strict=True):
         if new.trainable != old.trainable:

@@ -6,6 +6,7 @@ import keras
 
 from keras_das._keras_internals import flatten_layers
 from keras_das.layers import DASLayer
+from keras_das.layers.arguments import standardize_flag
 from keras_das.models.graph import sort_nodes
 
 
@@ -37,6 +38,7 @@ def freeze_trunk(model: keras.Model, freeze: bool = True) -> None:
     >>> keras_das.freeze_trunk(model, False)
     >>> model.compile(keras.optimizers.Adam(1e-5), "sparse_categorical_crossentropy")
     """
+    freeze = standardize_flag(freeze, "freeze")
     if not isinstance(model, keras.Model):
         raise ValueError(f"`model` must be a Keras model. Received: model={model!r}")
     graphs = [layer for layer in flatten_layers(model) if isinstance(layer, keras.Function)]

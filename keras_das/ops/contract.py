@@ -42,6 +42,9 @@ def make_plan(
     Raises:
         ValueError: If the tensors do not fit each other or the settings. The message names the argument.
     """
+    for name, tensor in (("inputs", inputs), ("kernel", kernel), ("offsets", offsets)):
+        if tensor is None:
+            raise ValueError(f"`{name}` must be a tensor. Received: None")
     specs = (None if t is None else _spec_of(t) for t in (inputs, kernel, offsets, mask, bias))
     return _make_plan(settings, *specs)
 

@@ -356,8 +356,11 @@ def _add_last_axis(x: Tensor) -> Tensor:
 
 
 def _wide(size: Any) -> Any:
-    """A size that is safe to multiply: an int, or a 64-bit tensor if the graph does not know the size."""
-    return size if isinstance(size, int) else ops.cast(size, "int64")
+    """A size that is safe to multiply: an int, or a 64-bit tensor if the graph does not know the size.
+
+    A size that JAX does not know is a symbol, which is unlimited.
+    """
+    return size if isinstance(size, int) or keras.backend.backend() == "jax" else ops.cast(size, "int64")
 
 
 def _index_dtype(rows: Any) -> str:
@@ -365,6 +368,8 @@ def _index_dtype(rows: Any) -> str:
     if isinstance(rows, int) and rows < 2**31:
         return "int32"
     if keras.backend.backend() == "jax":
+        if not isinstance(rows, int):
+            return "int32"  # a symbol, as in exports
         raise ValueError(
             "On JAX, the padded rows x columns x offset groups of `inputs` must be below 2**31. "
             f"Received: {rows}"

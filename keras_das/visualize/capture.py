@@ -45,6 +45,7 @@ def replaced_call(
     Unlike a model of the same layers, this also works for nested models and subclasses.
     """
     seen: dict[int, list[tuple[Tensor, Tensor]]] = {id(layer): [] for layer in layers}
+    own = [vars(layer).get("call") for layer in layers]  # set on the layer itself, by its user
 
     def replaced(layer: Any) -> Callable[..., Any]:
         original = layer.call
@@ -63,15 +64,18 @@ def replaced_call(
             object.__setattr__(layer, "call", replaced(layer))
         yield seen
     finally:
-        for layer in layers:
-            vars(layer).pop("call", None)
+        for layer, call in zip(layers, own, strict=True):
+            if call is None:
+                vars(layer).pop("call", None)
+            else:
+                object.__setattr__(layer, "call", call)
 
 
 def only_call(layer: Any, values: Sequence[Tensor]) -> Tensor:
     """Returns the value of the only call of a layer, or raises a ValueError."""
     if len(values) != 1:
         raise ValueError(
-            f"`layer` must be called once when the model runs. Received: layer={layer.name!r}, which is "
+            f"Each layer must be called once when the model runs. Received: layer {layer.name!r}, which is "
             f"called {len(values)} times"
         )
     return values[0]

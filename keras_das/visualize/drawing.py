@@ -33,6 +33,7 @@ def standardize_picture(model: keras.Model, pixels: np.ndarray, picture: np.ndar
     if picture is None:
         pixels = pixels if image_format(model) == "channels_last" else np.moveaxis(pixels, 0, -1)
         picture = pixels if pixels.shape[2] == 3 else pixels.mean(axis=2)
+    picture = np.asarray(picture)
     if picture.shape not in (size, (*size, 3)):
         raise ValueError(
             f"`picture` must have the shape {size} or {(*size, 3)}. Received: picture.shape={picture.shape}"

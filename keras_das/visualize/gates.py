@@ -7,7 +7,7 @@ import numpy as np
 
 from keras_das.layers import DASLayer
 from keras_das.visualize.capture import inputs_of, run_batch
-from keras_das.visualize.lookup import find_layer, layers_of_kind, to_numpy
+from keras_das.visualize.lookup import find_layer, layers_of_kind, to_numpy, unique_names
 from keras_das.visualize.samples import sample_of
 
 Tensor = Any
@@ -87,7 +87,8 @@ def gate_statistics(model: keras.Model, images: Any) -> list[GateStatistics]:
         images: Array, a batch of inputs. For a model with several inputs, a list or dict of batches.
 
     Returns:
-        One `GateStatistics` for each gate, in the order of execution: `name`, the `mean` and the standard
+        One `GateStatistics` for each gate, in the order of execution: `name` (numbered if several nested
+        models have a gate of this name), the `mean` and the standard
         `deviation` of all values of the gate, and `spatial_deviation`, the standard deviation over rows
         and columns of the gate's mean over channels, averaged over the images. If the last is near 0, the
         gate selects channels but not locations.
@@ -102,15 +103,17 @@ def gate_statistics(model: keras.Model, images: Any) -> list[GateStatistics]:
     das_p4 0.118
     das_p5 0.154
     """
-    return [_statistics(gate, to_numpy(gate.gate(x))) for gate, x in gate_inputs(model, images)]
+    gates = layers_of_kind(model, (DASLayer,))
+    names = {id(gate): name for gate, name in zip(gates, unique_names(gates), strict=True)}
+    return [
+        _statistics(names[id(gate)], gate, to_numpy(gate.gate(x))) for gate, x in gate_inputs(model, images)
+    ]
 
 
-def _statistics(gate: DASLayer, values: np.ndarray) -> GateStatistics:
+def _statistics(name: str, gate: DASLayer, values: np.ndarray) -> GateStatistics:
     channels = 3 if gate.data_format == "channels_last" else 1
     by_place = values.mean(axis=channels).reshape(len(values), -1)
-    return GateStatistics(
-        gate.name, float(values.mean()), float(values.std()), float(by_place.std(axis=1).mean())
-    )
+    return GateStatistics(name, float(values.mean()), float(values.std()), float(by_place.std(axis=1).mean()))
 
 
 def reduced_gate(gate: DASLayer, inputs: Tensor, reduce: str | None) -> np.ndarray:

@@ -58,9 +58,10 @@ def grad_cam(
         raise ValueError(f"`layer` must return a feature map. Received: layer={found.name!r}")
     if class_index is None:
         class_index = int(np.argmax(to_numpy(outputs)[0]))
-    if not 0 <= class_index < outputs.shape[1]:
+    if not isinstance(class_index, int | np.integer) or not 0 <= class_index < outputs.shape[1]:
         raise ValueError(
-            f"`class_index` must be from 0 to {outputs.shape[1] - 1}. Received: class_index={class_index}"
+            f"`class_index` must be an integer from 0 to {outputs.shape[1] - 1}. "
+            f"Received: class_index={class_index}"
         )
 
     def score(change: Tensor) -> Tensor:

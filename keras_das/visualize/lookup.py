@@ -18,8 +18,34 @@ def layers_of_kind(model: keras.Model, kinds: tuple[type, ...]) -> list[Any]:
     """Returns the layers of these classes, including those of nested models but not the parts of gates."""
     check_built(model)
     layers = layers_inside(model)
+    for of in (model, *layers):
+        if isinstance(of, keras.Model) and hasattr(of.call, "python_function"):
+            raise ValueError(
+                f"The `call` of model {of.name!r} is a `tf.function`, in which layers cannot be observed. "
+                "Remove the decorator: Keras compiles `fit` and `predict` itself."
+            )
     parts = {id(part) for layer in layers if isinstance(layer, DASLayer) for part in layers_inside(layer)}
     return [layer for layer in layers if isinstance(layer, kinds) and id(layer) not in parts]
+
+
+def unique_names(layers: Sequence[Any]) -> list[str]:
+    """Returns the names of layers, numbered if several nested models have layers of the same name."""
+    count: dict[str, int] = {}
+    names = []
+    for layer in layers:
+        number = count[layer.name] = count.get(layer.name, -1) + 1
+        names.append(f"{layer.name}_{number}" if number else layer.name)
+    return names
+
+
+def as_layers(layers: Any) -> list[Any]:
+    """Returns the argument `layers` as a list: one layer or name, or several different ones."""
+    listed = [layers] if isinstance(layers, str | keras.Operation) else list(layers)
+    if not listed or any(layer in listed[:number] for number, layer in enumerate(listed)):
+        raise ValueError(
+            f"`layers` must be a layer or name, or a sequence of different ones. Received: layers={layers!r}"
+        )
+    return listed
 
 
 def find_layer(model: keras.Model, layer: str | keras.layers.Layer, kinds: tuple[type, ...]) -> Any:

@@ -15,7 +15,7 @@ from keras_das.models.graph import check_built
 from keras_das.visualize import drawing
 from keras_das.visualize.gates import reduced_gate
 from keras_das.visualize.gradcam import grad_cam
-from keras_das.visualize.lookup import find_layer, layers_of_kind
+from keras_das.visualize.lookup import as_layers, find_layer, layers_of_kind
 from keras_das.visualize.samples import sample_of
 from keras_das.visualize.sampling import (
     SAMPLING_LAYERS,
@@ -86,7 +86,7 @@ def plot_sampling_points(
 def plot_gates(
     model: keras.Model,
     images: Any,
-    layers: Sequence[str | keras.layers.Layer] | None = None,
+    layers: str | keras.layers.Layer | Sequence[str | keras.layers.Layer] | None = None,
     point: Sequence[float] | None = None,
     labels: Sequence[str] | None = None,
     pictures: Sequence[np.ndarray] | None = None,
@@ -99,8 +99,8 @@ def plot_gates(
     Args:
         model: Keras model; see `sampling_points`.
         images: Sequence or batch of images as in `sampling_points`. Each image is a row.
-        layers: Sequence of gates or their names. Each gate is a column. Defaults to `None`, which selects all
-            gates of the model, in the order of execution.
+        layers: Gate or its name, or a sequence of these. Each gate is a column. Defaults to `None`, which
+            selects all gates of the model, in the order of execution.
         point: `(y, x)` in pixels of the image. If given, the points that each gate samples for it are drawn;
             their size is proportional to their mask. Defaults to `None`.
         labels: Sequence of strings, one for each image. Defaults to `None`.
@@ -125,7 +125,7 @@ def plot_gates(
                 f"`{name}` must contain one value for each of {count} images. Received: {len(values)}"
             )
     check_built(model)
-    gates = layers or layers_of_kind(model, (DASLayer,))
+    gates = layers_of_kind(model, (DASLayer,)) if layers is None else as_layers(layers)
     if not gates or not count:
         raise ValueError(
             f"`model` must contain gates, and `images` at least one image. Received: {count} images"
@@ -197,8 +197,8 @@ def plot_grad_cam(
     >>> models = {"without": (plain, "conv5_block3_out"), "with DAS": (gated, "das_p5")}
     >>> keras_das.visualize.plot_grad_cam(models, image).savefig("cam.png")
     """
-    if not models:
-        raise ValueError(f"`models` must contain at least one model. Received: models={models!r}")
+    if not isinstance(models, Mapping) or not models:
+        raise ValueError(f"`models` must be a dict with at least one model. Received: models={models!r}")
     figure = drawing.new_figure(3.2 * (1 + len(models)), 3.7)
     first, *others = figure.subplots(1, 1 + len(models))
     first_model, layer = next(iter(models.values()))
@@ -263,13 +263,14 @@ def plot_history(
 def _columns(path: str | os.PathLike, epoch: str) -> dict[str, list[float]]:
     """Reads the columns of numbers of a CSV file. A cell that is empty or "NA", as in Keras' logs, is NaN."""
     with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or epoch not in rows[0]:
-        raise ValueError(
-            f"`files` must contain rows with the column {epoch!r}. Received: {os.fspath(path)!r}"
-        )
+        reader = csv.DictReader(file)
+        rows = list(reader)
     columns = {}
-    for name in rows[0]:
+    for name in reader.fieldnames or ():
         with contextlib.suppress(ValueError):  # columns of text are not drawn
             columns[name] = [math.nan if row[name] in _MISSING else float(row[name]) for row in rows]
+    if not rows or epoch not in columns:
+        raise ValueError(
+            f"`files` must contain rows with numbers in the column {epoch!r}. Received: {os.fspath(path)!r}"
+        )
     return columns

@@ -13,7 +13,7 @@ from keras_das.layers import DASLayer, DeformableConv2D
 from keras_das.models.graph import check_built
 from keras_das.visualize.capture import inputs_of
 from keras_das.visualize.fields import Fields, fields_of, through, windows_of
-from keras_das.visualize.lookup import find_layer, image_format, image_size, to_numpy
+from keras_das.visualize.lookup import as_layers, find_layer, image_format, image_size, to_numpy
 from keras_das.visualize.samples import Sample, sample_of
 
 Tensor = Any
@@ -95,9 +95,7 @@ def stacked_sampling_points(
     >>> found.points.shape
     (1, 81, 2)
     """
-    if isinstance(layers, str) or len(layers) < 1:
-        raise ValueError(f"`layers` must be a sequence of layers or names. Received: layers={layers!r}")
-    sample, (*earlier, last) = read_layers(model, image, layers)
+    sample, (*earlier, last) = read_layers(model, image, as_layers(layers))
     found = last.at(check_point(model, sample.pixels, point))
     points, mask, inside = (x.reshape(-1, *x.shape[2:]) for x in (found.points, found.mask, found.inside))
     for reading in reversed(earlier):

@@ -12,7 +12,7 @@ from keras_das.layers import DASLayer
 from keras_das.ops.arguments import standardize_count
 from keras_das.visualize.drawing import to_pixels
 from keras_das.visualize.gates import GateStatistics, gate_statistics
-from keras_das.visualize.lookup import image_format, image_size, layers_of_kind
+from keras_das.visualize.lookup import image_format, image_size, layers_of_kind, unique_names
 from keras_das.visualize.plots import plot_gates, plot_sampling_points
 from keras_das.visualize.samples import sample_of
 
@@ -62,9 +62,15 @@ class TensorBoardFigures(keras.callbacks.Callback):
         self.point, self.labels, self.pictures = point, labels, pictures
 
     def on_train_begin(self, logs: dict | None = None) -> None:
-        """Checks that the model has gates."""
-        if not layers_of_kind(self.model, (DASLayer,)):
+        """Checks that the model has gates, if it is built; others are checked at the first figures."""
+        if self.model.built:
+            self._gates()
+
+    def _gates(self) -> list[DASLayer]:
+        gates = layers_of_kind(self.model, (DASLayer,))
+        if not gates:
             raise ValueError(f"`model` must have gates. Received: model={self.model!r}")
+        return gates
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """Writes the figures every N epochs."""
@@ -79,15 +85,15 @@ class TensorBoardFigures(keras.callbacks.Callback):
         writer.close()
 
     def _figures(self) -> Iterator[tuple[str, Any]]:
-        gates = layers_of_kind(self.model, (DASLayer,))
+        gates = self._gates()
         shape = sample_of(self.model, self.images[0], gates).pixels.shape
         rows, columns = image_size(shape, image_format(self.model))
         point = ((rows - 1) / 2, (columns - 1) / 2) if self.point is None else self.point
         yield "gates", plot_gates(self.model, self.images, None, point, self.labels, self.pictures)
         picture = None if self.pictures is None else self.pictures[0]
-        for gate in gates:
+        for gate, name in zip(gates, unique_names(gates), strict=True):
             figure = plot_sampling_points(self.model, self.images[0], gate, point, picture)
-            yield f"sampling_points/{gate.name}", figure
+            yield f"sampling_points/{name}", figure
 
 
 class GateMonitor(keras.callbacks.Callback):
@@ -103,6 +109,10 @@ class GateMonitor(keras.callbacks.Callback):
 
     Attributes:
         history: A dict from the name of each gate to its `GateStatistics`, one per epoch.
+
+    Raises:
+        ValueError: When training begins, or after the first epoch of a model that is built later: if a gate
+            is called more than once, as in a shared backbone, or inside a `tf.function`.
 
     Example:
 
@@ -120,6 +130,11 @@ class GateMonitor(keras.callbacks.Callback):
         self.images, self.log_dir = images, log_dir
         self.history: dict[str, list[GateStatistics]] = {}
 
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        """Measures the gates once, so that a model that cannot be measured fails before the first epoch."""
+        if self.model.built:
+            gate_statistics(self.model, self.images)
+
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """Measures the gates."""
         measured = gate_statistics(self.model, self.images)
@@ -130,8 +145,10 @@ class GateMonitor(keras.callbacks.Callback):
 
     def on_train_end(self, logs: dict | None = None) -> None:
         """Reports the gates that stayed close to 1."""
-        gates = {gate.name: gate for gate in layers_of_kind(self.model, (DASLayer,)) if gate.identity_init}
-        latest = [measured[-1] for name, measured in self.history.items() if name in gates]
+        gates = layers_of_kind(self.model, (DASLayer,))
+        names = zip(gates, unique_names(gates), strict=True)
+        identities = {name for gate, name in names if gate.identity_init}
+        latest = [measured[-1] for name, measured in self.history.items() if name in identities]
         idle = [gate.name for gate in latest if abs(gate.mean - 1) + gate.deviation < _IDLE]
         if idle:
             print(

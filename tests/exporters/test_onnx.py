@@ -51,6 +51,15 @@ def operation(exported_operation, rng):
     return model, path, {name: rng.normal(size=shape).astype("float32") for name, shape in shapes.items()}
 
 
+@pytest.mark.parametrize("name", ["1-image", "a.b"])
+def test_input_names_that_python_does_not_accept(name, tmp_path, rng):
+    inputs = keras.Input((8, 6, 3), name=name)
+    model = keras.Model(inputs, keras.layers.GlobalAveragePooling2D()(inputs))
+    keras_das.export(model, tmp_path / "model.onnx", format="onnx")
+    images = rng.normal(size=(2, 8, 6, 3)).astype("float32")
+    assert_close(run(tmp_path / "model.onnx", **{name: images}), model(images))
+
+
 def deform_convs(path):
     """Returns the `DeformConv` nodes.
 

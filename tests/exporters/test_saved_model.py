@@ -184,6 +184,27 @@ def test_warmup_of_channels_first_models_of_any_size(tmp_path):
     assert tf.make_ndarray(images).shape == (2, 3, 16, 24)
 
 
+def test_names_and_batches_of_signatures(tmp_path):
+    """TensorFlow changes names of inputs that Python does not accept. A fixed batch is not kept."""
+    inputs = keras.Input(batch_shape=(4, 8, 6, 3), name="1-image")
+    model = keras.Model(inputs, keras.layers.Dense(2)(keras.layers.GlobalAveragePooling2D()(inputs)))
+    keras_das.export(model, tmp_path / "1", labels=["a", "b"], warmup=(1,))
+    signature = tf.saved_model.load(tmp_path / "1").signatures["serving_default"]
+    records = tf.data.TFRecordDataset(str(tmp_path / "1" / "assets.extra" / "tf_serving_warmup_requests"))
+    first = prediction_log_pb2.PredictionLog.FromString(next(iter(records)).numpy())
+    ((name, images),) = first.predict_log.request.inputs.items()
+    assert signature(**{name: tf.constant(tf.make_ndarray(images))})["output_0"].shape == (1, 2)
+
+
+def test_warmup_of_models_of_any_size(tmp_path):
+    model = simple(size=(None, None))
+    keras_das.export(model, tmp_path / "1", image_size=(8, 6), warmup=(2,))
+    records = tf.data.TFRecordDataset(str(tmp_path / "1" / "assets.extra" / "tf_serving_warmup_requests"))
+    first = prediction_log_pb2.PredictionLog.FromString(next(iter(records)).numpy())
+    (images,) = first.predict_log.request.inputs.values()
+    assert tf.make_ndarray(images).shape == (2, 8, 6, 3)
+
+
 def test_pixels_are_rounded_for_models_of_integers(tmp_path, rng):
     model = keras.Sequential([keras.Input((24, 32, 3), dtype="uint8"), keras.layers.Rescaling(1.0)])
     keras_das.export(model, tmp_path / "1", serving_bytes=True)
@@ -208,9 +229,11 @@ def test_bad_arguments(tmp_path):
     def export(model=model, path=tmp_path / "1", **arguments):
         keras_das.export(model, path, **arguments)
 
-    with pytest.raises(ValueError, match=r"`labels` must name each class .*Received: 2"):
+    with pytest.raises(ValueError, match=r"`labels` must contain a string for each class .*Received: 2"):
         export(labels=["a", "b"])
-    with pytest.raises(ValueError, match="`image_size` and `preprocessing` require serving_bytes=True"):
+    with pytest.raises(ValueError, match=r"`labels` must contain a string for each .*Received: \(0, 1"):
+        export(labels=range(7))
+    with pytest.raises(ValueError, match="`image_size` requires serving_bytes=True or `warmup`"):
         export(image_size=(24, 32))
     with pytest.raises(
         ValueError, match=r"`image_size` must be \(rows, columns\).*Received: image_size=\(8, 8\)"

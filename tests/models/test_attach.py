@@ -296,6 +296,21 @@ def test_gates_are_attached_once():
     assert sorted(gates(more)) == ["das_conv_1", "das_p2", "das_p3"]
 
 
+def test_a_level_and_a_layer_of_its_name():
+    inputs = keras.Input((32, 32, 3))
+    x = keras.layers.Conv2D(8, 3, 4, padding="same")(inputs)
+    model = keras.Model(inputs, keras.layers.Add(name="sum")([x, keras.layers.Conv2D(8, 1, name="p2")(x)]))
+    with pytest.raises(ValueError, match="whose gates would both be 'das_p2'"):
+        attach_das(model, at=["P2", "p2"])
+
+
+def test_layers_with_weights_that_were_added_later():
+    gated = attach_das(plain_cnn(), at="relu_0")
+    gated.get_layer("das_relu_0").expand.enable_lora(1)
+    with pytest.raises(ValueError, match="The layer 'das_relu_0' cannot be copied: it has 12 weights"):
+        attach_das(gated, at="relu_1")
+
+
 def test_gate_name_that_is_taken():
     image = keras.Input((32, 32, 3))
     x = keras.layers.Conv2D(4, 3, 4, name="stem")(image)

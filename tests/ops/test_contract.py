@@ -110,6 +110,12 @@ def assert_refused(arguments, name, received):
     assert re.search(f"[Rr]eceived.*{re.escape(received)}", message, re.DOTALL), message
 
 
+@pytest.mark.parametrize("name", ["inputs", "kernel", "offsets"])
+def test_refuses_none(name):
+    with pytest.raises(ValueError, match=f"`{name}` must be a tensor. Received: None"):
+        ops.deformable_conv2d(**{**good_arguments(), name: None})
+
+
 def test_refuses_channels_last_offsets_in_channels_first():
     arguments = good_arguments()
     arguments["inputs"] = zeros(2, 4, 7, 8)
