@@ -125,7 +125,7 @@ def compute(
     """Computes `deformable_conv2d` for standardized settings and tensors that are not symbolic."""
     given = [None if t is None else _to_tensor(t) for t in (inputs, kernel, offsets, mask, bias)]
     plan = make_plan(settings, *given)
-    convolve = _choose(settings.implementation, given, plan.output.dtype)
+    convolve = _choose(settings.implementation, given)
     if settings.data_format == "channels_last":
         return convolve(*given, plan.geometry, plan.output.dtype)
     inputs, kernel, offsets, mask, bias = given
@@ -147,14 +147,14 @@ def _to_tensor(value: Any) -> Tensor:
     return value.value if isinstance(value, keras.Variable) else ops.convert_to_tensor(value)
 
 
-def _choose(implementation: str, tensors: Sequence[Tensor | None], dtype: str) -> Callable[..., Tensor]:
+def _choose(implementation: str, tensors: Sequence[Tensor | None]) -> Callable[..., Tensor]:
     """Returns the implementation for a call, a function like `reference.deformable_conv2d`."""
     if substitute := _substitute.get():
         return substitute
-    if implementation != "reference" and not native.must_be_portable(tensors):
-        named = implementation == "native"
-        if native.can_use(tensors=tensors, dtype=dtype, raise_error=named):
-            return native.deformable_conv2d
+    if implementation == "reference" or native.must_be_portable(tensors):
+        return reference.deformable_conv2d
+    if native.can_use(tensors=tensors, raise_error=implementation == "native"):
+        return native.deformable_conv2d
     return reference.deformable_conv2d
 
 

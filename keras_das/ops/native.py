@@ -24,7 +24,6 @@ Tensor = Any
 CONTEXTS = ("eager", "graph", "XLA")
 # Modules that trace a model or a function in order to write it.
 _EXPORTERS = (EXPORT_MODULES, "tensorflow.python.saved_model.", "tensorflow.lite.python.", "tf2onnx.")
-_DTYPES = ("float16", "bfloat16", "float32", "float64")
 _UNDECIDED = "CPU or GPU"  # the kind of device if the graph does not specify it
 _portable = contextvars.ContextVar("keras_das_portable", default=False)
 
@@ -32,7 +31,6 @@ _portable = contextvars.ContextVar("keras_das_portable", default=False)
 def can_use(
     context: str | None = None,
     tensors: Sequence[Tensor | None] = (),
-    dtype: str = "float32",
     raise_error: bool = False,
 ) -> bool:
     """Whether the fused kernels support a call.
@@ -40,7 +38,6 @@ def can_use(
     Args:
         context: String. See `why_not`. Defaults to `None`.
         tensors: Sequence of tensors. See `why_not`. Defaults to `()`.
-        dtype: String. See `why_not`. Defaults to `"float32"`.
         raise_error: Boolean. Whether to raise an error instead of returning `False`. Defaults to `False`.
 
     Returns:
@@ -49,13 +46,13 @@ def can_use(
     Raises:
         RuntimeError: If `raise_error` is set and the kernels do not support the call. The message says why.
     """
-    reason = why_not(context, tensors, dtype)
+    reason = why_not(context, tensors)
     if reason and raise_error:
         raise RuntimeError(f'implementation="native" cannot be used: {reason}. Use "auto" or "reference".')
     return not reason
 
 
-def why_not(context: str | None = None, tensors: Sequence[Tensor | None] = (), dtype: str = "float32") -> str:
+def why_not(context: str | None = None, tensors: Sequence[Tensor | None] = ()) -> str:
     """Returns the reason why the fused kernels do not support a call.
 
     Without tensors, the answer applies to calls from this place in the program, with the current Keras
@@ -66,7 +63,6 @@ def why_not(context: str | None = None, tensors: Sequence[Tensor | None] = (), d
             (`jit_compile=True`, and always on JAX). Defaults to `None`, which selects the context of the
             caller.
         tensors: Sequence of the tensors of the call, if known. `None` elements are ignored. Defaults to `()`.
-        dtype: String. The dtype of the result. Defaults to `"float32"`.
 
     Returns:
         The reason, or "" if the kernels support the call. The kernel library is loaded if there is no other
@@ -80,8 +76,6 @@ def why_not(context: str | None = None, tensors: Sequence[Tensor | None] = (), d
     backend = keras.backend.backend()
     if backend not in _PLACES:
         return f"there are no kernels for Keras' {backend} backend"
-    if dtype not in _DTYPES:
-        return f"there is no kernel for {dtype}"
     if reason := _why_not_in_xla(backend, context):
         return reason
     places = _PLACES[backend](context, [tensor for tensor in tensors if tensor is not None])
