@@ -6,8 +6,7 @@ from pathlib import Path
 
 import keras
 
-from keras_das.exporters import precision
-from keras_das.ops import lookup
+from keras_das.exporters import litert_sampling, precision
 from keras_das.ops.deformable import substituted
 from keras_das.ops.pointwise import as_convolutions
 
@@ -21,7 +20,7 @@ def write(model: keras.Model, path: Path, verbose: bool = False) -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         with (
-            substituted(lookup.deformable_conv2d),
+            substituted(litert_sampling.deformable_conv2d),
             as_convolutions(),
             precision.in_float32(model, _IN_FLOAT32),
         ):

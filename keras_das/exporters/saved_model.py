@@ -9,8 +9,9 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_das.exporters import saved_model_sampling
 from keras_das.models.graph import run
-from keras_das.ops import crops, native
+from keras_das.ops import native
 from keras_das.ops.arguments import standardize_count, standardize_pair
 from keras_das.ops.deformable import substituted
 
@@ -61,7 +62,7 @@ def write(model: keras.Model, folder: Path, verbose: bool, serving: Serving) -> 
 def _fast_sampling() -> contextlib.AbstractContextManager[None]:
     """Context in which deformable convolutions sample by one operation, which only TensorFlow has."""
     if keras.backend.backend() == "tensorflow":
-        return substituted(crops.deformable_conv2d)
+        return substituted(saved_model_sampling.deformable_conv2d)
     return contextlib.nullcontext()
 
 

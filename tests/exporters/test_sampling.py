@@ -1,4 +1,4 @@
-"""Tests of the sampling in SavedModels (`crops`) and LiteRT (`lookup`): agreement with the oracle."""
+"""Tests of the sampling in SavedModels (by crops) and LiteRT (by lookup): agreement with the oracle."""
 
 import keras
 import numpy as np
@@ -6,8 +6,9 @@ import pytest
 import tensorflow as tf
 
 import keras_das
+from keras_das.exporters import litert_sampling as lookup
+from keras_das.exporters import saved_model_sampling as crops
 from keras_das.exporters.saved_model import nodes, read
-from keras_das.ops import crops, lookup
 from keras_das.ops.deformable import substituted
 from tests import oracle
 from tests.ops.op_cases import (
