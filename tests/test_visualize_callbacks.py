@@ -1,5 +1,7 @@
 """Tests of the callbacks of `visualize` in trainings, and of models that cannot be observed."""
 
+import concurrent.futures
+
 import keras
 import numpy as np
 import pytest
@@ -101,6 +103,15 @@ def test_a_call_that_the_user_has_replaced_stays(images):
     visualize.gate_statistics(model, images)
     assert "call" not in vars(gate)
     assert np.abs(model(images)).max() > 0
+
+
+def test_threads(images):
+    """Calls in several threads do not see each other's."""
+    model = small()
+    expected = visualize.gate_statistics(model, images)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda _: visualize.gate_statistics(model, images), range(12))
+    assert list(found) == [expected] * 12
 
 
 def test_arguments_of_figures(tmp_path, images):

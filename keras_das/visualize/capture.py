@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import keras
 from keras_das.models.graph import run
 
 Tensor = Any
+_lock = threading.RLock()
 
 
 def run_batch(model: keras.Model, images: Any) -> Any:
@@ -42,10 +44,10 @@ def replaced_call(
 ) -> Iterator[dict[int, list[tuple[Tensor, Tensor]]]]:
     """Context in which the layers compute `replacement(layer, call, x)`. Yields inputs and outputs by `id`.
 
-    Unlike a model of the same layers, this also works for nested models and subclasses.
+    Unlike a model of the same layers, this also works for nested models and subclasses. One thread at a time
+    can be in such a context, because layers are changed in place.
     """
     seen: dict[int, list[tuple[Tensor, Tensor]]] = {id(layer): [] for layer in layers}
-    own = [vars(layer).get("call") for layer in layers]  # set on the layer itself, by its user
 
     def replaced(layer: Any) -> Callable[..., Any]:
         original = layer.call
@@ -59,10 +61,18 @@ def replaced_call(
 
         return call
 
-    try:
+    with _lock, _restored_calls(layers):
         for layer in layers:  # bypasses Keras' __setattr__, which tracks state
             object.__setattr__(layer, "call", replaced(layer))
         yield seen
+
+
+@contextlib.contextmanager
+def _restored_calls(layers: Sequence[Any]) -> Iterator[None]:
+    """Context after which layers have the `call` that they had before, which may be one that the user set."""
+    own = [vars(layer).get("call") for layer in layers]
+    try:
+        yield
     finally:
         for layer, call in zip(layers, own, strict=True):
             if call is None:
