@@ -229,8 +229,7 @@ TASKS = {
     ),
     "clutter_hard": Task(
         "Harder clutter: digits scaled 1.2 to 2.5 times among 24 fragments, a residual block a stage",
-        # Fragments as in Mnih et al., of 8 pixels where the digit has 28. Larger ones leave a network of this
-        # size no better than one half right.
+        # Fragments as in Mnih et al., of 8 pixels where the digit has 28.
         lambda data: _clutter(2500, 24, (1.2, 2.5), fragment=(0.25, 0.33)),
         functools.partial(_small_cnn, residual=True),
         dataclasses.replace(_CLUTTER, epochs=20),
