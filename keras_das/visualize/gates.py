@@ -90,7 +90,8 @@ def gate_statistics(model: keras.Model, images: Any) -> list[GateStatistics]:
         One `GateStatistics` for each gate, in the order of execution: `name` (numbered if several nested
         models have a gate of this name), the `mean` and the standard `deviation` of all values of the gate,
         and `spatial_deviation`, the standard deviation over rows and columns of the gate's mean over
-        channels, averaged over the images. If the last is near 0, the gate selects channels but not locations.
+        channels, averaged over the images. If the last is near 0, the gate selects channels but not
+        locations.
 
     Raises:
         ValueError: If a gate is called more than once or not at all.
