@@ -16,7 +16,6 @@ import argparse
 import concurrent.futures
 import importlib.metadata
 import json
-import os
 import pathlib
 import re
 import subprocess
@@ -27,6 +26,7 @@ from typing import Any
 
 import accuracy_training
 import machine
+import records
 from accuracy_tasks import TASKS
 from accuracy_variants import VARIANTS
 
@@ -37,7 +37,7 @@ RUNS = HERE.parent / "runs" / "accuracy"
 
 def run(task: str, variants: list[str], seeds: list[int], jobs: int, arguments: list[str]) -> int:
     """Runs what the record lacks, and returns the number of failed runs."""
-    done = {(line["task"], line["variant"], line["seed"]) for line in read_record()}
+    done = {(line["task"], line["variant"], line["seed"]) for line in records.read(RECORD)}
     todo = [(task, variant, seed) for seed in seeds for variant in variants]
     lock, failed = threading.Lock(), []
 
@@ -50,29 +50,27 @@ def run(task: str, variants: list[str], seeds: list[int], jobs: int, arguments: 
                 failed.append(key)
                 print(f"{key}: failed after {took}; see {_log(*key)}", flush=True)
                 return
-            with RECORD.open("a") as file:
-                file.write(line + "\n")
-            print(f"{key}: {json.loads(line)['test_accuracy']:.4f}, {took}", flush=True)
+            records.append(RECORD, line)
+            print(f"{key}: {line['test_accuracy']:.4f}, {took}", flush=True)
 
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         list(pool.map(run_one, [key for key in todo if key not in done]))
     return len(failed)
 
 
-def _start_worker(key: tuple[str, str, int], arguments: list[str]) -> str | None:
+def _start_worker(key: tuple[str, str, int], arguments: list[str]) -> dict[str, Any] | None:
     """Runs one variant in a separate process, and returns its line."""
     command = [sys.executable, __file__, "worker", *map(str, key), *arguments]
-    threads = {f"TF_NUM_{kind}_THREADS": "1" for kind in ("INTRAOP", "INTEROP")}
-    # TensorFlow enables oneDNN by default only on some processors. It is a third faster on the others.
-    environment = {**os.environ, **threads, "OMP_NUM_THREADS": "1", "TF_ENABLE_ONEDNN_OPTS": "1"}
     log = _log(*key)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=file, text=True)
+        done = subprocess.run(
+            command, env=records.environment(), stdout=subprocess.PIPE, stderr=file, text=True
+        )
     log_lines = done.stdout.splitlines()
     with log.open("a") as file:
         file.write(done.stdout)
-    return log_lines[-1] if done.returncode == 0 and log_lines else None
+    return json.loads(log_lines[-1]) if done.returncode == 0 and log_lines else None
 
 
 def _log(task: str, variant: str, seed: int) -> pathlib.Path:
@@ -94,13 +92,6 @@ def work(task: str, variant: str, seed: int, data: pathlib.Path | None, weights:
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
     print(json.dumps(line))
-
-
-def read_record() -> list[dict[str, Any]]:
-    """The lines of the record so far."""
-    if not RECORD.exists():
-        return []
-    return [json.loads(line) for line in RECORD.read_text().splitlines()]
 
 
 def main() -> int:
@@ -131,7 +122,7 @@ def main() -> int:
         import accuracy_report
 
         order = list(VARIANTS)
-        record = sorted(read_record(), key=lambda line: (order.index(line["variant"]), line["seed"]))
+        record = sorted(records.read(RECORD), key=lambda line: (order.index(line["variant"]), line["seed"]))
         accuracy_report.write(record, {name: task.title for name, task in TASKS.items()})
         return 0
     if options.command == "worker":

@@ -10,7 +10,6 @@ appends a line to the record. Runs with a line are skipped, so an interrupted co
 
 import argparse
 import json
-import os
 import pathlib
 import statistics
 import subprocess
@@ -19,6 +18,7 @@ import sys
 import accuracy_report
 import accuracy_tasks
 import machine
+import records
 import report
 
 HERE = pathlib.Path(__file__).parent
@@ -50,7 +50,7 @@ def run(data: pathlib.Path, weights: pathlib.Path, seeds: list[int], variants: l
     preset = RUNS / "resnet18"
     if not preset.exists():
         save_preset(weights, preset)
-    done, failed = {(line["variant"], line["seed"]) for line in read_record()}, 0
+    done, failed = {(line["variant"], line["seed"]) for line in records.read(RECORD)}, 0
     for seed in seeds:
         for variant in variants:
             if (variant, seed) in done:
@@ -58,8 +58,7 @@ def run(data: pathlib.Path, weights: pathlib.Path, seeds: list[int], variants: l
             line = _train(data, preset, variant, seed)
             failed += line is None
             if line is not None:
-                with RECORD.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+                records.append(RECORD, line)
             print(f"{variant}, seed {seed}: {line and line['AP50']}", flush=True)
     return failed
 
@@ -70,22 +69,17 @@ def _train(data: pathlib.Path, preset: pathlib.Path, variant: str, seed: int) ->
     arguments = ["--data", f"voc:{data}", "--backbone", str(preset), "--weights", "preset"]
     arguments += [f"--{name}={value}" for name, value in RECIPE.items()]
     arguments += ["--score-every", "100", "--seed", str(seed), "--progress", "lines", "--output", str(output)]
-    threads = {f"TF_NUM_{kind}_THREADS": "1" for kind in ("INTRAOP", "INTEROP")}
-    environment = {**os.environ, **threads, "OMP_NUM_THREADS": "1", "TF_ENABLE_ONEDNN_OPTS": "1"}
     with (RUNS / f"{variant}-{seed}.log").open("w") as log:
         command = [sys.executable, str(ROOT / "examples" / "detect.py"), *arguments, *VARIANTS[variant]]
-        done = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
+        done = subprocess.run(
+            command, env=records.environment(), stdout=log, stderr=subprocess.STDOUT, check=False
+        )
     if done.returncode:
         return None
     results = json.loads((output / "results.json").read_text())
     names = ("AP", "AP50", "images", "train_seconds", "parameters")
     figures = {name: results[name] for name in names if name in results}
     return {"variant": variant, "seed": seed, **figures, "machine": machine.kind()}
-
-
-def read_record() -> list[dict]:
-    """The lines of the record so far."""
-    return [json.loads(line) for line in RECORD.read_text().splitlines()] if RECORD.exists() else []
 
 
 def lines_of(record: list[dict]) -> list[str]:
@@ -125,7 +119,7 @@ def main() -> int:
     commands.add_parser("report", help="write the table into RESULTS.md")
     options = parser.parse_args()
     if options.command == "report":
-        report.write(HERE / "RESULTS.md", "detection", lines_of(read_record()))
+        report.write(HERE / "RESULTS.md", "detection", lines_of(records.read(RECORD)))
         return 0
     RUNS.mkdir(parents=True, exist_ok=True)
     seeds = [int(seed) for seed in options.seeds.split(",")]

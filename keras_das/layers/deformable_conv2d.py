@@ -256,13 +256,15 @@ class DeformableConv2D(keras.layers.Layer):
         predictions = ops.reshape(predictions, batch_inferred((positions, self.offset_bias.shape[0])))
         predictions = predictions + ops.cast(self.offset_bias, inputs.dtype)
         count = self.offset_groups * self.taps * 2
-        offsets = ops.reshape(predictions[:, :count], batch_inferred((*grid, count)))
+        offsets, mask = predictions, None
+        if self.modulated:
+            # Not two slices, whose gradients would be padded and added.
+            offsets, mask = ops.split(predictions, [count], axis=1)
+            mask = ops.reshape(ops.sigmoid(mask), batch_inferred((*grid, count // 2)))
+        offsets = ops.reshape(offsets, batch_inferred((*grid, count)))
         if self.offset_scale != 1:
             offsets = offsets * ops.cast(self.offset_scale, offsets.dtype)
-        if not self.modulated:
-            return offsets, None
-        mask = ops.sigmoid(predictions[:, count:])
-        return offsets, ops.reshape(mask, batch_inferred((*grid, count // 2)))
+        return offsets, mask
 
     def _windows(self) -> tuple[Window, Window]:
         return make_windows(self.kernel_size, self.strides, self.dilation_rate, self.padding)

@@ -1,7 +1,5 @@
 """Tests of the comparison of attention modules: resuming, tasks, statistics, and variants."""
 
-import json
-
 import accuracy
 import accuracy_gates
 import accuracy_report
@@ -31,7 +29,7 @@ def test_what_is_in_the_record_is_not_run_again(record, monkeypatch, capsys):
         started.append(key)
         task, variant, seed = key
         line = {"task": task, "variant": variant, "seed": seed, "test_accuracy": 0.5}
-        return None if variant == "SE" else json.dumps(line)
+        return None if variant == "SE" else line
 
     monkeypatch.setattr(accuracy, "_start_worker", start)
     assert accuracy.run("clutter", ["none", "SE"], [0, 1], 2, []) == 2
@@ -46,8 +44,9 @@ def test_a_worker_that_ends_badly_is_no_result(record, monkeypatch, tmp_path):
     script = tmp_path / "worker.py"
     monkeypatch.setattr(accuracy, "__file__", str(script))
     key = ("woof", "none", 0)
-    script.write_text("import sys; print('epoch 1'); print(*sys.argv[1:])")
-    assert accuracy._start_worker(key, ["--data", "dogs"]) == "worker woof none 0 --data dogs"
+    script.write_text("import json, sys; print('epoch 1'); print(json.dumps(sys.argv[1:]))")
+    arguments = ["--data", "dogs"]
+    assert accuracy._start_worker(key, arguments) == ["worker", *map(str, key), *arguments]
     assert "epoch 1" in accuracy._log(*key).read_text()
     script.write_text("import sys; print('epoch 1'); sys.exit('no folder')")
     assert accuracy._start_worker(key, []) is None
