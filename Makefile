@@ -46,7 +46,7 @@ FAST_OFFSETS := --das dilation_rate=1 --das offset_scale=1
 DEMO := --backbone resnet18 --data trees --image-size 64 --batch-size 32 --epochs 3 --progress bar $(DEMO_ARGS)
 DEMO_DETECT := --backbone resnet18 --data trees --image-size 256 --head-layers 1 --batch-size 4 --epochs 9 --progress bar $(DEMO_ARGS)
 
-test: lint test-fast ## Lint, type-check, and run the fast tests: every behaviour of the package, in minutes
+test: lint test-fast ## Lint, type-check, and run the fast tests: every behavior of the package, in minutes
 
 test-all: lint $(VENV)/.all-kernels ## Lint, type-check, and run all tests
 	$(call pytest)
@@ -67,7 +67,7 @@ lint: $(VENV)/.test
 	$(VENV)/bin/clang-format --dry-run --Werror $(CSRC) $(wildcard tests/csrc/* tests/exporters/*.cc)
 	$(RUN) -m mypy
 
-sanitize: $(VENV)/.test ## Run random cases of the kernels under the address, undefined-behaviour and thread sanitizers
+sanitize: $(VENV)/.test ## Run random cases of the kernels under the address, undefined-behavior and thread sanitizers
 	$(RUN) -m tests.ops.sanitize
 
 cuda: $(VENV)/.test ## Compile and link the CUDA kernels; needs nvcc, but no GPU

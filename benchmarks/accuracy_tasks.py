@@ -45,7 +45,7 @@ class Recipe:
     weight_decay: float
     warmup_epochs: float = 0.0
     label_smoothing: float = 0.0
-    crop: int | None = None  # random crops of this size and flips in training, centre crops otherwise
+    crop: int | None = None  # random crops of this size and flips in training, center crops otherwise
     frozen: bool = False  # whether the trunk is frozen
     standardized: bool = False  # whether the pooled features are standardized for the head, image by image
 
@@ -72,7 +72,7 @@ def _clutter(
 
 
 def _folder(path: pathlib.Path | None, size: int) -> tuple[Split, Split]:
-    """`train/CLASS/*.jpg` and `test/CLASS/*.jpg`: the resized centre square of each photograph."""
+    """`train/CLASS/*.jpg` and `test/CLASS/*.jpg`: the resized center square of each photograph."""
     if path is None:
         raise SystemExit("--data is required: the folder that contains train/ and test/")
     classes = sorted(folder.name for folder in (path / "train").iterdir())

@@ -58,8 +58,8 @@ def _random_crops(images: np.ndarray, size: int, rng: np.random.Generator) -> np
     return cropped
 
 
-def centre(images: np.ndarray, size: int | None) -> np.ndarray:
-    """The centre crops of the images, for evaluation."""
+def center(images: np.ndarray, size: int | None) -> np.ndarray:
+    """The center crops of the images, for evaluation."""
     margin = 0 if size is None else (images.shape[1] - size) // 2
     return images[:, margin : images.shape[1] - margin, margin : images.shape[2] - margin]
 
@@ -114,7 +114,7 @@ def train(
     history = model.fit(batches, epochs=recipe.epochs, verbose=2, callbacks=[clock]).history
     if save is not None:
         keras.Model(model.input, model.output).save(save)  # without the loss, which Keras cannot load
-    images = centre(test.images, recipe.crop)
+    images = center(test.images, recipe.crop)
     logits = model.predict(images, batch_size=recipe.batch_size, verbose=0)
     calls = clock.calls[len(batches) // steps_per_call :] or clock.calls  # without those of the first epoch
     cam = {}

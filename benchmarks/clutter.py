@@ -62,8 +62,8 @@ def _draw(digits, targets, count, fragments, scale, fragment, seed) -> Images:
         chosen = rng.integers(len(digits))
         labels[index] = targets[chosen]
         boxes[index, 0] = _place(images[index], _transform(digits[chosen], scale, rng), rng)
-    grey = (255 * images).astype("uint8")
-    return Images(np.repeat(grey[..., None], 3, axis=-1), labels, boxes)
+    gray = (255 * images).astype("uint8")
+    return Images(np.repeat(gray[..., None], 3, axis=-1), labels, boxes)
 
 
 def _transform(digit: np.ndarray, scale: tuple[float, float], rng: np.random.Generator) -> np.ndarray:

@@ -82,8 +82,8 @@ def draw_gate() -> Figure:
         (8.0, lower, 2.4, "convolution 3x3\n(starts at zero)", WORK),
         (10.7, lower, 3.0, "per tap: offset $(dy, dx)$\nand mask $m$", LEARNT),
     ]
-    for left, bottom, width, text, colour in boxes:
-        _box(axes, left, bottom, width, text, colour)
+    for left, bottom, width, text, color in boxes:
+        _box(axes, left, bottom, width, text, color)
     middle = upper + 0.8
     for start, end in ((1.5, 2.2), (4.8, 5.5), (7.7, 8.4), (10.0, 10.7), (13.7, 14.4), (16.3, 17.0)):
         _arrow(axes, (start, middle), (end, middle))
@@ -100,9 +100,9 @@ def draw_gate() -> Figure:
     return figure
 
 
-def _box(axes: Axes, left: float, bottom: float, width: float, text: str, colour: str) -> None:
+def _box(axes: Axes, left: float, bottom: float, width: float, text: str, color: str) -> None:
     style = "round,pad=0,rounding_size=0.15"
-    axes.add_patch(FancyBboxPatch((left, bottom), width, 1.6, boxstyle=style, facecolor=colour))
+    axes.add_patch(FancyBboxPatch((left, bottom), width, 1.6, boxstyle=style, facecolor=color))
     axes.text(left + width / 2, bottom + 0.8, text, ha="center", va="center", fontsize=9)
 
 
@@ -127,7 +127,7 @@ def draw_border() -> Figure:
 
 
 def draw_taps(model: keras.Model, picture: np.ndarray) -> Figure:
-    """Draws the nine points of two gates, before and after training, coloured by their masks."""
+    """Draws the nine points of two gates, before and after training, colored by their masks."""
     after = [keras_das.visualize.sampling_points(model, picture, name, POINT) for name in GATES]
     for gate, _ in keras_das.visualize.gate_inputs(model, picture[None]):
         for weight in (gate.deform.offset_kernel, gate.deform.offset_bias):

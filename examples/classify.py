@@ -60,10 +60,10 @@ class Config(experiment.Config):
     baseline: str | None = None
 
 
-# The paper (arXiv 2311.12091) uses SGD at a rate of 0.1 with momentum 0.9 and weight decay 1e-4: on ImageNet
-# batches of 256 for 100 epochs, with a tenth of the rate after 30, 60 and 90; on Stanford Dogs batches of 32
-# and a cosine schedule. The number of epochs on Stanford Dogs is our choice, and so is augmentation by Keras
-# layers instead of random crops and flips.
+# As far as known, the paper (arXiv 2311.12091) uses SGD at a rate of 0.1 with momentum 0.9 and weight decay
+# 1e-4: on ImageNet batches of 256 for 100 epochs, with a tenth of the rate after 30, 60 and 90; on Stanford
+# Dogs batches of 32 and a cosine schedule. The number of epochs on Stanford Dogs is our choice, and so is
+# augmentation by Keras layers instead of random crops and flips.
 _PAPER: dict[str, Any] = {
     "backbone": "resnet50",
     "image_size": 224,
@@ -93,7 +93,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "schedule": "cosine",
     },
 }
-"""The usual arguments for the paper's data sets, not checked against its text.
+"""Common settings for the paper's data sets, not checked against its text.
 
 Arguments on the command line override them."""
 

@@ -65,7 +65,7 @@ CHOICES: dict[str, Collection[str]] = {
 HELP = {
     "data_dir": "folder of TensorFlow Datasets' files",
     "attention": "DAS gates after each stage, or none",
-    "identity_init": "start gates at exactly 1; auto: with trained weights, and as in the file of --weights",
+    "identity_init": "start gates at exactly 1; auto: on with pretrained weights, or as in --weights",
     "norm_momentum": "momentum of the moving averages of batch normalization",
     "optimizer": "AdamW, or SGD with momentum 0.9",
     "gate_rate": "learning rate of the gates relative to that of the other weights",

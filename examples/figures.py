@@ -27,13 +27,13 @@ def draw_confusion_matrix(confusion: np.ndarray, class_names: tuple[str, ...], p
         axes.set_xticks(range(len(class_names)), class_names, rotation=45, ha="right")
         axes.set_yticks(range(len(class_names)), class_names)
         for (row, column), count in np.ndenumerate(confusion):
-            colour = "white" if share[row, column] > 0.5 else "black"
-            axes.text(column, row, str(count), ha="center", va="center", color=colour)
+            color = "white" if share[row, column] > 0.5 else "black"
+            axes.text(column, row, str(count), ha="center", va="center", color=color)
     figure.savefig(path, format="png", dpi=120)
 
 
 def draw_gates(model: keras.Model, images: np.ndarray, labels: list[str], path: Path) -> None:
-    """Draws a PNG with a row for each image: its gates, and the positions they sample for its centre.
+    """Draws a PNG with a row for each image: its gates, and the positions they sample for its center.
 
     `images` are pixels of 0..255, `(N, H, W, 3)`; `model` is a classifier of `classify.build_model`.
     """

@@ -34,7 +34,7 @@ class Interface:
         parser.add_argument(
             "--recipe",
             choices=sorted(self.recipes),
-            help="use the arguments of an experiment of the paper as defaults",
+            help="use common settings for a data set of the paper as defaults",
         )
         parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
         parser.add_argument(

@@ -180,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
         help="compile the fused kernels for the installed framework",
         description="Compiles the fused kernels into the user's cache folder, unless they exist already.",
         epilog="Environment variables: CXX selects the compiler. CUDA_HOME is the folder of CUDA; by "
-        "default, nvcc is searched on the PATH and in the package nvidia-cuda-nvcc. "
+        "default, nvcc is looked up on the PATH and in the package nvidia-cuda-nvcc. "
         f"{library.CACHE_VARIABLE} is the cache folder. "
         f"Exit status: {_CANNOT_BUILD} if nothing can be built here (no compiler, no such framework), "
         f"{_BUILD_FAILED} if a build failed.",

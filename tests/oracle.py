@@ -279,10 +279,10 @@ def das_gate(
     get = weights.get
     reduced = conv2d(inputs, weights["reduce_depthwise"])
     reduced = conv2d(reduced, weights["reduce_pointwise"], get("reduce_bias"))
-    centred = normalize(
+    centered = normalize(
         reduced, (1, 2), get("instance_scale", 1.0), get("instance_center", 0.0), instance_epsilon
     )
-    context = gelu(centred)
+    context = gelu(centered)
 
     offsets = conv2d(context, weights["offsets_kernel"], get("offsets_bias"), dilation_rate=dilation_rate)
     offsets = offset_scale * offsets

@@ -45,7 +45,7 @@ STEMS = {
     ],
     "stride 8": lambda: [mean(2, 2, "valid"), box(4, 2, "same"), box(3, 2, "valid")],
     "cropped": lambda: [keras.layers.Cropping2D(((5, 2), (1, 4))), mean(2, 2, "same")],
-    "cropped to its centre": lambda: [keras.layers.CenterCrop(91, 120), mean(2, 2, "same")],
+    "cropped to its center": lambda: [keras.layers.CenterCrop(91, 120), mean(2, 2, "same")],
     "resized": lambda: [keras.layers.Resizing(40, 96), box(3, 1, "same")],
     "upsampled": lambda: [mean(4, 4, "valid"), keras.layers.UpSampling2D(2, interpolation="bilinear")],
 }
@@ -708,7 +708,7 @@ def test_a_layer_outside_the_graph():
 
     model = keras.Sequential([keras.Input((8, 8, 4)), Block()])
     assert visualize.gate_map(model, np.zeros((8, 8, 4)), "gate").shape == (8, 8)
-    with pytest.raises(ValueError, match=r"`layer` must be part of a graph of layers.*\['gate'\]"):
+    with pytest.raises(ValueError, match=r"`layer` must belong to a functional or sequential.*\['gate'\]"):
         visualize.sampling_points(model, np.zeros((8, 8, 4)), "gate", (0, 0))
 
 

@@ -118,7 +118,7 @@ def test_arguments_of_figures(tmp_path, images):
     model = small()
     gate = model.get_layer("das_p2")
     for layers in ("das_p2", gate, [gate]):
-        assert len(visualize.plot_gates(model, images, layers).axes) == 5  # with a colour bar
+        assert len(visualize.plot_gates(model, images, layers).axes) == 5  # with a color bar
         assert visualize.stacked_sampling_points(model, images[0], layers, (3, 3)).points.shape == (1, 1, 2)
     for layers in ([], ["das_p2", "das_p2"]):
         with pytest.raises(ValueError, match="`layers` must be a layer or name, or a sequence of different"):

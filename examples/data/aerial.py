@@ -1,4 +1,4 @@
-"""Aerial photographs with boxes of tree crowns, from the PyPI wheel of deepforest 2.1.0 (MIT licence)."""
+"""Aerial photographs with boxes of tree crowns, from the PyPI wheel of deepforest 2.1.0 (MIT license)."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ def fit_square(image: tf.Tensor, size: int) -> tf.Tensor:
 
 
 def scale_and_cut(image: tf.Tensor, size: int) -> tf.Tensor:
-    """Scale the shorter side of a uint8 image to `size`, with anti-aliasing, and crop the centre."""
+    """Scale the shorter side of a uint8 image to `size`, with anti-aliasing, and crop the center."""
     shape = tf.shape(image)[:2]
     scaled = tf.cast(tf.math.ceil(size * shape / tf.reduce_min(shape)), tf.int32)
     image = tf.image.resize(image, scaled, "bicubic", antialias=True)

@@ -75,7 +75,7 @@ def cells(width: int, height: int) -> list[Cell]:
 def find_patches(photographs: list[aerial.Photograph], seed: int = 0) -> list[Patch]:
     """Every crown that fits, and as many background patches of similar sizes as fit into each cell.
 
-    Background is matched to the crowns by photograph, so that neither colour cast nor sharpness reveals the
+    Background is matched to the crowns by photograph, so that neither color cast nor sharpness reveals the
     class.
     """
     rng = np.random.default_rng(seed)
@@ -109,13 +109,13 @@ def _crowns(boxes: np.ndarray, cell: Cell, photograph: int) -> list[Patch]:
 
 
 def _place(
-    centre: np.ndarray, side: int, bounds: tuple[int, int, int, int]
+    center: np.ndarray, side: int, bounds: tuple[int, int, int, int]
 ) -> tuple[int, int, int, int] | None:
-    """The square around `centre`, shifted into `bounds`, or `None` if it does not fit."""
+    """The square around `center`, shifted into `bounds`, or `None` if it does not fit."""
     low, high = np.array(bounds[:2]), np.array(bounds[2:]) - side
     if (high < low).any():
         return None
-    x, y = np.clip(np.round(centre - side / 2).astype(int), low, high).tolist()
+    x, y = np.clip(np.round(center - side / 2).astype(int), low, high).tolist()
     return x, y, x + side, y + side
 
 

@@ -54,17 +54,17 @@ def draw_sheet(
         for box, label, score in zip(
             found.boxes[chosen], found.labels[chosen], found.scores[chosen], strict=True
         ):
-            _draw_box(right, box, _colour(label))
+            _draw_box(right, box, _color(label))
             if chosen.sum() <= 40:
-                flag = {"facecolor": _colour(label), "edgecolor": "none", "pad": 0.4}
+                flag = {"facecolor": _color(label), "edgecolor": "none", "pad": 0.4}
                 right.text(*box[:2], f"{score:.2f}", fontsize=4, color="white", va="top", bbox=flag)
-    keys = [patches.Patch(color=_colour(label), label=name) for label, name in enumerate(class_names)]
+    keys = [patches.Patch(color=_color(label), label=name) for label, name in enumerate(class_names)]
     if len(keys) <= len(_COLOURS):
         figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), fontsize=8, frameon=False)
     figure.savefig(path, format="png", dpi=120)
 
 
-def _colour(label: Any) -> str:
+def _color(label: Any) -> str:
     return _COLOURS[int(label) % len(_COLOURS)]
 
 
@@ -73,9 +73,9 @@ def _show(axes: Axes, image: np.ndarray, title: str) -> None:
     axes.set_title(title, fontsize=8)
 
 
-def _draw_box(axes: Axes, box: np.ndarray, colour: str) -> None:
+def _draw_box(axes: Axes, box: np.ndarray, color: str) -> None:
     x1, y1, x2, y2 = box
-    axes.add_patch(patches.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1))
+    axes.add_patch(patches.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=1))
 
 
 class Pictures(keras.callbacks.Callback):

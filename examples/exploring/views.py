@@ -88,7 +88,7 @@ class View:
         return self.shape[1] * self.scale, self.shape[0] * self.scale
 
     def fit(self, picture: Image.Image) -> np.ndarray:
-        """The picture at the model's size, uint8 `(H, W, 3)` or `(H, W)`, scaled and centre-cropped."""
+        """The picture at the model's size, uint8 `(H, W, 3)` or `(H, W)`, scaled and center-cropped."""
         height, width, channels = self.shape
         fitted = ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)
         return np.asarray(fitted.convert("RGB" if channels == 3 else "L"))

@@ -13,7 +13,7 @@ from keras_das.exporters import saved_model
 
 @contextlib.contextmanager
 def in_float32(model: keras.Model, dtypes: Collection[str]) -> Iterator[None]:
-    """Context in which layers that compute in one of `dtypes` compute in float32.
+    """Context manager: layers that compute in one of `dtypes` compute in float32.
 
     Args:
         model: Keras model. Its weights keep their dtypes.
@@ -54,8 +54,8 @@ def advice(folder: Path, lacking: Sequence[str]) -> str:
     if not (found := [dtype for dtype in lacking if dtype in _dtypes(folder)]):
         return ""
     return (
-        f" The model computes in {', '.join(found)}, for which the format lacks operations: export a model "
-        'with the dtype policy "float32", and quantize it afterwards if at all.'
+        f" The model computes in {', '.join(found)}, for which the format lacks operations. Export a model "
+        'with the dtype policy "float32", and quantize the exported model if necessary.'
     )
 
 

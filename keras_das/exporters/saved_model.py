@@ -60,7 +60,7 @@ def write(model: keras.Model, folder: Path, verbose: bool, serving: Serving) -> 
 
 
 def _fast_sampling() -> contextlib.AbstractContextManager[None]:
-    """Context in which deformable convolutions sample by one operation, which only TensorFlow has."""
+    """Context manager: deformable convolutions sample by one operation, which only TensorFlow has."""
     if keras.backend.backend() == "tensorflow":
         return substituted(saved_model_sampling.deformable_conv2d)
     return contextlib.nullcontext()

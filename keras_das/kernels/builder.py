@@ -152,7 +152,7 @@ def _locked(root: pathlib.Path, report: Report) -> Iterator[bool]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 waited = True
-                report(f"Another process is at work in {root}: waiting for it")
+                report(f"Waiting for another process that uses {root}")
                 fcntl.flock(lock, fcntl.LOCK_EX)
             if not _is_file(root / _LOCK, lock.fileno()):
                 continue  # the previous holder has removed the file, and another process may hold a new one

@@ -21,7 +21,7 @@ def standardize_flag(value: bool, name: str) -> bool:
 def standardize_factor(value: float, name: str) -> float:
     """Returns `value` as a float if it is a finite number of at least 0, or raises a ValueError."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
-        raise ValueError(f"`{name}` must be a number of at least 0. Received: {name}={value!r}")
+        raise ValueError(f"`{name}` must be a finite number of at least 0. Received: {name}={value!r}")
     return float(value)
 
 

@@ -55,7 +55,7 @@ class DASLayer(keras.layers.Layer):
             to `"image"`.
         identity_init: Boolean. If `True`, the gate is `2 * sigmoid` and the scale of its norm starts at 0,
             so the gate is exactly 1 and the layer is the identity until it is trained. If `False`, the gate
-            is that of the paper. Defaults to `False`.
+            is `sigmoid`, as in the paper, and starts near 0.5. Defaults to `False`.
         identity_gain: Positive float. Factor on the argument of the sigmoid if `identity_init=True`. The
             scale and the shift of the norm then start at 0, and an optimizer such as Adam changes them by
             about its learning rate per step; with the gain, the gate moves away from 1 faster by this factor.
@@ -85,6 +85,7 @@ class DASLayer(keras.layers.Layer):
 
     Raises:
         ValueError: If an argument is invalid or does not fit the input. The message names it.
+        RuntimeError: If `implementation="native"` and the fused kernels do not support the call.
 
     Example:
 
@@ -153,7 +154,9 @@ class DASLayer(keras.layers.Layer):
         channel_axis = 3 if self.data_format == "channels_last" else 1
         channels = input_shape[channel_axis]
         if channels is None:
-            raise ValueError(f"The number of channels must be known. Received: input_shape={input_shape}")
+            raise ValueError(
+                f"`input_shape` must have a known number of channels. Received: input_shape={input_shape}"
+            )
         width = max(1, round(self.reduction * channels))
         if width % self.offset_groups:
             raise ValueError(
@@ -163,8 +166,8 @@ class DASLayer(keras.layers.Layer):
         self.input_spec = keras.layers.InputSpec(ndim=4, axes={channel_axis: channels})
         if channels == 1 and self.norm == "channels":
             warnings.warn(
-                f"The gate '{self.name}' is on a map of one channel, over which its layer norm is constant: "
-                "it multiplies all pixels by the same number.",
+                f"The gate '{self.name}' multiplies all pixels by the same number, because its feature map "
+                'has one channel and `norm="channels"` normalizes over channels. Use `norm="image"`.',
                 stacklevel=2,
             )
         self._create_layers(channels, width)
@@ -341,7 +344,9 @@ class DASLayer(keras.layers.Layer):
             inputs: Tensor of the layer's input shape.
 
         Returns:
-            `(offsets, mask)`, channels last.
+            `(offsets, mask)`, channels last. The offsets have shape `(N, H, W, offset_groups * taps * 2)`, in
+            pixels of the feature map, `dy` before `dx`. The mask has shape `(N, H, W, offset_groups * taps)`,
+            or is `None` if the layer is not modulated.
         """
         if not self.built:
             self.build(tuple(inputs.shape))

@@ -77,6 +77,7 @@ class DeformableConv2D(keras.layers.Layer):
 
     Raises:
         ValueError: If an argument is invalid or does not fit the input. The message names it.
+        RuntimeError: If `implementation="native"` and the fused kernels do not support the call.
 
     Example:
 

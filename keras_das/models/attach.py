@@ -48,16 +48,15 @@ def attach_das(
         model: Keras model: a KerasHub or KerasCV backbone, or a functional or sequential `keras.Model`.
         at: Layer, string or a sequence of these. The feature maps to gate: a layer, the name of a layer, or a
             level (`"P2"` to `"P5"`). Defaults to `None`, which selects the end of each level from P2 to P5
-            (1/4 to 1/32 of the rows and columns of the image). In a backbone, these are its feature pyramid
-            outputs. In other models, a level ends with its last feature map that all deeper layers depend on:
-            after the last residual sum or concatenation, if there is one. The deepest level ends with its
-            last feature map.
+            (1/4 to 1/32 of the rows and columns of the image). In a KerasHub or KerasCV backbone, the levels
+            are its feature pyramid outputs. In other models, a level ends with the last feature map that all
+            deeper layers depend on. If the level has residual sums or concatenations, it ends with the last
+            of them and its activation. The deepest level ends with its last feature map.
         identity_init: Boolean. Whether the gates start at exactly 1; see `keras_das.DASLayer`. Defaults to
             `True`.
         **das_arguments: Further arguments of `keras_das.DASLayer`, except `name`. Here, `dilation_rate`
-            defaults to `2` and `offset_scale` to `0.1`: in `benchmarks/RESULTS.md`, taps that reach farther,
-            with offsets that learn more slowly than the other weights, are ahead of fixed offsets on
-            `clutter` and on a par with them on `grocery`.
+            defaults to `2` and `offset_scale` to `0.1`. In `benchmarks/RESULTS.md`, gates with these values
+            are more accurate than gates with fixed offsets on `clutter`, and as accurate on `grocery`.
             `data_format` defaults to that of the feature map, and `dtype` to the precision of the layer that
             the gate follows.
 
@@ -113,8 +112,8 @@ def _library_of(model: keras.Model) -> ModuleType | None:
             continue
         if isinstance(model, library.models.Task):
             raise ValueError(
-                "Attach gates to the backbone of a task, attach_das(task.backbone), and build the task on "
-                f"the result. Received: model={model} of class {type(model).__name__}"
+                "`model` must be a backbone, not a task: call attach_das(task.backbone) and build the task "
+                f"on the result. Received: model={model} of class {type(model).__name__}"
             )
         if isinstance(model, library.models.Backbone):
             if len(model.inputs) != 1:
@@ -134,8 +133,9 @@ def _check_graph(model: keras.Model) -> None:
         )
     if not is_plain(model):
         raise ValueError(
-            f"The copy would lose what the class {type(model).__name__} adds to its graph of layers. Pass "
-            f"keras.Model(model.inputs, model.outputs) to gate the graph alone. Received: model={model}"
+            f"`model` must be of a class of Keras: a copy would lose what the class {type(model).__name__} "
+            "adds to its graph of layers. Pass keras.Model(model.inputs, model.outputs) to gate the graph "
+            f"alone. Received: model={model}"
         )
     if isinstance(model, keras.Sequential) and not model.built:
         raise ValueError(
@@ -167,7 +167,10 @@ def _sites(
             )
         gate_name = f"das_{name}" if name in layers else f"das_{name.lower()}"
         if gate_name in layers:
-            raise ValueError(f"Model '{base.name}' has a layer '{gate_name}' already.")
+            raise ValueError(
+                f"Model '{base.name}' already has a layer '{gate_name}', which is the name of the new gate. "
+                "Rename the layer."
+            )
         if gate_name in sites:
             raise ValueError(
                 f"`at` names two feature maps whose gates would both be '{gate_name}', a level and a layer "
@@ -193,8 +196,8 @@ def _default_levels(base: keras.Model, taps: Mapping[str, Tensor]) -> Mapping[st
     chosen = {level: taps[level] for level in _LEVEL_NAMES if level in taps}
     if not chosen:
         raise ValueError(
-            f"None of the taps of backbone '{base.name}' is one of {_LEVEL_NAMES}. Name those to gate in "
-            f"`at`. Its taps: {list(taps)}"
+            f"Backbone '{base.name}' has none of the levels {_LEVEL_NAMES}. `at` must name the levels or "
+            f"layers to gate. Levels of the backbone: {list(taps)}"
         )
     return chosen
 

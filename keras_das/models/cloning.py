@@ -68,7 +68,7 @@ def _advice(layer_class: type) -> str:
     if library not in ("keras", "keras_hub", "keras_cv"):
         return "Let `get_config` return all arguments of the constructor."
     return (
-        f"The class is {library}'s and does not serialize: gates can only be put on what the model returns, "
+        f"{library} cannot serialize this class, so gates can only follow the output of the model: "
         "keras.Model(model.inputs, keras_das.DASLayer()(model.output))."
     )
 

@@ -14,10 +14,10 @@ def freeze_trunk(model: keras.Model, freeze: bool = True) -> None:
     """Freezes the layers that the gates of a model depend on, so that only gates and head are trained.
 
     A layer belongs to the trunk if the input of a gate depends on it. Gates stay trainable, and so do the
-    layers after the last gate, such as the head of a classifier or the feature pyramid of a detector. The
-    same holds for layers next to a gate in the `call` method of a custom layer that no other gate follows:
-    their order is not known. Frozen batch normalization runs in inference mode, so its statistics do not
-    change either.
+    layers after the last gate, such as the head of a classifier or the feature pyramid of a detector. If a
+    custom layer contains a gate and no later gate depends on it, all of its layers stay trainable, because
+    the order of calls inside it is not known. Frozen batch normalization runs in inference mode, so its
+    statistics do not change either.
 
     Call this function before `model.compile`.
 

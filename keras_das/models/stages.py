@@ -71,8 +71,8 @@ def _image_input(model: keras.Model) -> Tensor:
     images = [tensor for tensor in model.inputs if len(tensor.shape) == 4]
     if len(images) != 1:
         raise ValueError(
-            f"To find the stages of model '{model.name}' it must have one input of images. Received: inputs "
-            f"of shapes {[tensor.shape for tensor in model.inputs]}. "
+            f"Model '{model.name}' must have exactly one image input, or its stages cannot be found. "
+            f"Received: inputs of shapes {[tensor.shape for tensor in model.inputs]}. "
             + (_advice_to_gate_inside(model) or "Name the layers to gate in `at`.")
         )
     return images[0]
@@ -109,23 +109,23 @@ def _preprocessing(nodes: Sequence[Node], dominators: dict[Node, int]) -> tuple[
 
     The latter are among the former and exclude the paddings of the first convolution.
     """
-    learnt: set[Node] = set()
+    learned: set[Node] = set()
     first: list[Node] = []
     for node in nodes:
-        if not learnt.isdisjoint(node.parent_nodes):
-            learnt.add(node)
+        if not learned.isdisjoint(node.parent_nodes):
+            learned.add(node)
         elif _has_weights(node.operation):
-            learnt.add(node)
+            learned.add(node)
             first.append(node)
     if not first:  # without weights, all layers are the network
         return set(nodes[:1]), list(nodes[:1])
     shared = -1
     for node in first:
         shared &= dominators[node]
-    seen = [node for node in _members(shared, nodes) if node not in learnt]
+    seen = [node for node in _members(shared, nodes) if node not in learned]
     while len(seen) > 1 and type(seen[-1].operation).__name__ in _PADDINGS:
         seen.pop()
-    return set(nodes) - learnt, seen
+    return set(nodes) - learned, seen
 
 
 def _has_weights(operation: Any) -> bool:

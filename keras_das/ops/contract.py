@@ -44,7 +44,7 @@ def make_plan(
     """
     for name, tensor in (("inputs", inputs), ("kernel", kernel), ("offsets", offsets)):
         if tensor is None:
-            raise ValueError(f"`{name}` must be a tensor. Received: None")
+            raise ValueError(f"`{name}` must be a tensor. Received: {name}=None")
     specs = (None if t is None else _spec_of(t) for t in (inputs, kernel, offsets, mask, bias))
     return _make_plan(settings, *specs)
 
@@ -102,7 +102,9 @@ def _check_spec(name: str, spec: Spec) -> None:
 
 def _count_groups(channels: Any, shape: Shape) -> int:
     if channels is None or channels < 1:
-        raise ValueError(f"`inputs` must have a known, positive number of channels. Received: {channels}")
+        raise ValueError(
+            f"`inputs` must have a known, positive number of channels. Received: {channels} channels"
+        )
     if None in shape or 0 in shape:
         raise ValueError(f"`kernel` must have a known shape without zeros. Received: kernel.shape={shape}")
     _, _, depth, filters = shape

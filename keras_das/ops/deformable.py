@@ -22,7 +22,7 @@ _substitute: contextvars.ContextVar[Callable[..., Tensor] | None] = contextvars.
 
 @contextlib.contextmanager
 def substituted(compute: Callable[..., Tensor]) -> Iterator[None]:
-    """Context in which every deformable convolution of this thread is computed by `compute`, for exports.
+    """Context manager: `compute` computes every deformable convolution of this thread, for exports.
 
     Args:
         compute: Function with the arguments and the result of `keras_das.ops.reference.deformable_conv2d`.
@@ -54,13 +54,13 @@ def deformable_conv2d(
         y = i * stride + ky * dilation - pad_top + dy
         x = j * stride + kx * dilation - pad_left + dx
 
-    Samples with `y <= -1`, `y >= H`, `x <= -1` or `x >= W` are 0 and pass no gradient. For all others,
-    corners outside the image count as 0. A NaN in an offset makes that output position NaN. At integer
-    positions, the gradient is that of the cell to the lower right. With zero offsets and no mask, the result
-    is that of `keras.ops.conv`.
+    Samples with `y <= -1`, `y >= H`, `x <= -1` or `x >= W` are 0 and pass no gradient. For all
+    others, pixels outside the image count as 0. A NaN in an offset makes that output position NaN. At integer
+    positions, the gradient with respect to an offset is the slope towards the next pixel, to the right or
+    downwards. With zero offsets and no mask, the result is that of `keras.ops.conv`.
 
     With `data_format="channels_first"`, all 4-D tensors except the kernel, including offsets and mask, are
-    channels first. For these, it is the layout of torchvision's `deform_conv2d` and ONNX's `DeformConv`.
+    channels first, as in torchvision's `deform_conv2d` and ONNX's `DeformConv`.
 
     Args:
         inputs: Floating-point tensor `(N, H, W, C)`.
@@ -80,17 +80,17 @@ def deformable_conv2d(
             masks. Defaults to `1`.
         data_format: String. `"channels_last"` or `"channels_first"`. Defaults to `None`, which selects
             `keras.config.image_data_format()`.
-        implementation: String. `"auto"` uses the fused kernel if it supports the call and the reference
-            otherwise. `"native"` requires the fused kernel. `"reference"` never uses it. Defaults to
-            `"auto"`.
+        implementation: String. `"auto"` uses the fused kernels if they support the call and the reference
+            otherwise. `"native"` raises an error if they do not support it. `"reference"` never uses them.
+            Defaults to `"auto"`.
 
     Returns:
-        Tensor `(N, Ho, Wo, filters)` in the result type of `inputs` and `kernel`. Positions, weights and
-        sums are float32, or float64 if the result is float64.
+        Tensor `(N, Ho, Wo, filters)` in the result type of `inputs` and `kernel`. Positions,
+        interpolation weights and sums are float32, or float64 if the result is float64.
 
     Raises:
         ValueError: If a shape, dtype or argument is invalid. The message names it.
-        RuntimeError: If `implementation="native"` and the fused kernel does not support the call.
+        RuntimeError: If `implementation="native"` and the fused kernels do not support the call.
 
     Example:
 

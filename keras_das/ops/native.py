@@ -118,7 +118,7 @@ def deformable_conv2d(
 
 @contextlib.contextmanager
 def portable() -> Iterator[None]:
-    """Context in which graphs are traced without the fused kernels, so that they run without this package.
+    """Context manager for tracing graphs without the fused kernels, so that they run without this package.
 
     Use it for functions that you trace yourself and then freeze, convert or save. Functions that were traced
     earlier keep the kernels. `keras_das.export`, `model.export`, `tf.saved_model.save`, TensorFlow's LiteRT

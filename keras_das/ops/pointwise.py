@@ -16,7 +16,7 @@ _as_convolutions: contextvars.ContextVar[bool] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def as_convolutions() -> Iterator[None]:
-    """Context in which this thread traces products as convolutions, for exports.
+    """Context manager: this thread traces products as convolutions, for exports.
 
     In channels-first formats, a matrix product over channels requires transposes of the feature map. In
     LiteRT, it computes shapes, which disables the fast kernels. Elsewhere, it is at least as fast as a

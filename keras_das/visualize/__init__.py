@@ -1,9 +1,9 @@
 """Where gates sample their feature map, and which parts of it they keep.
 
-Positions are `(y, x)` in pixels of the input image, row before column. An integer is the centre of a pixel,
+Positions are `(y, x)` in pixels of the input image, row before column. An integer is the center of a pixel,
 so an image of H rows extends from -0.5 to H - 0.5. Positions are computed exactly from the strides, paddings
 and kernel sizes of the preceding layers, not from the ratio of the sizes: a pixel of a feature map is located
-at the centre of its receptive field, including zero padding (Araujo et al., 2019, equations 2 and 3).
+at the center of its receptive field, including zero padding (Araujo et al., 2019, equations 2 and 3).
 Preceding gates and global means do not affect positions. Layers that resize a feature map are assumed to keep
 its ends in place.
 

@@ -42,7 +42,7 @@ def inputs_of(
 def replaced_call(
     layers: Sequence[Any], replacement: Callable[[Any, Callable[..., Any], Tensor], Any]
 ) -> Iterator[dict[int, list[tuple[Tensor, Tensor]]]]:
-    """Context in which the layers compute `replacement(layer, call, x)`. Yields inputs and outputs by `id`.
+    """Context manager: layers compute `replacement(layer, call, x)`. Yields inputs and outputs by `id`.
 
     Unlike a model of the same layers, this also works for nested models and subclasses. One thread at a time
     can be in such a context, because layers are changed in place.

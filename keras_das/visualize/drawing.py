@@ -56,7 +56,7 @@ def show_picture(axes: Any, picture: np.ndarray, gray: bool = False) -> None:
 
 
 def show_map(axes: Any, values: np.ndarray, field: Field, **style: Any) -> Any:
-    """Draws a feature map over the picture, interpolated between pixel centres and constant beyond them."""
+    """Draws a feature map over the picture, interpolated between pixel centers and constant beyond them."""
     columns, rows = (round(max(ends) + 0.5) for ends in (axes.get_xlim(), axes.get_ylim()))
     spread = _interpolate(_interpolate(values, field[0], rows).T, field[1], columns).T
     return axes.imshow(spread, alpha=0.65, **style)
@@ -69,7 +69,7 @@ def _interpolate(values: np.ndarray, axis: Axis, size: int) -> np.ndarray:
 
 
 def scatter_colored(axes: Any, found: SamplingPoints) -> Any:
-    """Draws the points, coloured by their masks."""
+    """Draws the points, colored by their masks."""
     limits = axes.get_xlim(), axes.get_ylim()
     y, x = np.moveaxis(found.points.reshape(-1, 2), -1, 0)  # drawn as x, y
     inside, mask = found.inside.ravel(), found.mask.ravel()

@@ -1,6 +1,6 @@
 """Positions of feature map pixels in the image, from receptive fields composed layer by layer.
 
-Positions are pixel indices: an integer is the centre of a pixel, so the first row of pixels of the image
+Positions are pixel indices: an integer is the center of a pixel, so the first row of pixels of the image
 extends from -0.5 to 0.5.
 """
 
@@ -28,16 +28,16 @@ class Axis(NamedTuple):
     """The rows or the columns of a feature map, and their receptive fields in the image."""
 
     size: int
-    stride: float  # distance between neighbours, in pixels of the image
+    stride: float  # distance between neighbors, in pixels of the image
     low: float  # first pixel of the receptive field of index 0, which can be padding
     high: float  # last pixel of the same receptive field
 
     def locate(self, index: Any) -> Any:
-        """Returns the centre of the receptive field of `index`, in the image. `index` can be fractional."""
+        """Returns the center of the receptive field of `index`, in the image. `index` can be fractional."""
         return self.stride * index + (self.low + self.high) / 2
 
     def nearest(self, position: float) -> int:
-        """Returns the index whose centre is nearest to a position in the image."""
+        """Returns the index whose center is nearest to a position in the image."""
         index = (position - self.locate(0)) / self.stride
         return min(max(int(index + 0.5), 0), self.size - 1)  # int() rounds up only negatives, clipped to 0
 

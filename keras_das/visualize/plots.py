@@ -37,9 +37,9 @@ def plot_sampling_points(
     point: Sequence[float],
     picture: np.ndarray | None = None,
 ) -> Any:
-    """Draws the points that are sampled for one position over the image, coloured by their masks.
+    """Draws the points that are sampled for one position over the image, colored by their masks.
 
-    A red cross marks the centre of the output position. Grey crosses mark points outside the feature map,
+    A red cross marks the center of the output position. Gray crosses mark points outside the feature map,
     whose samples are 0.
 
     Args:
@@ -93,7 +93,7 @@ def plot_gates(
 ) -> Any:
     """Draws the share of the feature map that each gate keeps (`gate_map`) over each image; brighter is more.
 
-    The colour scale ends at the largest possible value of the gate: 1, or 2 for gates with `identity_init`.
+    The color scale ends at the largest possible value of the gate: 1, or 2 for gates with `identity_init`.
     The title of a column contains the mean and the standard deviation over locations of the maps drawn.
 
     Args:
@@ -155,7 +155,7 @@ def _draw_gate(
     pictures: Sequence[np.ndarray],
     points: Sequence[Sequence[float]] | None,
 ) -> Any:
-    """Draws a gate for each image into a column of axes. Returns a drawing with the colour scale."""
+    """Draws a gate for each image into a column of axes. Returns a drawing with the color scale."""
     gate = readings[0].layer
     maps = [reduced_gate(gate, reading.inputs, "share") for reading in readings]
     for number, (axes, reading) in enumerate(zip(column, readings, strict=True)):

@@ -133,8 +133,8 @@ def _index_of_image(model: keras.Model, layers: Sequence[Any]) -> int:
     if len(images) != 1:
         names = [model.inputs[i].name for i in images]
         raise ValueError(
-            f"The layer {[layer.name for layer in layers]} must depend on exactly one input of images, in "
-            f"which its positions are given. It depends on {names}."
+            f"`layer` must depend on exactly one image input. Received: {[layer.name for layer in layers]}, "
+            f"which depends on {names}"
         )
     return images[0]
 

@@ -29,7 +29,7 @@ class SamplingPoints(NamedTuple):
     mask: np.ndarray  # (offset_groups, taps): factor of each sample; 1 without modulation
     inside: np.ndarray  # (offset_groups, taps): False for samples outside the feature map, which are 0
     position: tuple[int, int]  # row and column of the output position in its feature map
-    center: np.ndarray  # (2,): (y, x) of the centre of the output position, in pixels of the image
+    center: np.ndarray  # (2,): (y, x) of the center of the output position, in pixels of the image
 
 
 def sampling_points(
@@ -37,17 +37,18 @@ def sampling_points(
 ) -> SamplingPoints:
     """Locates the samples of a gate or deformable convolution for one output position.
 
-    The layer samples its input by bilinear interpolation. Each point is the centre of the receptive field of
+    The layer samples its input by bilinear interpolation. Each point is the center of the receptive field of
     a sample, in the image.
 
     Args:
         model: Keras model of images with a graph of layers: functional, sequential, or a subclass that
             contains such a network and passes the image to it unchanged.
         image: Array. The input of the model, without a batch axis or as a batch of one: `(H, W, C)`, or `(C,
-            H, W)` for channels-first models. For a functional model with several inputs, a list of inputs, or
-            a dict with their names. The layer must depend on exactly one image.
+            H, W)` for channels-first models. For a functional model with several inputs, a list of arrays in
+            the order of the inputs, or a dict that maps input names to arrays. The layer must depend on
+            exactly one image input.
         layer: `DASLayer` or `DeformableConv2D` of the model or of a nested model, or its name.
-        point: `(y, x)` in pixels of the image. Selects the output position with the nearest centre.
+        point: `(y, x)` in pixels of the image. Selects the output position with the nearest center.
 
     Returns:
         `SamplingPoints`.
@@ -176,8 +177,8 @@ def fields_in(sample: Sample, layers: Sequence[Any]) -> list[Fields]:
             return [found[id(layer)] for layer in layers]
     missing = [layer.name for layer in layers if id(layer) not in found]
     raise ValueError(
-        "`layer` must be part of a graph of layers, functional or sequential, on the path of the image: its "
-        f"place in the image is not known otherwise. Received: {missing}"
+        "`layer` must belong to a functional or sequential network that processes the image, because its "
+        f"positions cannot be mapped to the image otherwise. Received: {missing}"
     )
 
 

@@ -30,7 +30,7 @@ class TensorBoardFigures(keras.callbacks.Callback):
         log_dir: String or path. TensorBoard's folder.
         images: Sequence or batch of images as in `plot_gates`.
         every: Integer. Number of epochs between figures. Defaults to `1`.
-        point: `(y, x)` in pixels of the image. Defaults to `None`, which selects the centre.
+        point: `(y, x)` in pixels of the image. Defaults to `None`, which selects the center.
         labels: Sequence of strings. See `plot_gates`. Defaults to `None`.
         pictures: Sequence of arrays. See `plot_gates`. Defaults to `None`.
 
@@ -103,7 +103,8 @@ class GateMonitor(keras.callbacks.Callback):
     whose values are still within 2 % of 1, and suggests changes.
 
     Args:
-        images: Array, a batch of inputs of the model on which the gates are measured.
+        images: Array, a batch of inputs on which the gates are measured. For a model with several inputs, a
+            list or dict of batches.
         log_dir: String or path. TensorBoard's folder for the statistics. Requires TensorFlow and the package
             tensorboard. Defaults to `None`, which writes nothing.
 
@@ -111,8 +112,9 @@ class GateMonitor(keras.callbacks.Callback):
         history: A dict from the name of each gate to its `GateStatistics`, one per epoch.
 
     Raises:
-        ValueError: When training begins, or after the first epoch of a model that is built later: if a gate
-            is called more than once, as in a shared backbone, or inside a `tf.function`.
+        ValueError: If a gate is called more than once, as in a shared backbone, or inside a `tf.function`.
+            Raised when training begins, or after the first epoch if the model is not built before.
+        ImportError: If `log_dir` is given and tensorboard is not installed.
 
     Example:
 

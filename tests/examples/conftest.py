@@ -15,13 +15,13 @@ COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
 _NAMES = itertools.count()
 
 
-def write_images(folder: Path, count: int, colour: tuple[int, int, int], suffix: str = ".png") -> list[Path]:
+def write_images(folder: Path, count: int, color: tuple[int, int, int], suffix: str = ".png") -> list[Path]:
     """Writes noisy images of one color and of different sizes."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(next(_NAMES))
     paths = []
     for number in range(count):
-        pixels = rng.normal(colour, 30, (20 + number % 5, 24, 3)).clip(0, 255).astype("uint8")
+        pixels = rng.normal(color, 30, (20 + number % 5, 24, 3)).clip(0, 255).astype("uint8")
         paths.append(folder / f"{number:03}{suffix}")
         Image.fromarray(pixels).save(paths[-1])
     return paths

@@ -56,7 +56,7 @@ def test_places_are_pixels_of_the_models_image():
     assert view.point(clicked([70.5 * scale, 5.5 * scale], view.drawn_size)) == (5, 70)
 
 
-def centre_of_red(drawing):
+def center_of_red(drawing):
     """The position of the red cross, (y, x) in pixels of the drawing."""
     red, green, blue = np.moveaxis(np.asarray(drawing.image).astype(int), -1, 0)
     return np.argwhere((red > 240) & (green < 30) & (blue < 30)).mean(axis=0) + 0.5
@@ -71,7 +71,7 @@ def test_the_drawn_cross_is_where_it_was_clicked(shape, picture):
     image = np.zeros(shape, "float32")
     found = visualize.sampling_points(view.model, image, "das_1", view.point(place))
     assert np.abs(found.center - view.point(place)).max() <= 1  # half a stride
-    np.testing.assert_allclose(centre_of_red(drawing), (found.center + 0.5) * view.scale, atol=1)
+    np.testing.assert_allclose(center_of_red(drawing), (found.center + 0.5) * view.scale, atol=1)
 
 
 def test_each_pixel_is_drawn_as_a_square(plain, picture):
@@ -86,7 +86,7 @@ def test_each_pixel_is_drawn_as_a_square(plain, picture):
 
 def test_pictures_are_cut_in_the_middle(plain):
     """Cropping removes the outer thirds of a wide image. The filter mixes neighboring pixels at the edges."""
-    thirds = [Image.new("RGB", (50, 50), colour) for colour in (toys.RED, toys.GREEN, toys.BLUE)]
+    thirds = [Image.new("RGB", (50, 50), color) for color in (toys.RED, toys.GREEN, toys.BLUE)]
     wide = Image.new("RGB", (150, 50))
     for number, third in enumerate(thirds):
         wide.paste(third, (50 * number, 0))

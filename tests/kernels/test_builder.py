@@ -190,8 +190,8 @@ def test_two_processes_at_once_build_once(target, root, tmp_path, monkeypatch):
     with start() as first, start() as second, open(os.open(gate, os.O_RDWR), "w") as opened:
         try:  # the first compiler waits at the pipe, the second process for the lock
             line = first.stdout.readline()
-            builds, waits = (second, first) if "at work" in line else (first, second)
-            assert "Another process is at work" in (line if waits is first else waits.stdout.readline())
+            builds, waits = (second, first) if "Waiting for" in line else (first, second)
+            assert "Waiting for another process" in (line if waits is first else waits.stdout.readline())
             print("go", file=opened, flush=True)
             built, found = builds.communicate(timeout=120)[0], waits.communicate(timeout=120)[0]
         finally:

@@ -387,12 +387,12 @@ def test_offset_groups_that_do_not_divide():
 def test_one_channel_is_said():
     """With the channel norm, the gate of a single channel is constant."""
     layer = keras_das.DASLayer(name="gate", norm="channels")
-    with pytest.warns(UserWarning, match="'gate' is on a map of one channel"):
+    with pytest.warns(UserWarning, match="'gate' multiplies all pixels by the same number"):
         layer.build((None, 8, 8, 1))
     gate = np.asarray(layer.gate(suite.random_images((2, 8, 8, 1))))
     np.testing.assert_allclose(gate, gate[0, 0, 0, 0])
 
 
 def test_unknown_channels():
-    with pytest.raises(ValueError, match="number of channels must be known"):
+    with pytest.raises(ValueError, match="must have a known number of channels"):
         keras_das.DASLayer().build((None, 8, 8, None))

@@ -315,7 +315,7 @@ def test_gate_name_that_is_taken():
     image = keras.Input((32, 32, 3))
     x = keras.layers.Conv2D(4, 3, 4, name="stem")(image)
     base = keras.Model(image, keras.layers.ReLU(name="das_stem")(x))
-    with pytest.raises(ValueError, match="has a layer 'das_stem' already"):
+    with pytest.raises(ValueError, match="already has a layer 'das_stem'"):
         attach_das(base, at="stem")
 
 

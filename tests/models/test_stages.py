@@ -97,13 +97,13 @@ def test_no_level():
 
 def test_no_image():
     vector = keras.Input((32,))
-    with pytest.raises(ValueError, match="one input of images"):
+    with pytest.raises(ValueError, match="exactly one image input"):
         find_stages(keras.Model(vector, keras.layers.Dense(2)(vector)))
 
 
 def test_two_images():
     left, right = keras.Input((32, 32, 3)), keras.Input((32, 32, 3))
-    with pytest.raises(ValueError, match="one input of images"):
+    with pytest.raises(ValueError, match="exactly one image input"):
         find_stages(keras.Model([left, right], keras.layers.Add()([left, right])))
 
 

@@ -112,7 +112,7 @@ def assert_refused(arguments, name, received):
 
 @pytest.mark.parametrize("name", ["inputs", "kernel", "offsets"])
 def test_refuses_none(name):
-    with pytest.raises(ValueError, match=f"`{name}` must be a tensor. Received: None"):
+    with pytest.raises(ValueError, match=f"`{name}` must be a tensor. Received: {name}=None"):
         ops.deformable_conv2d(**{**good_arguments(), name: None})
 
 

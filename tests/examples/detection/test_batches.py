@@ -20,8 +20,8 @@ RED, GREEN, BLUE = (15, 10, 26, 20), (30, 2, 50, 8), (1, 1, 9, 29)
 def picture(boxes: list[tuple[int, int, int, int]], width: int, height: int) -> np.ndarray:
     """A black image with a rectangle in a separate color for each of up to three boxes."""
     image = np.zeros((height, width, 3), "uint8")
-    for colour, (x1, y1, x2, y2) in enumerate(boxes):
-        image[y1:y2, x1:x2, colour] = 255
+    for color, (x1, y1, x2, y2) in enumerate(boxes):
+        image[y1:y2, x1:x2, color] = 255
     return image
 
 
