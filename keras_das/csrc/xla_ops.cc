@@ -74,13 +74,14 @@ class DeformableConv2DXlaOpBase : public XlaOpKernel {
   }
 
   xla::XlaOp custom_call(XlaOpKernelContext* context, const char* target, const Shapes& shapes,
-                         const xla::Shape& result) const {
+                         const std::vector<int>& products, const xla::Shape& result) const {
     std::vector<xla::XlaOp> operands;
     std::vector<xla::Shape> operand_shapes;
     for (int i = 0; i < context->num_inputs(); ++i) {
       operands.push_back(context->Input(i));
       operand_shapes.push_back(to_xla(context->input_xla_type(i), shapes[i]));
     }
+    for (int i : products) operands[i] = rounded(operands[i]);
     return xla::CustomCallWithLayout(context->builder(), target, operands, result, operand_shapes,
                                      to_mlir(attributes_), /*has_side_effect=*/false,
                                      /*output_operand_aliasing=*/{},
@@ -90,6 +91,15 @@ class DeformableConv2DXlaOpBase : public XlaOpKernel {
 
   Attributes attributes_;
   DType dtype_;
+
+ private:
+  // The operand with the precision of the dtype. The kernels rely on it for the kernel and the gradient of
+  // the output (deformable_conv2d_cuda.h), and XLA may remove conversions to 16 bits and back.
+  xla::XlaOp rounded(xla::XlaOp operand) const {
+    if (dtype_ == DType::kFloat16) return xla::ReducePrecision(operand, 5, 10);
+    if (dtype_ == DType::kBFloat16) return xla::ReducePrecision(operand, 8, 7);
+    return operand;
+  }
 };
 
 class DeformableConv2DXlaOp : public DeformableConv2DXlaOpBase {
@@ -101,7 +111,7 @@ class DeformableConv2DXlaOp : public DeformableConv2DXlaOpBase {
     Plan plan;
     OP_REQUIRES_OK(context, this->plan(context, "bias", &Plan::bias, &shapes, &plan));
     const xla::Shape result = to_xla(context->input_xla_type(0), plan.output);
-    context->SetOutput(0, custom_call(context, "keras_das_deformable_conv2d", shapes, result));
+    context->SetOutput(0, custom_call(context, "keras_das_deformable_conv2d", shapes, {1}, result));
   }
 };
 
@@ -117,7 +127,7 @@ class DeformableConv2DGradXlaOp : public DeformableConv2DXlaOpBase {
     std::vector<xla::Shape> results;
     for (int i = 0; i < 4; ++i) results.push_back(to_xla(type, shapes[i]));
     results.push_back(to_xla(type, plan.bias));
-    const xla::XlaOp call = custom_call(context, "keras_das_deformable_conv2d_grad", shapes,
+    const xla::XlaOp call = custom_call(context, "keras_das_deformable_conv2d_grad", shapes, {1, 4},
                                         xla::ShapeUtil::MakeTupleShape(results));
     for (int i = 0; i < 5; ++i) context->SetOutput(i, xla::GetTupleElement(call, i));
   }

@@ -36,6 +36,8 @@ _CUDA_UNIT = Unit("cuda/kernels.cu.cc")
 # Precede TensorFlow's libraries, which also export a CUDA runtime. The symbols are hidden from others.
 _CUDA_LINK_FLAGS = ("-lcudart_static", "-ldl", "-lrt", "-Wl,--exclude-libs,ALL")
 
+_LAUNCHERS = ("ccache", "distcc", "sccache")  # in $CXX, before the compiler
+
 Report = Callable[[str], None]
 
 
@@ -236,7 +238,8 @@ def _check_runtime(file: pathlib.Path) -> None:
 def _nvcc_command(target: Target, compiler: list[str], nvcc: Nvcc) -> list[str]:
     """The command of the CUDA unit, without the framework's headers, which include another CUDA version."""
     definitions = [flag for flag in target.flags if flag.startswith("-D")]
-    host = [f"-ccbin={compiler[0]}", "-Xcompiler=-fPIC"]
+    program, *flags = compiler[1:] if pathlib.Path(compiler[0]).name in _LAUNCHERS else compiler
+    host = [f"-ccbin={program}", *(f"-Xcompiler={flag}" for flag in ("-fPIC", *flags))]
     architectures = architecture_flags(target.cuda)
     return [nvcc.command, "-x", "cu", "-std=c++17", "-O3", *host, *definitions, *architectures]
 

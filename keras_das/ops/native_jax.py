@@ -40,7 +40,16 @@ def deformable_conv2d(
 ) -> Tensor:
     """Calls the handler, with the arguments and the result of `native_tensorflow.deformable_conv2d`."""
     given = [jnp.zeros((0,), sums) if other is None else jnp.asarray(other, sums) for other in others]
-    return _convolve(attributes, jnp.asarray(inputs, dtype), *given)
+    return _convolve(attributes, jnp.asarray(inputs, dtype), _rounded(given[0], dtype), *given[1:])
+
+
+def _rounded(tensor: Tensor, dtype: Any) -> Tensor:
+    """The tensor with the precision of `dtype`, if that has 16 bits.
+
+    The kernels rely on it, and XLA may remove conversions to 16 bits and back.
+    """
+    limits = jnp.finfo(dtype)
+    return tensor if limits.bits > 16 else jax.lax.reduce_precision(tensor, limits.nexp, limits.nmant)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -58,7 +67,8 @@ def _convolve_forward(attributes: Attributes, *tensors: Tensor) -> tuple[Tensor,
 
 def _convolve_backward(attributes: Attributes, saved: Any, grad_output: Tensor) -> tuple[Tensor, ...]:
     inputs, kernel, *_ = saved
-    gradients = _gradients(attributes, *saved, grad_output.astype(kernel.dtype))
+    upstream = _rounded(grad_output.astype(kernel.dtype), inputs.dtype)
+    gradients = _gradients(attributes, *saved, upstream)
     return gradients[0].astype(inputs.dtype), *gradients[1:]
 
 

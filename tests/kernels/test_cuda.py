@@ -28,6 +28,13 @@ def test_cuda_units_go_to_nvcc(target, root, nvcc):
     assert call.count("-I") == 1  # our sources, but no framework
 
 
+def test_launchers_and_flags_before_the_compiler(target, nvcc, monkeypatch):
+    for words, host in {"ccache g++ -m64": "g++", "clang++ -m64": "clang++"}.items():
+        command = builder._nvcc_command(target, words.split(), compilers.find_nvcc())
+        assert f"-ccbin={host}" in command
+        assert "-Xcompiler=-m64" in command
+
+
 @needs_compiler
 def test_library_is_built_again_with_cuda_kernels_and_back(target, root, nvcc):
     def on_gpu(file):

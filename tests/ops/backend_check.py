@@ -249,6 +249,21 @@ def test_compiled_programs_hold_the_kernels(rng, kernels):
 
 
 @jax_only
+@pytest.mark.parametrize(("dtype", "bits"), [("float16", "e5m10"), ("bfloat16", "e8m7")])
+def test_compiled_programs_round_16_bit_operands(rng, dtype, bits, kernels):
+    """CUDA kernels rely on the rounding, and XLA may remove conversions to 16 bits and back."""
+    import jax
+
+    case = Case("", padding="same")
+    arguments, upstream = split_upstream(to_tensors(draw(case, rng, dtype)))
+    function = functools.partial(call, case=case, implementation="native")
+    text = jax.jit(lambda a, u: jax.vjp(function, a)[1](u)).lower(arguments, upstream).as_text()
+    rounded = [line for line in text.splitlines() if "reduce_precision" in line]
+    assert len(rounded) >= 2, text  # the kernel, and the gradient of the output
+    assert all(bits in line for line in rounded)
+
+
+@jax_only
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_compiled_or_not_gives_the_same_bits(rng, dtype, kernels):
     case = Case("", padding="same", groups=2, offset_groups=2)

@@ -1,6 +1,6 @@
 """Measures the peak memory of one forward pass, or of one forward and backward pass.
 
-    python -m tests.ops.memory_probe IMPLEMENTATION MODE,KERNEL_SIDE,forward|both ...
+    python -m tests.ops.memory_probe IMPLEMENTATION MODE,KERNEL_SIDE,forward|both,MULTIPLIER ...
 
 Runs as a separate process, so that nothing else affects the peak. Prints one line of JSON with an entry for
 each measurement, in bytes.
@@ -36,8 +36,8 @@ def peak_above_rest(function):
     return resident("VmHWM") - rest
 
 
-def measure(implementation, mode, side, passes):
-    """Returns the size in bytes of the peak and each tensor, for a square kernel with `side` rows."""
+def measure(implementation, mode, side, passes, multiplier):
+    """Returns the size in bytes of the peak and each tensor, for `side` rows of taps and filters per channel."""
     # The gate of ResNet-50's first stage: 0.2 * 256 channels at 56x56. The slow reference runs
     # on half the batch.
     case = Case(
@@ -45,7 +45,7 @@ def measure(implementation, mode, side, passes):
         batch=8 if implementation == "native" else 4,
         image=(56, 56),
         channels=51,
-        filters=51,
+        filters=51 * multiplier,
         groups=51,
         kernel_size=(side, side),
         padding="same",
@@ -67,7 +67,11 @@ def measure(implementation, mode, side, passes):
 
 def main(implementation, *measurements):
     wanted = [words.split(",") for words in measurements]
-    print(json.dumps([measure(implementation, mode, int(side), passes) for mode, side, passes in wanted]))
+    sizes = [
+        measure(implementation, mode, int(side), passes, int(multiplier))
+        for mode, side, passes, multiplier in wanted
+    ]
+    print(json.dumps(sizes))
 
 
 if __name__ == "__main__":

@@ -83,6 +83,8 @@ CASES = [
     Case("offset_groups2", offset_groups=2, padding="same"),
     Case("offset_groups_cross_groups", channels=8, groups=2, offset_groups=4),
     Case("groups_cross_offset_groups", channels=8, filters=8, groups=8, offset_groups=2, use_bias=False),
+    Case("small_groups", channels=69, filters=46, groups=23),  # the kernels process 32 channels together
+    Case("small_groups_cross_offset_groups", channels=24, filters=16, groups=8, offset_groups=4),
     Case("plain", modulated=False, padding="same"),
     Case("plain_no_bias", modulated=False, use_bias=False, strides=2),
     Case("kernel1x1", kernel_size=(1, 1)),

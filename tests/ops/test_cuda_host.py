@@ -168,6 +168,16 @@ def test_16_bit_products_lose_nothing(rng, kernels, dtype, deterministic):
         assert relative_error(gradients[name], wanted[name]) < 2e-6, name
 
 
+def test_products_that_overflow_are_infinite(rng, kernels):
+    """The terms that a number is split into must not overflow with opposite signs."""
+    case = Case("", batch=1, image=(1, 1), channels=1, filters=2, kernel_size=(1, 1), modulated=False)
+    tensors = {name: np.zeros(shape, "float32") for name, shape in case.shapes.items()}
+    tensors["inputs"] += np.float32((1 + 2**-11 + 2**-20) * 2.0**70)
+    tensors["kernel"] += np.float32(2.0**70)
+    outputs, _ = compute(kernels, case, tensors)
+    np.testing.assert_array_equal(outputs, np.full_like(outputs, np.inf))
+
+
 DEPTHWISE = Case(
     "depthwise", batch=3, image=(4, 5), channels=6, groups=6, filters=6, padding="same", offset_groups=2
 )

@@ -23,8 +23,11 @@ ENVIRONMENT = {
 
 
 def measure(implementation, *measurements):
-    """Returns the size in bytes of the peak and each tensor, for each (mode, side of the kernel, passes)."""
-    words = [",".join(map(str, each)) for each in measurements]
+    """Returns the size in bytes of the peak and each tensor, for each (mode, side of the kernel, passes).
+
+    A fourth number is the number of filters per channel.
+    """
+    words = [",".join(map(str, (*each, 1)[:4])) for each in measurements]
     result = subprocess.run(
         [sys.executable, "-m", "tests.ops.memory_probe", implementation, *words],
         env={**os.environ, **ENVIRONMENT},
@@ -44,7 +47,8 @@ def of_reference():
 
 @pytest.fixture(scope="module")
 def of_kernels(kernels):
-    return measure("native", ("eager", 3, "forward"), ("xla", 3, "forward"), ("eager", 3, "both"))
+    modes = [("eager", 3, "forward"), ("xla", 3, "forward"), ("eager", 3, "both"), ("eager", 3, "both", 2)]
+    return measure("native", *modes)
 
 
 @pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
@@ -70,7 +74,8 @@ def test_kernels_store_no_columns(of_kernels, mode):
     assert sizes["outputs"] <= sizes["peak"] < sizes["outputs"] + 8 * 2**20
 
 
-def test_kernels_gradients_are_all_that_grows(of_kernels):
-    sizes = of_kernels["eager", 3, "both"]
+@pytest.mark.parametrize("multiplier", [(), (2,)], ids=["depthwise", "many_groups"])
+def test_kernels_gradients_are_all_that_grows(of_kernels, multiplier):
+    sizes = of_kernels["eager", 3, "both", *multiplier]
     results = sum(sizes[name] for name in sizes if name != "peak")
     assert results <= sizes["peak"] < results + 16 * 2**20

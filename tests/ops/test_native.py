@@ -163,6 +163,25 @@ def test_compiled_programs_hold_the_calls(rng):
 
 
 @needs_xla_kernels
+@pytest.mark.parametrize(
+    ("dtype", "bits"),
+    [("float16", "exponent_bits=5, mantissa_bits=10"), ("bfloat16", "exponent_bits=8, mantissa_bits=7")],
+)
+def test_compiled_programs_round_16_bit_operands(rng, dtype, bits):
+    """CUDA kernels rely on the rounding, and XLA may remove conversions to 16 bits and back."""
+    arguments, upstream = split_upstream(tensors_of(draw(DENSE, rng, dtype)))
+
+    def compute(arguments, upstream):
+        return value_and_gradients(arguments, upstream, case=DENSE, implementation="native")
+
+    compiled = tf.function(compute, jit_compile=True)
+    hlo = compiled.experimental_get_compiler_ir(arguments, upstream)(stage="hlo")
+    rounded = [line for line in hlo.splitlines() if "reduce-precision(" in line]
+    assert len(rounded) == 3, hlo  # the kernel in both passes, and the gradient of the output
+    assert all(bits in line for line in rounded)
+
+
+@needs_xla_kernels
 def test_compiled_although_the_runtime_started_without_the_library():
     """TensorFlow collects XLA kernels when its runtime starts, in this case before the library is loaded."""
     found = run_script(

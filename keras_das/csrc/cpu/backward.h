@@ -22,35 +22,29 @@ namespace {
 constexpr int64_t kSlice = 32;        // channels of a slice at most
 constexpr int64_t kPixelBlock = 240;  // output pixels whose contributions to a sum are added up together
 
-// Channels whose input gradients one task computes. They are in one offset group and one group of a dense
-// kernel.
+// Channels of one offset group whose input gradients one task computes.
 struct Slice {
-  int64_t group, offset_group, channel, count;
+  int64_t offset_group, channel, count;
   int64_t ordinal;  // among the slices of its offset group
 };
 
 // All slices, in the order of their channels.
 class Slices {
  public:
-  Slices(const Geometry& geometry, bool depthwise) : all_(geometry.channels) {
-    const int64_t depth = depthwise ? geometry.channels : geometry.channels / geometry.groups;
-    const int64_t per_offsets = geometry.channels / geometry.offset_groups;
-    for (int64_t channel = 0, ordinal = 0; channel < geometry.channels; ++size_) {
-      const int64_t stop = min_of((channel / depth + 1) * depth, (channel / per_offsets + 1) * per_offsets);
-      const int64_t count = min_of(kSlice, stop - channel);
-      ordinal = channel % per_offsets ? ordinal + 1 : 0;
-      all_.get()[size_] = {channel / depth, channel / per_offsets, channel, count, ordinal};
-      per_offset_group_ = max_of(per_offset_group_, ordinal + 1);
-      channel += count;
-    }
-  }
-  int64_t size() const { return size_; }
+  explicit Slices(const Geometry& geometry)
+      : offset_groups_(geometry.offset_groups),
+        channels_(geometry.channels / geometry.offset_groups),
+        per_offset_group_(divide_up(channels_, kSlice)) {}
+  int64_t size() const { return offset_groups_ * per_offset_group_; }
   int64_t per_offset_group() const { return per_offset_group_; }
-  const Slice& operator[](int64_t index) { return all_.get()[index]; }
+  Slice operator[](int64_t index) const {
+    const int64_t offset_group = index / per_offset_group_, ordinal = index % per_offset_group_;
+    const int64_t first = ordinal * kSlice;
+    return {offset_group, offset_group * channels_ + first, min_of(kSlice, channels_ - first), ordinal};
+  }
 
  private:
-  Scratch<Slice> all_;
-  int64_t size_ = 0, per_offset_group_ = 1;
+  int64_t offset_groups_, channels_, per_offset_group_;  // `channels_` of an offset group
 };
 
 // The gradients of offsets and mask are sums over channels. Each slice writes its part to a separate layer,
@@ -142,13 +136,13 @@ KERAS_DAS_INLINE void position_gradients(Taps<T, A>* taps, int64_t count, const 
 // The data that all tasks of one backward pass share.
 template <class T, class A>
 struct Backward {
-  Backward(const Geometry& geometry, const BackwardBuffers& buffers, const Workers& workers, bool depthwise)
+  Backward(const Geometry& geometry, const BackwardBuffers& buffers, const Workers& workers)
       : geometry(geometry),
         buffers(buffers),
         workers(workers),
         kernel(static_cast<const A*>(buffers.kernel)),
         grad_output(static_cast<const A*>(buffers.grad_output)),
-        slices(geometry, depthwise),
+        slices(geometry),
         grad_offsets(slices.per_offset_group(), offsets_elements(geometry), buffers.grad_offsets),
         grad_mask(slices.per_offset_group(), mask_elements(geometry), buffers.grad_mask) {}
 
@@ -240,7 +234,7 @@ class SliceTask {
   }
 
   Backward<T, A>& pass_;
-  const Slice& slice_;
+  const Slice slice_;
   const int64_t stride_, image_pixels_;
   const bool copied_;
   Scratch<T> inputs_;

@@ -118,37 +118,56 @@ void dense_forward(const Geometry& geometry, const ForwardBuffers& buffers, cons
 // ----- Backward
 
 // Processes one slice of channels of one run of images. The gradient of each block of samples is a matrix
-// product.
+// product for each group that has channels in the slice.
 template <class T, class A>
 void dense_slice(Backward<T, A>* pass, const Slice& slice, int64_t first_image, int64_t last_image) {
   const Geometry& geometry = pass->geometry;
   const int64_t taps = geometry.taps(), filters = geometry.filters / geometry.groups;
   const int64_t depth = geometry.channels / geometry.groups, columns = taps * slice.count;
-  const int64_t blocks = divide_up(filters, kTileColumns), within = slice.channel - slice.group * depth;
-  SliceTask<T, A> task(pass, slice);
-  Scratch<const A*> kernel_rows(columns);  // of the channels of the slice, for one tap after another
-  for (int64_t t = 0, j = 0; t < taps; ++t) {
-    for (int64_t c = 0; c < slice.count; ++c, ++j) {
-      kernel_rows.get()[j] =
-          pass->kernel + (t * depth + within + c) * geometry.filters + slice.group * filters;
+  const int64_t blocks = divide_up(filters, kTileColumns);
+  // Calls `f(group, at, count)` for `count` channels of each group, from channel `at` of the slice.
+  const auto for_groups = [&](const auto& f) {
+    for (int64_t at = 0, count = 0; at < slice.count; at += count) {
+      const int64_t group = (slice.channel + at) / depth;
+      count = min_of(slice.count - at, (group + 1) * depth - slice.channel - at);
+      f(group, at, count);
     }
-  }
+  };
+  SliceTask<T, A> task(pass, slice);
+  Scratch<const A*> kernel_rows(columns);  // group by group, for one tap after another
+  for_groups([&](int64_t group, int64_t at, int64_t count) {
+    const A** row = kernel_rows.get() + taps * at;
+    const int64_t within = slice.channel + at - group * depth;
+    for (int64_t t = 0; t < taps; ++t) {
+      for (int64_t c = 0; c < count; ++c) {
+        *row++ = pass->kernel + (t * depth + within + c) * geometry.filters + group * filters;
+      }
+    }
+  });
   Scratch<A> tile(kPixelBlock * kTileStride), panel(kTileColumns * 2 * Simd<A>::kLanes);
-  Scratch<A> grad_samples(kPixelBlock * columns);
+  Scratch<A> grad_samples(kPixelBlock * columns), of_group(kPixelBlock * columns);
   tile.zero(kPixelBlock * kTileStride);
   const int64_t stop = last_image * geometry.out_pixels();
   for (int64_t first = first_image * geometry.out_pixels(); first < stop; first += kPixelBlock) {
     const int64_t rows = min_of(kPixelBlock, stop - first);
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t begin = part_start(filters, blocks, block), end = part_start(filters, blocks, block + 1);
-      copy_channels(pass->grad_output + first * geometry.filters + slice.group * filters + begin,
-                    geometry.filters, tile.get(), kTileStride, rows, end - begin);
-      const auto pack = [&](int64_t j, int64_t count, int64_t width, A* panel) {
-        pack_transposed(kernel_rows.get() + j, begin, end - begin, count, width, panel);
-      };
-      multiply<false>(rows, end - begin, columns, tile.get(), pack, panel.get(),
-                      static_cast<const A*>(nullptr), grad_samples.get(), columns, block > 0);
-    }
+    for_groups([&](int64_t group, int64_t at, int64_t count) {
+      A* product = count == slice.count ? grad_samples.get() : of_group.get();
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t begin = part_start(filters, blocks, block),
+                      end = part_start(filters, blocks, block + 1);
+        copy_channels(pass->grad_output + first * geometry.filters + group * filters + begin,
+                      geometry.filters, tile.get(), kTileStride, rows, end - begin);
+        const auto pack = [&](int64_t j, int64_t wanted, int64_t width, A* panel) {
+          pack_transposed(kernel_rows.get() + taps * at + j, begin, end - begin, wanted, width, panel);
+        };
+        multiply<false>(rows, end - begin, taps * count, tile.get(), pack, panel.get(),
+                        static_cast<const A*>(nullptr), product, taps * count, block > 0);
+      }
+      for (int64_t t = 0; count < slice.count && t < taps; ++t) {
+        copy_channels<A>(product + t * count, taps * count, grad_samples.get() + t * slice.count + at,
+                         columns, rows, count);
+      }
+    });
     for (int64_t row = 0; row < rows; ++row) {
       task.template add_pixel<false>(first + row, grad_samples.get() + row * columns, slice.count, nullptr,
                                      nullptr, 0);

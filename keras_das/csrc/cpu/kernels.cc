@@ -36,9 +36,8 @@ void backward_of(const Geometry& geometry, const BackwardBuffers& buffers, const
     }
     return;  // there are neither pixels nor offsets
   }
-  const bool depthwise = is_depthwise(geometry);
-  Backward<T, A> pass(geometry, buffers, workers, depthwise);
-  if (depthwise) depthwise_backward(&pass);
+  Backward<T, A> pass(geometry, buffers, workers);
+  if (is_depthwise(geometry)) depthwise_backward(&pass);
   else dense_backward(&pass);
   pass.grad_offsets.add_up(workers);
   pass.grad_mask.add_up(workers);

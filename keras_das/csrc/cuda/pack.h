@@ -53,7 +53,7 @@ __device__ __forceinline__ void add_atomically(A* to, const Pack<A, V>& pack) {
 #pragma unroll
   for (int v = 0; v < V; ++v) atomicAdd(to + v, pack.lane[v]);
 }
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && CUDART_VERSION >= 12010
 template <>
 __device__ __forceinline__ void add_atomically(float* to, const Pack<float, 2>& pack) {
   atomicAdd(reinterpret_cast<float2*>(to), make_float2(pack.lane[0], pack.lane[1]));

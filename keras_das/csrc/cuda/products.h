@@ -68,12 +68,12 @@ template <class T, class A>
 struct OutputProduct : Product<T, A> {
   using G = Group<T, A>;
   using O = Operands<T, A>;
-  // For each operand: whether neighbours in memory are neighbours in a sum. Otherwise they are in the result.
+  // For each operand: whether neighbors in memory are neighbors in a sum. Otherwise they are in the result.
   static constexpr bool kLeftAlong = true, kRightAlong = false;
   static constexpr bool kLeftIsSample = true;  // samples are floats for every `T`
 
   static KERAS_DAS_INLINE int64_t length(const O&, const G& g) { return g.kernel_rows; }
-  // The distance between rows of the left operand, or between terms of the sum if rows are neighbours.
+  // The distance between rows of the left operand, or between terms of the sum if rows are neighbors.
   static __device__ __forceinline__ int64_t left_stride(const O& a) { return a.taps * a.channels; }
   static __device__ __forceinline__ const A* left(const O& a, const G& g, int64_t row, int64_t, int64_t k) {
     return a.columns + row * left_stride(a) + g.in_columns(a, min_of(k, g.kernel_rows - 1));

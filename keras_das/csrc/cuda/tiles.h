@@ -19,7 +19,7 @@ constexpr int kTileRows = sizeof(A) == 4 ? 128 : 64;
 template <class A>
 constexpr int kTileColumns = sizeof(A) == 4 ? 128 : 64;
 
-// The part of a tile that a thread computes with ordinary instructions: neighbouring rows and columns.
+// The part of a tile that a thread computes with ordinary instructions: neighboring rows and columns.
 template <class T, class A, class P, bool kOnTensorCores>
 struct TileSums {
   static constexpr int kRows = kTileRows<A> / 16, kColumns = kTileColumns<A> / 16;  // of a thread
@@ -159,7 +159,7 @@ struct TileSums<T, float, P, true> {
     return threadIdx.x / kWarp % kWarpsAcross * kAcross * 8;
   }
 
-  // Returns whether the number cannot be split, because it or the nearest TF32 number is infinite.
+  // Returns whether the number cannot be split, because products of its terms could overflow, or is NaN.
   template <class Operand>
   static __device__ __forceinline__ bool put(Operand* operand, int k, int i, float value) {
     operand->numbers[operand->index(k, i)] = value;
@@ -184,7 +184,7 @@ struct TileSums<T, float, P, true> {
     }
   }
 
-  static constexpr float kLargest = 3.4e38f;  // below the numbers that TF32 rounds to infinity
+  static constexpr float kLargest = 0x1p64f;
 
   float totals[kDown][kAcross][4] = {};
 };
