@@ -37,7 +37,7 @@ def peak_above_rest(function):
 
 
 def measure(implementation, mode, side, passes, multiplier):
-    """Returns the size in bytes of the peak and each tensor, for `side` rows of taps and filters per channel."""
+    """Returns the size in bytes of the peak and each tensor, for a square kernel with `side` rows."""
     # The gate of ResNet-50's first stage: 0.2 * 256 channels at 56x56. The slow reference runs
     # on half the batch.
     case = Case(
