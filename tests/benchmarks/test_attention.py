@@ -65,7 +65,8 @@ def test_both_start_at_one(images):
 
 
 @pytest.mark.parametrize("layer", [attention.SE, attention.CBAM])
-def test_saves_and_learns(layer, images, tmp_path):
+def test_saves_and_learns(layer, rng, tmp_path):
+    images = rng.normal(size=(32, *SHAPE[1:])).astype("float32")  # so many that each ReLU passes some of them
     inputs = keras.Input(SHAPE[1:])
     model = keras.Model(inputs, layer()(inputs))
     model.compile("sgd", "mse", run_eagerly=True)
