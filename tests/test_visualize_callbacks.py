@@ -41,8 +41,9 @@ def test_models_that_the_first_step_builds(tmp_path, images):
     assert len(monitor.history["gate"]) == 1
     assert list(tmp_path.glob("events*"))
     bare = keras.Sequential([keras.layers.Flatten(), keras.layers.Dense(2)])
-    with pytest.raises(ValueError, match="`model` must have gates"):
-        fit(bare, images, visualize.TensorBoardFigures(tmp_path, images))
+    for callback in (visualize.TensorBoardFigures(tmp_path, images), visualize.GateMonitor(images)):
+        with pytest.raises(ValueError, match="`model` must have gates"):
+            fit(bare, images, callback)
 
 
 def test_gates_of_the_same_name(images, capsys):

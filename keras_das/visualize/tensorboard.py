@@ -64,13 +64,7 @@ class TensorBoardFigures(keras.callbacks.Callback):
     def on_train_begin(self, logs: dict | None = None) -> None:
         """Checks that the model has gates, if it is built; others are checked at the first figures."""
         if self.model.built:
-            self._gates()
-
-    def _gates(self) -> list[DASLayer]:
-        gates = layers_of_kind(self.model, (DASLayer,))
-        if not gates:
-            raise ValueError(f"`model` must have gates. Received: model={self.model!r}")
-        return gates
+            _gates_of(self.model)
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """Writes the figures every N epochs."""
@@ -85,7 +79,7 @@ class TensorBoardFigures(keras.callbacks.Callback):
         writer.close()
 
     def _figures(self) -> Iterator[tuple[str, Any]]:
-        gates = self._gates()
+        gates = _gates_of(self.model)
         shape = sample_of(self.model, self.images[0], gates).pixels.shape
         rows, columns = image_size(shape, image_format(self.model))
         point = ((rows - 1) / 2, (columns - 1) / 2) if self.point is None else self.point
@@ -112,8 +106,9 @@ class GateMonitor(keras.callbacks.Callback):
         history: A dict from the name of each gate to its `GateStatistics`, one per epoch.
 
     Raises:
-        ValueError: If a gate is called more than once, as in a shared backbone, or inside a `tf.function`.
-            Raised when training begins, or after the first epoch if the model is not built before.
+        ValueError: If the model has no gates, or if a gate is called more than once, as in a shared backbone,
+            or inside a `tf.function`. Raised when training begins, or after the first epoch if the model is
+            not built before.
         ImportError: If `log_dir` is given and tensorboard is not installed.
 
     Example:
@@ -135,11 +130,15 @@ class GateMonitor(keras.callbacks.Callback):
     def on_train_begin(self, logs: dict | None = None) -> None:
         """Measures the gates once, so that a model that cannot be measured fails before the first epoch."""
         if self.model.built:
-            gate_statistics(self.model, self.images)
+            self._measure()
+
+    def _measure(self) -> list[GateStatistics]:
+        _gates_of(self.model)
+        return gate_statistics(self.model, self.images)
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """Measures the gates."""
-        measured = gate_statistics(self.model, self.images)
+        measured = self._measure()
         for gate in measured:
             self.history.setdefault(gate.name, []).append(gate)
         if self.log_dir is not None:
@@ -147,7 +146,7 @@ class GateMonitor(keras.callbacks.Callback):
 
     def on_train_end(self, logs: dict | None = None) -> None:
         """Reports the gates that stayed close to 1."""
-        gates = layers_of_kind(self.model, (DASLayer,))
+        gates = _gates_of(self.model)
         names = zip(gates, unique_names(gates), strict=True)
         identities = {name for gate, name in names if gate.identity_init}
         latest = [measured[-1] for name, measured in self.history.items() if name in identities]
@@ -158,6 +157,13 @@ class GateMonitor(keras.callbacks.Callback):
                 "Train longer, raise the gates' learning rate or `identity_gain`, or use "
                 "`identity_init=False`."
             )
+
+
+def _gates_of(model: keras.Model) -> list[DASLayer]:
+    gates = layers_of_kind(model, (DASLayer,))
+    if not gates:
+        raise ValueError(f"`model` must have gates. Received: model={model!r}")
+    return gates
 
 
 def _write_scalars(log_dir: str, measured: Sequence[GateStatistics], epoch: int) -> None:
