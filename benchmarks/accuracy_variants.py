@@ -6,7 +6,9 @@ from typing import Any
 import keras
 import keras_das
 from keras import ops
+from keras_das._keras_internals import node_of
 from keras_das.models.cloning import clone_with_gates
+from keras_das.models.graph import sort_nodes
 
 import attention
 from accuracy_tasks import Trunk
@@ -62,6 +64,24 @@ def _das(**arguments: Any) -> Attach:
     return lambda trunk: keras_das.attach_das(trunk.model, trunk.stages, **arguments)
 
 
+def _das_before_sums(**arguments: Any) -> Attach:
+    """`attach_das` before the residual sum of each stage, as squeeze-and-excitation is usually placed."""
+    return lambda trunk: keras_das.attach_das(
+        trunk.model, [_before_sum(trunk.model.get_layer(stage).output) for stage in trunk.stages], **arguments
+    )
+
+
+def _before_sum(tensor: Tensor) -> str:
+    """The last layer of the residual branch that ends in `tensor`, or the layer of `tensor` without one."""
+    node = node_of(tensor)
+    while len(node.parent_nodes) == 1 and node.parent_nodes[0].outputs[0].shape == tensor.shape:
+        (node,) = node.parent_nodes
+    if len(node.parent_nodes) < 2:
+        return node_of(tensor).operation.name
+    branch = max(node.parent_nodes, key=lambda parent: len(sort_nodes(parent.outputs)))
+    return branch.operation.name
+
+
 def _layers(layer: Callable[..., keras.layers.Layer], **arguments: Any) -> Attach:
     """Other layers at the same positions."""
 
@@ -97,5 +117,6 @@ VARIANTS: dict[str, Attach] = {
     "DAS, alpha 0.1": _das(**_FAR, reduction=0.1),
     "DAS, alpha 0.5": _das(**_FAR, reduction=0.5),
     "DAS with a pooled term": _layers(Pooled, identity_init=True, **_FAR),
+    "DAS, before the residual sums": _das_before_sums(**_FAR),
     "DAS, bounded offsets": _layers(Bounded, identity_init=True, dilation_rate=2, offset_scale=1.0),
 }

@@ -151,6 +151,16 @@ def test_all_variants_follow_the_same_layers_and_start_as_the_network_without(tr
             np.testing.assert_array_equal(model(images), expected, err_msg=name)
 
 
+def test_gates_before_the_residual_sums(rng):
+    trunk = accuracy_tasks._small_resnet(64, None)
+    model = accuracy_variants.VARIANTS["DAS, before the residual sums"](trunk)
+    gates = [layer for layer in model.layers if isinstance(layer, keras_das.DASLayer)]
+    before = [gate.input._keras_history.operation.name for gate in gates]
+    assert before == [f"stage{number}_2_norm" for number in range(4)]
+    images = rng.uniform(0, 255, (1, 64, 64, 3)).astype("float32")
+    np.testing.assert_array_equal(model(images), trunk.model(images))
+
+
 def test_the_added_control_and_the_pooled_term(rng):
     x = rng.normal(size=(2, 6, 5, 16)).astype("float32")
     for kind in (accuracy_variants.Added, accuracy_variants.Pooled):
