@@ -187,12 +187,17 @@ def _resnet18(size: int, weights: pathlib.Path | None) -> Trunk:
     return Trunk(_flat(shifted, layers, shift), stages)
 
 
-def _keras_file(size: int, weights: pathlib.Path | None) -> Trunk:
-    """The network without a head of a Keras file, whose inputs are RGB images of 0..255."""
+def _keras_file(size: int, weights: pathlib.Path | None, stages: Sequence[str] | None = None) -> Trunk:
+    """The network without a head of a Keras file, whose inputs are RGB images of 0..255.
+
+    Without `stages`, attention follows the layers that `attach_das` selects.
+    """
     if weights is None:
         raise SystemExit("--weights is required: the Keras file of the network")
     model = keras.models.load_model(weights)
-    return Trunk(model, [stage._keras_history.operation.name for stage in find_stages(model).values()])
+    if stages is None:
+        stages = [stage._keras_history.operation.name for stage in find_stages(model).values()]
+    return Trunk(model, stages)
 
 
 def _flat(model: keras.Model, inner: keras.Model, first: keras.layers.Layer) -> keras.Model:
@@ -256,6 +261,12 @@ TASKS = {
         "GroceryStore at 96 pixels, adapters on a frozen ImageNet MobileNetV2",
         functools.partial(_folder, size=104),
         _keras_file,
+        _ADAPTERS,
+    ),
+    "grocery_mobile_sums": Task(
+        "The same MobileNetV2, with attention after the residual sums instead of the expansions",
+        functools.partial(_folder, size=104),
+        functools.partial(_keras_file, stages=("block_2_add", "block_5_add", "block_12_add", "out_relu")),
         _ADAPTERS,
     ),
     "grocery_full": Task(

@@ -51,7 +51,7 @@ def attach_das(
             (1/4 to 1/32 of the rows and columns of the image). In a KerasHub or KerasCV backbone, the levels
             are its feature pyramid outputs. In other models, a level ends with the last feature map that all
             deeper layers depend on. If the level has residual sums or concatenations, it ends with the last
-            of them and its activation. The deepest level ends with its last feature map.
+            of them, or with the last activation after it. The deepest level ends with its last feature map.
         identity_init: Boolean. Whether the gates start at exactly 1; see `keras_das.DASLayer`. Defaults to
             `True`.
         **das_arguments: Further arguments of `keras_das.DASLayer`, except `name`. Here, `dilation_rate`

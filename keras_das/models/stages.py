@@ -25,9 +25,9 @@ def find_stages(model: keras.Model) -> dict[str, Tensor]:
     is preprocessing, and its outputs are not feature maps.
 
     A stage ends with a feature map that everything deeper depends on. If there are several, the end is the
-    one after the last residual sum or concatenation (and its activation), because later ones already belong
-    to the next stage, such as the widening convolution of an inverted residual block. The deepest stage ends
-    with the last feature map of its level.
+    last residual sum or concatenation, or the last activation after it. In inverted residual blocks, that is
+    the activation of the next block's expansion, which has the resolution of the sum and more channels. The
+    deepest stage ends with the last feature map of its level.
 
     Args:
         model: Functional model.
@@ -224,9 +224,7 @@ def _stage_end(stage: Sequence[Node], deepest: bool) -> Node | None:
     merges = [i for i, node in enumerate(stage) if len(set(node.parent_nodes)) > 1 and kinds[i] != "Multiply"]
     if merges and not deepest:
         end = merges[-1]
-        while end + 1 < len(stage) and kinds[end + 1] in _ACTIVATIONS:
-            end += 1
-        return stage[end]
+        return stage[max(i for i in range(end, len(stage)) if i == end or kinds[i] in _ACTIVATIONS)]
     features = _features(stage)
     return features[-1] if features else None
 

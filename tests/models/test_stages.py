@@ -14,11 +14,12 @@ APPLICATIONS = {
     "ResNet50": "conv2_block3_out conv3_block4_out conv4_block6_out conv5_block3_out",
     "ResNet50V2": "conv2_block2_out conv3_block3_out conv4_block5_out post_relu",
     "MobileNet": "conv_pw_3_relu conv_pw_5_relu conv_pw_11_relu conv_pw_13_relu",
-    "MobileNetV2": "block_2_add block_5_add block_12_add out_relu",
-    "EfficientNetB0": "block2b_add block3b_add block5c_add top_activation",
-    "EfficientNetV2B0": "block2b_add block3b_add block5e_add top_activation",
+    "MobileNetV2": "block_3_expand_relu block_6_expand_relu block_13_expand_relu out_relu",
+    "EfficientNetB0": "block3a_expand_activation block4a_expand_activation block6a_expand_activation "
+    "top_activation",
+    "EfficientNetV2B0": "block2b_add block4a_expand_activation block6a_expand_activation top_activation",
     "VGG16": "block3_conv3 block4_conv3 block5_conv3 block5_pool",
-    "DenseNet121": "conv2_block6_concat conv3_block12_concat conv4_block24_concat relu",
+    "DenseNet121": "pool2_relu pool3_relu pool4_relu relu",
 }
 
 
@@ -54,7 +55,7 @@ def test_applications_with_their_heads(application):
 def test_shapes_of_stages_whose_names_are_automatic():
     """Covers squeeze-and-excitation, whose 1x1 map is not a level, and ConvNeXt's stem, a nested model."""
     for model, channels in [
-        (keras.applications.MobileNetV3Large(weights=None), [24, 40, 112, 960]),
+        (keras.applications.MobileNetV3Large(weights=None), [72, 240, 672, 960]),
         (keras.applications.ConvNeXtTiny(weights=None), [96, 192, 384, 768]),
         (keras.applications.InceptionV3(weights=None, include_top=False), [192, 288, 768, 2048]),
     ]:
