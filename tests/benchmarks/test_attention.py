@@ -66,7 +66,7 @@ def test_both_start_at_one(images):
 
 @pytest.mark.parametrize("layer", [attention.SE, attention.CBAM])
 def test_saves_and_learns(layer, rng, tmp_path):
-    images = rng.normal(size=(32, *SHAPE[1:])).astype("float32")  # so many that each ReLU passes some of them
+    images = rng.normal(size=(32, *SHAPE[1:])).astype("float32")  # enough that no ReLU is dead
     inputs = keras.Input(SHAPE[1:])
     model = keras.Model(inputs, layer()(inputs))
     model.compile("sgd", "mse", run_eagerly=True)
