@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests import oracle
-from tests.ops.op_cases import CASES, Case, draw, expected, relative_error, split_upstream
+from tests.ops.op_cases import CASES, Case, assert_as_expected, draw, expected, relative_error, split_upstream
 
 
 def read_one(y, x, image=((1.0, 2.0), (3.0, 5.0))):
@@ -78,6 +78,17 @@ def test_naive_is_rough_but_right(rng, dtype):
     assert naive.dtype == dtype
     error = relative_error(naive, oracle.deformable_conv2d(**arguments, **case.options))
     assert 0 < error < 20 * ml_dtypes.finfo(dtype).eps
+
+
+def test_bounds_of_a_sum_that_cancels(rng):
+    case = Case("", filters=1)
+    tensors = draw(case, rng)
+    tensors["outputs"] -= tensors["outputs"].mean()
+    outputs, gradients = expected(case, tensors)
+    assert np.abs(gradients["bias"]) < 1e-5
+    assert_as_expected(case, tensors, "float32", outputs, {**gradients, "bias": gradients["bias"] + 1e-5})
+    with pytest.raises(AssertionError, match="'bias'"):
+        assert_as_expected(case, tensors, "float32", outputs, {**gradients, "bias": gradients["bias"] + 1e-2})
 
 
 def test_das_gate_shapes_and_range(rng):
