@@ -47,6 +47,7 @@ class Recipe:
     label_smoothing: float = 0.0
     crop: int | None = None  # random crops of this size and flips in training, center crops otherwise
     frozen: bool = False  # whether the trunk is frozen
+    attention_rate: float = 1.0  # the learning rate of attention relative to that of the other weights
     standardized: bool = False  # whether the pooled features are standardized for the head, image by image
 
 
@@ -225,6 +226,7 @@ def _fill(backbone: keras.Model, name: str, arrays: Any) -> None:
 # Fixed before the first comparison, and the same for all variants.
 _CLUTTER = Recipe(epochs=10, batch_size=64, optimizer="adamw", learning_rate=3e-3, weight_decay=4e-3)
 _ADAPTERS = Recipe(6, 32, "adamw", 3e-3, 4e-3, warmup_epochs=0.5, crop=96, frozen=True, standardized=True)
+_FINE_TUNING = dataclasses.replace(_ADAPTERS, learning_rate=3e-4, frozen=False)
 TASKS = {
     "clutter": Task(
         "Clutter: digits scaled 1.5 to 4 times among 8 fragments, four convolutions, from scratch",
@@ -273,6 +275,12 @@ TASKS = {
         "GroceryStore at 96 pixels, fine-tuning all weights of an ImageNet ResNet-18",
         functools.partial(_folder, size=104),
         _resnet18,
-        Recipe(6, 32, "adamw", 3e-4, 4e-3, warmup_epochs=0.5, crop=96, standardized=True),
+        _FINE_TUNING,
+    ),
+    "grocery_full_rates": Task(
+        "The same fine-tuning, with attention at ten times the learning rate of the other weights",
+        functools.partial(_folder, size=104),
+        _resnet18,
+        dataclasses.replace(_FINE_TUNING, attention_rate=10.0),
     ),
 }

@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import keras
@@ -110,7 +110,10 @@ def train(
     model = _classifier(features, head, recipe.standardized)
     batches, clock = Batches(training, recipe, seed), _Clock()
     steps_per_call = len(batches) if execution.epoch_in_one_call else 1
-    _compile(model, recipe, len(batches), execution.jit_compile, steps_per_call)
+    of_trunk = {layer.name for layer in trunk.model.layers}
+    attention = [layer for layer in features.layers if layer.name not in of_trunk]
+    optimizer = _optimizer(recipe, len(batches), attention)
+    _compile(model, optimizer, recipe.label_smoothing, execution.jit_compile, steps_per_call)
     history = model.fit(batches, epochs=recipe.epochs, verbose=2, callbacks=[clock]).history
     if save is not None:
         keras.Model(model.input, model.output).save(save)  # without the loss, which Keras cannot load
@@ -139,23 +142,43 @@ def _classifier(features: keras.Model, head: keras.layers.Layer, standardized: b
     return keras.Model(features.input, head(x), name="classifier")
 
 
-def _compile(model: keras.Model, recipe: Recipe, steps: int, jit_compile: bool, steps_per_call: int) -> None:
+def _optimizer(
+    recipe: Recipe, steps: int, attention: Iterable[keras.layers.Layer]
+) -> keras.optimizers.Optimizer:
+    """The optimizer of a recipe for epochs of `steps` steps."""
+    optimizer = _one_optimizer(recipe, recipe.learning_rate, steps)
+    paths = [variable.path for layer in attention for variable in layer.trainable_variables]
+    if recipe.attention_rate == 1 or not paths:
+        return optimizer
+    of_attention = _one_optimizer(recipe, recipe.attention_rate * recipe.learning_rate, steps)
+    optimizers = keras.optimizers.OptimizerMap(optimizer, dict.fromkeys(paths, of_attention))
+    return keras.optimizers.MultiOptimizer(optimizers)
+
+
+def _one_optimizer(recipe: Recipe, peak: float, steps: int) -> keras.optimizers.Optimizer:
     warmup = int(recipe.warmup_epochs * steps)
     rate = keras.optimizers.schedules.CosineDecay(
-        0.0 if warmup else recipe.learning_rate,
+        0.0 if warmup else peak,
         recipe.epochs * steps - warmup,
-        warmup_target=recipe.learning_rate if warmup else None,
+        warmup_target=peak if warmup else None,
         warmup_steps=warmup,
     )
     if recipe.optimizer == "sgd":
-        optimizer = keras.optimizers.SGD(rate, momentum=0.9, weight_decay=recipe.weight_decay)
-    else:
-        optimizer = keras.optimizers.AdamW(rate, weight_decay=recipe.weight_decay)
+        return keras.optimizers.SGD(rate, momentum=0.9, weight_decay=recipe.weight_decay)
+    return keras.optimizers.AdamW(rate, weight_decay=recipe.weight_decay)
 
+
+def _compile(
+    model: keras.Model,
+    optimizer: keras.optimizers.Optimizer,
+    label_smoothing: float,
+    jit_compile: bool,
+    steps_per_call: int,
+) -> None:
     def loss(labels: Any, logits: Any) -> Any:
         targets = tf.one_hot(tf.cast(tf.reshape(labels, [-1]), tf.int32), logits.shape[-1])
         return keras.losses.categorical_crossentropy(
-            targets, logits, from_logits=True, label_smoothing=recipe.label_smoothing
+            targets, logits, from_logits=True, label_smoothing=label_smoothing
         )
 
     model.compile(
