@@ -114,6 +114,7 @@ VARIANTS: dict[str, Attach] = {
     "the same layers, added, dense": _layers(Added, identity_init=True, **_FAR, deformable="dense"),
     "DAS, dense, offsets frozen at 0": _das(dilation_rate=2, offset_scale=0, deformable="dense"),
     "DAS, dense": _das(**_FAR, deformable="dense"),
+    "DAS, offset scale 0.3": _das(dilation_rate=2, offset_scale=0.3),
     "DAS, alpha 0.1": _das(**_FAR, reduction=0.1),
     "DAS, alpha 0.5": _das(**_FAR, reduction=0.5),
     "DAS with a pooled term": _layers(Pooled, identity_init=True, **_FAR),
