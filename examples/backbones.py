@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
 
+import keras_das
 from examples.common import UserError, first_line
 
 NAMES = ("resnet18", "resnet20", "resnet50", "mobilenet_v2")
@@ -52,6 +53,21 @@ def build(spec: str, image_size: int, pretrained: bool, small_stem: bool = False
     # Any error of the library: no network, an unknown preset or folder, an unreadable file.
     except Exception as error:
         raise UserError(f"cannot load backbone {spec}: {first_line(error)}") from error
+
+
+def attach_gates(
+    model: keras.Model, identity_init: bool, das: Mapping[str, Any], at: Sequence[str] | None = None
+) -> keras.Model:
+    """Calls `keras_das.attach_das` with the arguments `das` of the command line.
+
+    Raises:
+        UserError: An argument is invalid.
+    """
+    try:
+        return keras_das.attach_das(model, at, **{"identity_init": identity_init, **das})
+    except (TypeError, ValueError) as error:
+        given = "".join(f" --das {key}={value}" for key, value in das.items())
+        raise UserError(f"cannot attach gates to {model.name}{given}: {first_line(error)}") from error
 
 
 def _to_unit_range(pixels: Any) -> Any:

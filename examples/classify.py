@@ -98,20 +98,11 @@ RECIPES: dict[str, dict[str, Any]] = {
 Arguments on the command line override them."""
 
 
-def attach_das(backbone: backbones.Backbone, config: Config) -> keras.Model:
-    """Calls `keras_das.attach_das` on the backbone's stages; invalid arguments raise a `UserError`."""
-    arguments = {"identity_init": config.identity_init == "on", **config.das}
-    try:
-        return keras_das.attach_das(backbone.model, backbone.stages, **arguments)
-    except (TypeError, ValueError) as error:
-        given = "".join(f" --das {key}={value}" for key, value in config.das.items())
-        line = common.first_line(error)
-        raise UserError(f"cannot attach gates to {config.backbone}{given}: {line}") from error
-
-
 ATTENTIONS: dict[str, Callable[[backbones.Backbone, Config], keras.Model]] = {
     "none": lambda backbone, config: backbone.model,
-    "das": attach_das,
+    "das": lambda backbone, config: backbones.attach_gates(
+        backbone.model, config.identity_init == "on", config.das, backbone.stages
+    ),
 }
 """Functions from a backbone to its features; comparisons with other modules can add their own."""
 

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -31,7 +32,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from examples import common, experiment, options, training
+from examples import backbones, common, experiment, options, training
 from examples.common import UserError
 from examples.data import pipeline
 from examples.detection import batches, coco_metrics, data, detectors, pictures, splits
@@ -152,7 +153,7 @@ def build_detector(config: Config, class_count: int) -> detectors.Detector:
     if config.attention == "das":
         trained = config.weights != "none"
         identity = trained if config.identity_init == "auto" else config.identity_init == "on"
-        attach = detectors.attach_das(identity, config.das)
+        attach = functools.partial(backbones.attach_gates, identity_init=identity, das=config.das)
     detector = detectors.build(
         config.library,
         config.backbone,

@@ -11,7 +11,6 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-import keras_das
 from examples import backbones
 from examples.common import UserError, first_line
 from examples.detection.coco_metrics import decode
@@ -257,15 +256,3 @@ def compile_model(detector: Detector, optimizer: keras.optimizers.Optimizer) -> 
     if detector.library == "keras_cv":
         losses = {"box_loss": "smoothl1", "classification_loss": "focal"}
     detector.model.compile(optimizer=optimizer, jit_compile=False, **losses)
-
-
-def attach_das(identity_init: bool, das: Mapping[str, Any]) -> Callable[[keras.Model], keras.Model]:
-    """The argument `attach` of `build`."""
-
-    def attach(backbone: keras.Model) -> keras.Model:
-        try:
-            return keras_das.attach_das(backbone, **{"identity_init": identity_init, **das})
-        except (TypeError, ValueError) as error:
-            raise UserError(f"cannot attach gates: {first_line(error)}") from error
-
-    return attach

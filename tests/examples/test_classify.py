@@ -285,9 +285,9 @@ def test_a_full_disk_in_the_middle_of_training(image_folder: MakeFolder, tmp_pat
         slow(["--small-stem", "--backbone", "resnet50"], "--small-stem requires --backbone resnet18"),
         slow(
             ["--das", "reduction=-1", "--attention", "das"],
-            "cannot attach gates to resnet18 --das reduction=-1: ",
+            "cannot attach gates to tiny --das reduction=-1: ",
         ),
-        (["--das", "no_such=1", "--attention", "das"], "cannot attach gates to resnet18 --das no_such=1: "),
+        (["--das", "no_such=1", "--attention", "das"], "cannot attach gates to tiny --das no_such=1: "),
     ],
 )
 def test_wrong_arguments(

@@ -1,5 +1,7 @@
 """Tests of the RetinaNets of both libraries: effects of gates, initial state, decoding, and export."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from examples.common import UserError
 from examples.detection import detectors
 
 SIZE = 128
+GATES = functools.partial(backbones.attach_gates, identity_init=True, das={})
 # KerasCV causes this warning.
 pytestmark = pytest.mark.filterwarnings(r"ignore:`build\(\)` was called on layer 'retina_net'")
 
@@ -33,7 +36,7 @@ def plain(request, small):
 @pytest.fixture(scope="module")
 def gated(plain):
     """A detector with gates that start at 1, from the same library and with the same weights."""
-    detector = build(plain.library, detectors.attach_das(True, {}))
+    detector = build(plain.library, GATES)
     of_gates = {id(weight) for gate in gates_of(detector) for weight in gate.weights}
     rest = [weight for weight in detector.model.weights if id(weight) not in of_gates]
     assert [weight.shape for weight in rest] == [weight.shape for weight in plain.model.weights]
@@ -92,9 +95,7 @@ def test_all_scores_start_near_the_prior(plain, images):
 def test_training_finds_the_box_with_and_without_keras(library, rate, steps, tmp_path):
     """Trains on an image without boxes and one with a box. The predictor and its export must find the box."""
     rng = np.random.default_rng(3)  # always the same, because so short a training does not always succeed
-    detector = build(
-        library, detectors.attach_das(True, {}), **({"head_layers": 1} if library == "keras_hub" else {})
-    )
+    detector = build(library, GATES, **({"head_layers": 1} if library == "keras_hub" else {}))
     for layer in detector.model._flatten_layers():
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.momentum = 0.5  # so that few steps suffice for its averages
@@ -173,6 +174,6 @@ def test_errors():
         build("keras_cv", head_layers=2)
     with pytest.raises(UserError, match="cannot load backbone keras_hub:/no/such"):
         detectors.build("keras_hub", "/no/such", SIZE, 2)
-    with pytest.raises(UserError, match=r"cannot attach gates: .*reduction"):
-        build("keras_hub", detectors.attach_das(True, {"reduction": -1}))
+    with pytest.raises(UserError, match=r"cannot attach gates to .* --das reduction=-1: .*reduction"):
+        build("keras_hub", functools.partial(GATES, das={"reduction": -1}))
     assert backbones.LIBRARIES == ("keras_cv", "keras_hub")
