@@ -9,6 +9,7 @@
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/util/determinism.h"
 #include "tf_arguments.h"
+#include "xla/hlo/builder/lib/math.h"
 #include "xla/hlo/builder/xla_builder.h"
 #include "xla/shape_util.h"
 
@@ -96,9 +97,14 @@ class DeformableConv2DXlaOpBase : public XlaOpKernel {
   // The operand with the precision of the dtype. The kernels rely on it for the kernel and the gradient of
   // the output (deformable_conv2d_cuda.h), and XLA may remove conversions to 16 bits and back.
   xla::XlaOp rounded(xla::XlaOp operand) const {
-    if (dtype_ == DType::kFloat16) return xla::ReducePrecision(operand, 5, 10);
     if (dtype_ == DType::kBFloat16) return xla::ReducePrecision(operand, 8, 7);
-    return operand;
+    if (dtype_ != DType::kFloat16) return operand;
+    // ReducePrecision replaces subnormal numbers, which are multiples of 2^-24, by 0.
+    xla::XlaBuilder* builder = operand.builder();
+    const auto number = [builder](float value) { return xla::ConstantR0<float>(builder, value); };
+    const xla::XlaOp multiple = xla::RoundToEven(xla::Mul(operand, number(0x1p24f)));
+    return xla::Select(xla::Lt(xla::Abs(operand), number(0x1p-14f)), xla::Mul(multiple, number(0x1p-24f)),
+                       xla::ReducePrecision(operand, 5, 10));
   }
 };
 

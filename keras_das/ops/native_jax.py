@@ -43,13 +43,27 @@ def deformable_conv2d(
     return _convolve(attributes, jnp.asarray(inputs, dtype), _rounded(given[0], dtype), *given[1:])
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _rounded(tensor: Tensor, dtype: Any) -> Tensor:
     """The tensor with the precision of `dtype`, if that has 16 bits.
 
     The kernels rely on it, and XLA may remove conversions to 16 bits and back.
     """
     limits = jnp.finfo(dtype)
-    return tensor if limits.bits > 16 else jax.lax.reduce_precision(tensor, limits.nexp, limits.nmant)
+    if limits.bits > 16:
+        return tensor
+    rounded = jax.lax.reduce_precision(tensor, limits.nexp, limits.nmant)
+    if limits.nexp == jnp.finfo(tensor.dtype).nexp:
+        return rounded
+    # Subnormal numbers of float16, which `reduce_precision` replaces by 0.
+    multiples = jax.lax.round(tensor * 2.0**24, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
+    return jnp.where(jnp.abs(tensor) < limits.smallest_normal, multiples * 2.0**-24, rounded)
+
+
+@_rounded.defjvp
+def _rounded_jvp(dtype: Any, primals: tuple[Tensor], tangents: tuple[Tensor]) -> tuple[Tensor, Tensor]:
+    """Passes gradients on as they are."""
+    return _rounded(*primals, dtype), *tangents
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

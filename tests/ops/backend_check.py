@@ -278,6 +278,16 @@ def test_compiled_or_not_gives_the_same_bits(rng, dtype, kernels):
 
 
 @jax_only
+@pytest.mark.parametrize("name", ["kernel", "outputs"])
+def test_subnormal_numbers(rng, name, kernels):
+    """Below 2^-14, the numbers of float16 are subnormal. Gradients in half precision are often that small."""
+    case = Case("", groups=2, padding="same")
+    tensors = draw(case, rng, "float16")
+    tensors[name] *= np.float16(2.0**-16)
+    check(case, tensors, "float16", "jit", "channels_last", "native")
+
+
+@jax_only
 @pytest.mark.parametrize("mode", ["jit", pytest.param("eager", marks=pytest.mark.slow)])
 def test_vectorized(rng, mode, kernels):
     """`vmap` over inputs, offsets, and masks with a shared kernel."""

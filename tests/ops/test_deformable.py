@@ -85,6 +85,17 @@ def test_half_types(rng, case, dtype, implementation):
     assert relative_error(outputs, exact) <= max(2 * relative_error(naive, exact), HALF_ULP[dtype])
 
 
+@pytest.mark.parametrize("mode", ["eager", "xla"])
+def test_subnormal_numbers(rng, mode, implementation):
+    """Below 2^-14, the numbers of float16 are subnormal. Gradients in half precision are often that small."""
+    case = Case("", groups=2, padding="same")
+    run_once = runner(case, mode, implementation=implementation)
+    for name in ("inputs", "kernel", "outputs"):
+        tensors = draw(case, rng, "float16")
+        tensors[name] *= np.float16(2.0**-16)
+        assert_as_expected(case, tensors, "float16", *run_once(tensors))
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_full_precision_offsets_keep_their_precision(rng, dtype, implementation):
     """Positions are float32 for any input dtype: float32 offsets are not rounded to half precision."""
