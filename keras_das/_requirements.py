@@ -6,7 +6,7 @@ from typing import Any
 _TENSORFLOW_MINIMUM = (2, 18)
 _INSTALL = (
     "pip install 'keras-das[tf]' (NVIDIA GPUs: also 'tensorflow[and-cuda]') or 'keras-das[tf-cpu]'; "
-    "another Keras backend is chosen with the environment variable KERAS_BACKEND"
+    "to use another Keras backend, set the environment variable KERAS_BACKEND"
 )
 
 
@@ -37,7 +37,7 @@ def import_extra(name: str, extra: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(
-            f"keras_das needs {name.partition('.')[0]} for this: pip install 'keras-das[{extra}]' ({error})"
+            f"this feature requires {name.partition('.')[0]}: pip install 'keras-das[{extra}]' ({error})"
         ) from error
 
 
@@ -45,7 +45,8 @@ def check_keras_3(name: str, value: Any) -> None:
     """Raises a ValueError if the argument `name` is a model, layer or symbolic tensor of Keras 2."""
     if any(base.__module__.partition(".")[0] == "tf_keras" for base in type(value).__mro__):
         raise ValueError(
-            f"`{name}` must be of Keras 3. Received: {name} of the Keras 2 class {type(value).__name__}. "
-            "Build the model with Keras 3 (`import keras`; `tf.keras` without the environment variable "
-            "TF_USE_LEGACY_KERAS) and copy the weights: `new.set_weights(old.get_weights())`."
+            f"`{name}` must be a Keras 3 object. Received: {name} of the Keras 2 class "
+            f"{type(value).__name__}. Build the model with Keras 3 (`import keras`; `tf.keras` without the "
+            "environment variable TF_USE_LEGACY_KERAS) and copy the weights: "
+            "`new.set_weights(old.get_weights())`."
         )

@@ -5,7 +5,7 @@ import pytest
 
 import keras_das
 
-MESSAGE = r"must be of Keras 3\. Received: .* of the Keras 2 class {}\. Build the model with Keras 3"
+MESSAGE = r"must be a Keras 3 object\. Received: .* of the Keras 2 class {}\. Build the model with Keras 3"
 IMAGE = np.zeros((8, 8, 3), "float32")
 
 

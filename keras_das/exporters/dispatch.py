@@ -47,7 +47,8 @@ def export(
       TensorFlow.
 
     The export is written next to `path` and moved there when it is complete. If it fails, `path` is
-    unchanged.
+    unchanged. `labels`, `serving_bytes` and `warmup` require a SavedModel, Keras on TensorFlow, and a
+    functional or sequential model with one input and one output.
 
     Args:
         model: A built Keras model.

@@ -37,7 +37,7 @@ def find_compiler() -> list[str]:
             return [found]
     raise NoCompiler(
         f"no C++ compiler: none of {', '.join(_COMPILERS)} is found (Debian, Ubuntu: apt install g++), "
-        "and the variable CXX names no other"
+        "and the variable CXX is not set"
     )
 
 

@@ -64,10 +64,10 @@ def attach_das(
         The new model. Gates are named `das_p2` to `das_p5` for levels and `das_<layer>` for layers.
 
     Raises:
-        ValueError: If the model is not functional, if `at` contains a name that is not a layer or level of
-            the model, if a layer cannot be gated (it has several outputs, is called more than once, does not
-            output a feature map, or is gated already), or if `at` is `None` and the stages cannot be
-            detected.
+        ValueError: If the model is neither functional nor sequential nor a backbone, if `at` contains a name
+            that is not a layer or level of the model, if a layer cannot be gated (it has several outputs, is
+            called more than once, does not output a feature map, or is gated already), or if `at` is `None`
+            and the stages cannot be detected.
 
     Example:
 
@@ -133,7 +133,7 @@ def _check_graph(model: keras.Model) -> None:
         )
     if not is_plain(model):
         raise ValueError(
-            f"`model` must be of a class of Keras: a copy would lose what the class {type(model).__name__} "
+            f"`model` must be of a class that Keras defines: a copy would lose what {type(model).__name__} "
             "adds to its graph of layers. Pass keras.Model(model.inputs, model.outputs) to gate the graph "
             f"alone. Received: model={model}"
         )
