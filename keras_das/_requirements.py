@@ -37,7 +37,8 @@ def import_extra(name: str, extra: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(
-            f"this feature requires {name.partition('.')[0]}: pip install 'keras-das[{extra}]' ({error})"
+            f"this feature of keras_das requires {name.partition('.')[0]}: "
+            f"pip install 'keras-das[{extra}]' ({error})"
         ) from error
 
 

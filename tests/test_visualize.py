@@ -424,6 +424,27 @@ def test_grad_cam_of_a_layer_that_is_called_with_a_keyword(rng):
     np.testing.assert_allclose(visualize.grad_cam(model, pixels, "features", 0), expected, rtol=1e-5)
 
 
+class Undifferentiable(keras.layers.Dense):
+    """A layer with weights whose gradient is an error."""
+
+    def call(self, inputs):
+        @tf.custom_gradient
+        def same(x):
+            def gradient(upstream):
+                raise AssertionError("differentiated")
+
+            return tf.identity(x), gradient
+
+        return same(super().call(inputs))
+
+
+def test_grad_cam_differentiates_only_what_follows_the_layer(rng):
+    layers = [Undifferentiable(3), keras.layers.Conv2D(3, 1, name="features"), keras.layers.Flatten()]
+    model = keras.Sequential([keras.Input((6, 5, 3)), *layers, keras.layers.Dense(2)])
+    image = rng.normal(size=(6, 5, 3)).astype("float32")
+    assert visualize.grad_cam(model, image, "features", 1).shape == (6, 5)
+
+
 def test_grad_cam_of_nothing():
     """Returns zeros instead of 0/0 if no pixel supports the class."""
     image = np.zeros((6, 5, 3), "float32") + [0, 0, 1]
@@ -519,6 +540,17 @@ def test_monitor(rng, capsys, tmp_path):
     idle = gated_by(1 + 0.005 * (values - 1))
     _epochs(visualize.GateMonitor(images), idle, 1)
     assert "Gates within 2% of 1: gate." in capsys.readouterr().out
+
+
+def test_monitor_of_gates_with_the_same_names():
+    def part():
+        return [keras_das.DASLayer(name=name) for name in ("gate", "gate_1")]
+
+    model = keras.Sequential([keras.Input((8, 8, 4)), keras.Sequential(part()), keras.Sequential(part())])
+    monitor = visualize.GateMonitor(np.ones((1, 8, 8, 4), "float32"))
+    _epochs(monitor, model, 2)
+    assert [len(measured) for measured in monitor.history.values()] == [2, 2, 2, 2]
+    assert list(monitor.history)[:2] == ["gate", "gate_1"]
 
 
 def test_plot_gates(rng):
@@ -717,5 +749,5 @@ def test_missing_packages(package, monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=rf"needs {package} for this: pip install 'keras-das\[viz\]'"):
+    with pytest.raises(ImportError, match=rf"requires {package}: pip install 'keras-das\[viz\]'"):
         visualize.TensorBoardFigures("logs", [])

@@ -71,13 +71,14 @@ def _locate(frame: reference.Frame, offsets: Tensor) -> tuple[list[Tensor], list
     offsets = ops.clip(ops.where(is_nan, 0.0, offsets), -_FAR, _FAR)
     whole = ops.floor(offsets)
     (y, fraction_y, nan_y), (x, fraction_x, nan_x) = (
-        _take(frame, axis, whole, offsets - whole, ops.where(is_nan, 1.0, 0.0)) for axis in (0, 1)
+        _take(frame, axis, whole, offsets - whole, ops.cast(is_nan, frame.dtype)) for axis in (0, 1)
     )
     y = _padded(frame, y, geometry.rows, tap // geometry.columns.kernel, axis=1)
     x = _padded(frame, x, geometry.columns, tap % geometry.columns.kernel, axis=2)
     right, below = taps, (ops.cast(frame.width, "int32") + 2 * _PAD) * taps
     first = y * below + x * right + tap
-    weight = ops.where(nan_y + nan_x > 0, float("nan"), 1.0)
+    one, nan = (ops.convert_to_tensor(value, dtype=frame.dtype) for value in (1.0, float("nan")))
+    weight = ops.where(nan_y + nan_x > 0, nan, one)
     upper, lower = weight * (1 - fraction_y), weight * fraction_y
     weights = [upper * (1 - fraction_x), upper * fraction_x, lower * (1 - fraction_x), lower * fraction_x]
     return [first, first + right, first + below, first + right + below], weights

@@ -33,6 +33,16 @@ def standardize_choice(value: Any, name: str, choices: Collection[str]) -> str:
     return value
 
 
+def check_not_symbolic(inputs: Any, method: str) -> None:
+    """Raises a ValueError for a symbolic input of a method that is not recorded in the graph of layers."""
+    if isinstance(inputs, keras.KerasTensor):
+        raise ValueError(
+            f"`inputs` of `{method}` must not be symbolic, because a functional model would contain the "
+            f"weights of the layer as constants. Call `{method}` in the `call` of a layer instead. "
+            f"Received: inputs={inputs}"
+        )
+
+
 def check_input(inputs: Any) -> None:
     """Raises a ValueError for inputs of Keras 2 and for inputs that are not floating point."""
     check_keras_3("inputs", inputs)

@@ -1,5 +1,6 @@
 """`DASLayer`: the deformable attention gate."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +9,13 @@ import keras
 from keras import constraints, initializers, ops, regularizers
 
 from keras_das.layers import folded_norm
-from keras_das.layers.arguments import check_input, standardize_choice, standardize_factor, standardize_flag
+from keras_das.layers.arguments import (
+    check_input,
+    check_not_symbolic,
+    standardize_choice,
+    standardize_factor,
+    standardize_flag,
+)
 from keras_das.layers.deformable_conv2d import DeformableConv2D, Identifier, Shape, Tensor
 from keras_das.layers.depthwise import DepthwiseConv2D
 from keras_das.layers.quantization import build_layer, check_not_quantized, quantization_of
@@ -20,6 +27,7 @@ from keras_das.ops.arguments import (
     standardize_pair,
     standardize_positive,
 )
+from keras_das.ops.native import must_be_portable
 
 # Values for configurations that were saved before these arguments existed.
 _FORMER_DEFAULTS = {"norm": "channels", "identity_gain": 1.0, "offset_scale": 1.0}
@@ -278,7 +286,12 @@ class DASLayer(keras.layers.Layer):
 
         Returns:
             Tensor of the input's shape, with values in (0, 1), or in (0, 2) with `identity_init`.
+
+        Raises:
+            ValueError: If `inputs` is symbolic. To output the map in a functional model, call `gate` in the
+                `call` of a layer that has the gate as an attribute.
         """
+        check_not_symbolic(inputs, "gate")
         if not self.built:
             self.build(tuple(inputs.shape))
         gate = ops.sigmoid(self._logits(self._channels_last(inputs)))
@@ -297,7 +310,7 @@ class DASLayer(keras.layers.Layer):
             x = self._reduced_by_convolution(x)
         else:
             x = self.instance_norm(self.reduce(x))
-        return ops.gelu(x, approximate=False)
+        return _gelu(x)
 
     def _reduced_by_convolution(self, x: Tensor) -> Tensor:
         """`instance_norm(reduce(x))` for exports: no operation requires channels last."""
@@ -347,7 +360,11 @@ class DASLayer(keras.layers.Layer):
             `(offsets, mask)`, channels last. The offsets have shape `(N, H, W, offset_groups * taps * 2)`, in
             pixels of the feature map, `dy` before `dx`. The mask has shape `(N, H, W, offset_groups * taps)`,
             or is `None` if the layer is not modulated.
+
+        Raises:
+            ValueError: If `inputs` is symbolic.
         """
+        check_not_symbolic(inputs, "predict_offsets")
         if not self.built:
             self.build(tuple(inputs.shape))
         return self.deform.predict_offsets(self._deformable_input(self._channels_last(inputs)))
@@ -392,6 +409,13 @@ class DASLayer(keras.layers.Layer):
         layer = super().from_config(config)
         layer._quantization = quantization
         return layer
+
+
+def _gelu(x: Tensor) -> Tensor:
+    """The exact GELU; in exports by `erf`, because tf2onnx cannot convert the `Erfc` of TensorFlow's GELU."""
+    if must_be_portable((x,)):
+        return 0.5 * x * (1 + ops.erf(x * math.sqrt(0.5)))
+    return ops.gelu(x, approximate=False)
 
 
 def _clone_initializer(initializer: Any) -> Any:

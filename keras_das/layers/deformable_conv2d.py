@@ -6,7 +6,12 @@ from typing import Any
 import keras
 from keras import activations, constraints, initializers, ops, regularizers
 
-from keras_das.layers.arguments import check_input, standardize_factor, standardize_flag
+from keras_das.layers.arguments import (
+    check_input,
+    check_not_symbolic,
+    standardize_factor,
+    standardize_flag,
+)
 from keras_das.layers.quantization import check_not_quantized
 from keras_das.ops import dilated
 from keras_das.ops.arguments import (
@@ -234,7 +239,11 @@ class DeformableConv2D(keras.layers.Layer):
             `(offsets, mask)`, channels last. The offsets have shape `(N, Ho, Wo, offset_groups * taps * 2)`,
             in input pixels, `dy` before `dx`. The mask has shape `(N, Ho, Wo, offset_groups * taps)`, or is
             `None` if the layer is not modulated.
+
+        Raises:
+            ValueError: If `inputs` is symbolic.
         """
+        check_not_symbolic(inputs, "predict_offsets")
         if not self.built:
             self.build(tuple(inputs.shape))
         inputs = ops.cast(inputs, self.compute_dtype)

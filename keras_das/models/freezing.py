@@ -27,7 +27,8 @@ def freeze_trunk(model: keras.Model, freeze: bool = True) -> None:
         freeze: Boolean. Whether to freeze the trunk; `False` makes it trainable again. Defaults to `True`.
 
     Raises:
-        ValueError: If the model has no gates in a graph of layers.
+        ValueError: If the model has no gates in a graph of layers, if none of its gates is trainable, or if a
+            sequential model with gates is not built.
 
     Example:
 
@@ -41,17 +42,34 @@ def freeze_trunk(model: keras.Model, freeze: bool = True) -> None:
     freeze = standardize_flag(freeze, "freeze")
     if not isinstance(model, keras.Model):
         raise ValueError(f"`model` must be a Keras model. Received: model={model!r}")
-    graphs = [layer for layer in flatten_layers(model) if isinstance(layer, keras.Function)]
-    nodes = [node for graph in graphs for node in sort_nodes(graph.outputs) if _gates_in(node.operation)]
+    outputs = [tensor for layer in flatten_layers(model) for tensor in _outputs(layer)]
+    nodes = [node for node in sort_nodes(outputs) if _gates_in(node.operation)]
     if not nodes:
         raise ValueError(
             "`model` must have gates in a graph of layers; see `keras_das.attach_das`. "
             f"Received: model={model} of class {type(model).__name__}"
         )
+    if freeze and not any(gate.trainable for gate in _gates_in(model)):
+        raise ValueError(
+            "`model` must have trainable gates. Set `model.trainable = True` first, which makes all of its "
+            f"layers trainable. Received: model={model} with gates of trainable=False"
+        )
     for node in sort_nodes(tensor for gated in nodes for tensor in gated.input_tensors):
         if isinstance(node.operation, keras.Layer):
             for layer in _without_gates(node.operation):
                 layer.trainable = not freeze
+
+
+def _outputs(layer: keras.Layer) -> list[Any]:
+    """Returns the symbolic outputs of a functional or sequential model, and nothing for other layers."""
+    if isinstance(layer, keras.Sequential) and not layer.built:
+        if not _gates_in(layer):
+            return []
+        raise ValueError(
+            f"Build the sequential model '{layer.name}' first, for example with a `keras.Input` as its first "
+            "layer: its graph of layers does not exist yet."
+        )
+    return list(layer.outputs) if isinstance(layer, keras.Function | keras.Sequential) else []
 
 
 def _gates_in(operation: Any) -> list[DASLayer]:

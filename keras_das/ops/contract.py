@@ -45,11 +45,15 @@ def make_plan(
     for name, tensor in (("inputs", inputs), ("kernel", kernel), ("offsets", offsets)):
         if tensor is None:
             raise ValueError(f"`{name}` must be a tensor. Received: {name}=None")
-    specs = (None if t is None else _spec_of(t) for t in (inputs, kernel, offsets, mask, bias))
-    return _make_plan(settings, *specs)
+    named = {"inputs": inputs, "kernel": kernel, "offsets": offsets, "mask": mask, "bias": bias}
+    return _make_plan(settings, *(_spec_of(name, tensor) for name, tensor in named.items()))
 
 
-def _spec_of(tensor: Tensor) -> Spec:
+def _spec_of(name: str, tensor: Tensor | None) -> Spec | None:
+    if tensor is None:
+        return None
+    if getattr(tensor.shape, "rank", 0) is None:
+        raise ValueError(f"`{name}` must have a known rank. Received: {name}={tensor}")
     return Spec(tuple(tensor.shape), keras.backend.standardize_dtype(tensor.dtype))
 
 

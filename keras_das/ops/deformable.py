@@ -10,7 +10,7 @@ from keras import KerasTensor, ops
 
 from keras_das.ops import native, reference
 from keras_das.ops.arguments import Settings, standardize_settings
-from keras_das.ops.contract import make_plan
+from keras_das.ops.contract import Plan, make_plan
 from keras_das.ops.geometry import Padding
 
 Tensor = Any
@@ -111,7 +111,7 @@ def deformable_conv2d(
     tensors = (inputs, kernel, offsets, mask, bias)
     if any(isinstance(t, KerasTensor) for t in tensors):
         return DeformableConv2DOperation(*settings).symbolic_call(*tensors)
-    return compute(settings, *tensors)
+    return compute(settings, *tensors, check_sizes=True)
 
 
 def compute(
@@ -121,10 +121,16 @@ def compute(
     offsets: Tensor,
     mask: Tensor | None,
     bias: Tensor | None,
+    check_sizes: bool = False,
 ) -> Tensor:
-    """Computes `deformable_conv2d` for standardized settings and tensors that are not symbolic."""
+    """Computes `deformable_conv2d` for standardized settings and tensors that are not symbolic.
+
+    `check_sizes` adds checks to TensorFlow graphs for the sizes of offsets and mask that are not known yet.
+    """
     given = [None if t is None else _to_tensor(t) for t in (inputs, kernel, offsets, mask, bias)]
     plan = make_plan(settings, *given)
+    if check_sizes and keras.backend.backend() == "tensorflow":
+        _check_sizes_in_graph(settings, plan, given)
     convolve = _choose(settings.implementation, given)
     if settings.data_format == "channels_last":
         return convolve(*given, plan.geometry, plan.output.dtype)
@@ -140,6 +146,25 @@ def compute(
         plan.output.dtype,
     )
     return ops.transpose(output, (0, 3, 1, 2))
+
+
+def _check_sizes_in_graph(settings: Settings, plan: Plan, tensors: Sequence[Tensor | None]) -> None:
+    """Adds checks of unknown sizes to the graph that TensorFlow traces, unless it is exported."""
+    import tensorflow as tf
+
+    if all(t is None or t.shape.is_fully_defined() for t in tensors) or native.must_be_portable(tensors):
+        return
+    axes = [0, 1, 2] if settings.data_format == "channels_last" else [0, 2, 3]
+    inputs, _, offsets, mask, _ = tensors
+    batch, height, width = (tf.shape(inputs)[axis] for axis in axes)
+    wanted = (batch, plan.geometry.rows.output_size(height), plan.geometry.columns.output_size(width))
+    for name, field in (("offsets", offsets), ("mask", mask)):
+        if field is not None:
+            tf.debugging.assert_equal(
+                tf.gather(tf.shape(field), axes),
+                tf.stack(wanted),
+                f"`{name}` must have the batch size of `inputs` and the rows and columns of the output",
+            )
 
 
 def _to_tensor(value: Any) -> Tensor:
@@ -188,7 +213,7 @@ class DeformableConv2DOperation(keras.Operation):
         bias: Tensor | None = None,
     ) -> Tensor:
         """Computes the convolution."""
-        return compute(self.settings, inputs, kernel, offsets, mask, bias)
+        return compute(self.settings, inputs, kernel, offsets, mask, bias, check_sizes=True)
 
     def compute_output_spec(
         self,

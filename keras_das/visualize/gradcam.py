@@ -100,7 +100,8 @@ def _gradient(score: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
     if backend == "tensorflow":
         import tensorflow as tf
 
-        with tf.GradientTape() as tape:
+        # Without variables, only the layers after `at` are recorded and differentiated.
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(at)
             value = score(at)
         return tape.gradient(value, at, unconnected_gradients=tf.UnconnectedGradients.ZERO)

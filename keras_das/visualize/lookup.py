@@ -1,5 +1,6 @@
 """Layers of a model by name or class, and the format and size of its images."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,11 +31,15 @@ def layers_of_kind(model: keras.Model, kinds: tuple[type, ...]) -> list[Any]:
 
 def unique_names(layers: Sequence[Any]) -> list[str]:
     """Returns the names of layers, numbered if several nested models have layers of the same name."""
-    count: dict[str, int] = {}
-    names = []
+    taken = {layer.name for layer in layers}
+    names: list[str] = []
     for layer in layers:
-        number = count[layer.name] = count.get(layer.name, -1) + 1
-        names.append(f"{layer.name}_{number}" if number else layer.name)
+        name = layer.name
+        if name in names:
+            numbered = (f"{name}_{number}" for number in itertools.count(1))
+            name = next(each for each in numbered if each not in taken)
+            taken.add(name)
+        names.append(name)
     return names
 
 

@@ -40,6 +40,19 @@ def test_one_convolution(tmp_path, rng):
     check_export(keras.Sequential([keras.Input((None, None, 3), name="image"), layer]), tmp_path, rng)
 
 
+@pytest.fixture
+def double_precision():
+    keras.config.set_floatx("float64")
+    yield
+    keras.config.set_floatx("float32")
+
+
+def test_another_default_precision(double_precision, tmp_path, rng):
+    image = keras.Input((None, None, 3), name="image", dtype="float32")
+    layer = keras_das.DASLayer(reduction=0.5, kernel_size=1)
+    check_export(keras.Sequential([image, layer]), tmp_path, rng)
+
+
 @pytest.mark.parametrize("size", [4, 6, None])
 def test_a_gate_is_one_lookup(size, tmp_path, rng):
     """If the sizes of the image are known, the graph computes none, which would disable fast kernels."""

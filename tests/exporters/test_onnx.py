@@ -208,7 +208,7 @@ def test_what_onnx_does_not_have(tmp_path):
 def test_missing_packages(package, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
-    with pytest.raises(ImportError, match=rf"needs {package} for this: pip install 'keras-das\[export\]'"):
+    with pytest.raises(ImportError, match=rf"requires {package}: pip install 'keras-das\[export\]'"):
         keras_das.export(model, tmp_path / "model.onnx", format="onnx")
     assert list(tmp_path.iterdir()) == []
 

@@ -59,7 +59,7 @@ def test_depthwise_convolutions_of_few_channels_are_one_group(channels, groups, 
 def test_missing_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
-    with pytest.raises(ImportError, match=r"needs openvino for this: pip install 'keras-das\[export\]'"):
+    with pytest.raises(ImportError, match=r"requires openvino: pip install 'keras-das\[export\]'"):
         keras_das.export(model, tmp_path / "model", format="openvino")
     assert list(tmp_path.iterdir()) == []
 

@@ -393,6 +393,33 @@ def test_one_channel_is_said():
     np.testing.assert_allclose(gate, gate[0, 0, 0, 0])
 
 
+@pytest.mark.parametrize("method", ["gate", "predict_offsets"])
+def test_methods_refuse_symbols(method):
+    """A functional model would keep the weights of the time of the call."""
+    with pytest.raises(ValueError, match=f"`inputs` of `{method}` must not be symbolic"):
+        getattr(keras_das.DASLayer(), method)(keras.Input((8, 8, 6)))
+
+
+def test_the_gate_as_an_output(rng):
+    """A layer that returns the gate with the gated feature map is trained with it."""
+
+    class Both(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.das = keras_das.DASLayer()
+
+        def call(self, inputs):
+            return self.das(inputs), self.das.gate(inputs)
+
+    image = keras.Input((8, 8, 6))
+    model = keras.Model(image, Both()(image))
+    model.layers[1].das.layer_norm.beta.assign(np.full(6, 2.0))
+    x = rng.normal(size=(2, 8, 8, 6)).astype("float32")
+    output, gate = model(x)
+    np.testing.assert_allclose(output, x * np.asarray(gate), rtol=1e-6)
+    assert np.median(gate) > 0.8
+
+
 def test_unknown_channels():
     with pytest.raises(ValueError, match="must have a known number of channels"):
         keras_das.DASLayer().build((None, 8, 8, None))

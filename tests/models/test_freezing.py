@@ -109,6 +109,63 @@ def test_a_classifier_on_a_backbone_trains_and_keeps_its_trunk(rng):
     assert np.abs(backbone.get_layer("das_p3").layer_norm.gamma.numpy()).max() > 0
 
 
+def gated_sequence(*ahead, **arguments):
+    layers = [
+        *ahead,
+        keras.layers.Conv2D(6, 1, name="trunk"),
+        keras_das.DASLayer(name="gate"),
+        keras.layers.Conv2D(2, 1, name="head"),
+    ]
+    return keras.Sequential(layers, **arguments)
+
+
+def leaves(model):
+    """The names of the layers with trainable weights."""
+    return {weight.path.split("/")[-2] for weight in model.trainable_weights} & {"stem", "trunk", "head"}
+
+
+def test_sequential_models():
+    model = gated_sequence(keras.Input((8, 8, 3)))
+    keras_das.freeze_trunk(model)
+    assert leaves(model) == {"head"}
+    keras_das.freeze_trunk(model, False)
+    assert leaves(model) == {"trunk", "head"}
+
+
+def test_a_sequential_model_inside_a_model():
+    image = keras.Input((8, 8, 3))
+    x = keras.layers.Conv2D(4, 1, name="stem")(image)
+    model = keras.Model(image, gated_sequence(keras.Input((8, 8, 4)))(x))
+    keras_das.freeze_trunk(model)
+    assert leaves(model) == {"head"}
+
+
+def test_what_lies_ahead_of_a_model_in_a_sequential_model():
+    gated = keras_das.attach_das(plain_cnn(), **SMALL_GATE)
+    norm = keras.layers.BatchNormalization(name="norm")
+    model = keras.Sequential([keras.Input((32, 32, 3)), keras.layers.Conv2D(3, 1, name="stem"), norm, gated])
+    keras_das.freeze_trunk(model)
+    assert leaves(model) == set()
+    assert not norm.trainable
+
+
+def test_a_sequential_model_that_is_not_built():
+    with pytest.raises(ValueError, match="Build the sequential model 'unbuilt' first"):
+        keras_das.freeze_trunk(gated_sequence(name="unbuilt"))
+
+
+def test_gates_that_are_frozen():
+    gated = keras_das.attach_das(plain_cnn(), **SMALL_GATE)
+    gated.trainable = False
+    with pytest.raises(
+        ValueError, match=r"`model` must have trainable gates\. Set `model\.trainable = True`"
+    ):
+        keras_das.freeze_trunk(gated)
+    gated.trainable = True
+    keras_das.freeze_trunk(gated)
+    assert trainable(gated) == {"das_p2", "das_p3", "classes"}
+
+
 @pytest.mark.parametrize("make", [plain_cnn, lambda: "model", keras.Model])
 def test_a_model_without_gates(make):
     with pytest.raises(ValueError, match=r"`model` must .*Received: model="):

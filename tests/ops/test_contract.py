@@ -145,6 +145,34 @@ def test_unknown_sizes_are_checked_when_they_are_known(jit_compile, implementati
         )(arguments)
 
 
+@pytest.mark.parametrize("name", ["offsets", "mask"])
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+def test_unknown_sizes_that_are_swapped(name, data_format, implementation):
+    """The tensor has the right number of elements, so no operation that reads it fails by itself."""
+    case = Case("", padding="same")
+    arrays, _ = split_upstream({name: np.zeros(shape, "float32") for name, shape in case.shapes.items()})
+    arrays[name] = arrays[name].swapaxes(1, 2)
+    arguments = tensors_of({name: to_layout(name, array, data_format) for name, array in arrays.items()})
+    fixed = {name: arguments.pop(name) for name in ("kernel", "bias")}
+    unknown = {name: tf.TensorSpec(unknown_size(name, case.shapes[name], data_format)) for name in arguments}
+    convolve = tf.function(
+        lambda given: call({**given, **fixed}, case, data_format, implementation),
+        input_signature=[unknown],
+        autograph=False,
+    )
+    with pytest.raises(tf.errors.InvalidArgumentError, match=f"`{name}` must have"):
+        convolve(arguments)
+
+
+@pytest.mark.parametrize("name", ["inputs", "offsets"])
+def test_unknown_rank(name):
+    given = {**good_arguments(), name: tf.TensorSpec(None)}
+    fixed = {key: given.pop(key) for key in list(given) if key != name}
+    convolve = tf.function(lambda x: ops.deformable_conv2d(**fixed, **{name: x}), autograph=False)
+    with pytest.raises(ValueError, match=f"`{name}` must have a known rank"):
+        convolve.get_concrete_function(given[name])
+
+
 def test_native_says_why_it_cannot(monkeypatch):
     monkeypatch.setattr(library, "why_not", lambda framework: f"no library for {framework}")
     with pytest.raises(
