@@ -412,8 +412,8 @@ class DASLayer(keras.layers.Layer):
 
 
 def _gelu(x: Tensor) -> Tensor:
-    """The exact GELU; in exports by `erf`, because tf2onnx cannot convert the `Erfc` of TensorFlow's GELU."""
-    if must_be_portable((x,)):
+    """The exact GELU; in TensorFlow's exports by `erf`, because tf2onnx cannot convert `Erfc`."""
+    if keras.backend.backend() == "tensorflow" and must_be_portable((x,)):
         return 0.5 * x * (1 + ops.erf(x * math.sqrt(0.5)))
     return ops.gelu(x, approximate=False)
 
