@@ -152,7 +152,8 @@ def _check_sizes_in_graph(settings: Settings, plan: Plan, tensors: Sequence[Tens
     """Adds checks of unknown sizes to the graph that TensorFlow traces, unless it is exported."""
     import tensorflow as tf
 
-    if all(t is None or t.shape.is_fully_defined() for t in tensors) or native.must_be_portable(tensors):
+    known = tf.executing_eagerly() or all(t is None or t.shape.is_fully_defined() for t in tensors)
+    if known or native.must_be_portable(tensors):
         return
     axes = [0, 1, 2] if settings.data_format == "channels_last" else [0, 2, 3]
     inputs, _, offsets, mask, _ = tensors
