@@ -401,7 +401,7 @@ def test_methods_refuse_symbols(method):
 
 
 def test_the_gate_as_an_output(rng):
-    """A layer that returns the gate with the gated feature map is trained with it."""
+    """In the `call` of a layer, `gate` uses the weights that the layer has at the time."""
 
     class Both(keras.layers.Layer):
         def __init__(self):
