@@ -83,6 +83,8 @@ class Interface:
 
 def _check_export(path: Path) -> None:
     """Reject paths before training that `keras_das.export` would reject after it."""
+    if path.suffix in (".onnx", ".tflite"):
+        raise UserError(f"--export: {path} must be the path of a folder, because a SavedModel is written")
     free = not path.exists() or (path.is_dir() and not any(path.iterdir()))
     if not free and not (path / "saved_model.pb").is_file():
         raise UserError(f"--export: {path} exists and is not a SavedModel")

@@ -172,6 +172,12 @@ def test_replaces_a_file_whole_or_not_at_all(small, tmp_path, monkeypatch):
 def test_paths_of_other_formats(small, tmp_path):
     with pytest.raises(ValueError, match=r"`path` must end in '\.onnx'. Received: path=.*model\.pb"):
         keras_das.export(small, tmp_path / "model.pb", format="onnx")
+    for name, format in (("model.onnx", "onnx"), ("model.tflite", "litert")):
+        with pytest.raises(ValueError, match=f"`format='{format}'`. Received: path=.*{name}"):
+            keras_das.export(small, tmp_path / name)
+        with pytest.raises(ValueError, match=f"`path` is a folder .*'openvino'.*`format='{format}'`"):
+            keras_das.export(small, tmp_path / name, format="openvino")
+    assert list(tmp_path.iterdir()) == []
     (tmp_path / "model.tflite").mkdir()
     (tmp_path / "model.tflite" / "thesis.txt").touch()
     with pytest.raises(FileExistsError, match="exists and is not a file"):

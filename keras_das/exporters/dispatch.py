@@ -52,8 +52,9 @@ def export(
 
     Args:
         model: A built Keras model.
-        path: String or path. The file or folder to write. An existing export of the same format is replaced.
-            Any other existing file, or folder that is not empty, is an error.
+        path: String or path. The file or folder to write; files, and only files, end in `.onnx` or `.tflite`.
+            An existing export of the same format is replaced. Any other existing file, or folder that is not
+            empty, is an error.
         format: String. `"saved_model"`, `"onnx"`, `"litert"` or `"openvino"`. Defaults to `"saved_model"`.
         verbose: Boolean. Whether Keras prints the signatures. Defaults to `False`.
         labels: Sequence of strings. The class names of a model with one output `(N, classes)`. The signatures
@@ -104,6 +105,7 @@ def export(
             f"`format` {format!r} requires Keras on TensorFlow. Received: {keras.backend.backend()}"
         )
     target = Path(path)
+    _check_suffix(target, format)
     _check_replaceable(target, format)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
@@ -140,10 +142,19 @@ def _put_back(old: Path, target: Path, error: BaseException) -> None:
         error.add_note(f"What was at {target} is at {old}.")
 
 
+def _check_suffix(target: Path, format: str) -> None:
+    if format in _SUFFIXES and target.suffix != _SUFFIXES[format]:
+        raise ValueError(f"`path` must end in {_SUFFIXES[format]!r}. Received: path={str(target)!r}")
+    others = [other for other, suffix in _SUFFIXES.items() if suffix == target.suffix and other != format]
+    if others:
+        raise ValueError(
+            f"`path` is a folder if the format is {format!r}. For a file, set `format={others[0]!r}`. "
+            f"Received: path={str(target)!r}"
+        )
+
+
 def _check_replaceable(target: Path, format: str) -> None:
     if format in _SUFFIXES:
-        if target.suffix != _SUFFIXES[format]:
-            raise ValueError(f"`path` must end in {_SUFFIXES[format]!r}. Received: path={str(target)!r}")
         if not target.exists() or target.is_file():
             return
     elif not target.exists() or (target / _MEMBERS[format]).is_file():

@@ -282,6 +282,7 @@ def test_a_full_disk_in_the_middle_of_training(image_folder: MakeFolder, tmp_pat
         slow(["--weights", "imagenet"], "resnet18 has no ImageNet weights"),
         (["--epochs", "0"], "--epochs must be at least 1, not 0"),
         (["--export", "/"], "--export: / exists and is not a SavedModel"),
+        (["--export", "m.onnx"], "--export: m.onnx must be the path of a folder"),
         slow(["--small-stem", "--backbone", "resnet50"], "--small-stem requires --backbone resnet18"),
         slow(
             ["--das", "reduction=-1", "--attention", "das"],
