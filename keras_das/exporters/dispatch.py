@@ -143,14 +143,16 @@ def _put_back(old: Path, target: Path, error: BaseException) -> None:
 
 
 def _check_suffix(target: Path, format: str) -> None:
-    if format in _SUFFIXES and target.suffix != _SUFFIXES[format]:
-        raise ValueError(f"`path` must end in {_SUFFIXES[format]!r}. Received: path={str(target)!r}")
-    others = [other for other, suffix in _SUFFIXES.items() if suffix == target.suffix and other != format]
-    if others:
-        raise ValueError(
-            f"`path` is a folder if the format is {format!r}. For a file, set `format={others[0]!r}`. "
-            f"Received: path={str(target)!r}"
-        )
+    if format in _SUFFIXES:
+        if target.suffix != _SUFFIXES[format]:
+            raise ValueError(f"`path` must end in {_SUFFIXES[format]!r}. Received: path={str(target)!r}")
+        return
+    for other, suffix in _SUFFIXES.items():
+        if target.suffix == suffix:
+            raise ValueError(
+                f"`path` is a folder if the format is {format!r}. For a file, set `format={other!r}`. "
+                f"Received: path={str(target)!r}"
+            )
 
 
 def _check_replaceable(target: Path, format: str) -> None:
